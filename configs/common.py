@@ -1,0 +1,167 @@
+"""Defaults that the methods' configs share, and the reading of `file.py:preset,field=value`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable
+
+from ml_collections import ConfigDict, config_dict
+
+
+def parse(
+    arg: str | None, presets: dict[str, Callable[[], ConfigDict]], default: str
+) -> ConfigDict:
+    """Makes the config of `preset,field=value,...`; the preset may be left out.
+
+    `epochs=300` is handed to the preset itself where it takes `epochs`, since recipes differ by
+    length; any other field, dotted where nested, is set on the result.
+
+    Raises:
+        ValueError: an unknown preset or field, naming the nearest valid ones.
+    """
+    parts = [part.strip() for part in (arg or "").split(",") if part.strip()]
+    name = parts.pop(0) if parts and "=" not in parts[0] else default
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; did you mean: {_nearest(name, presets)}?")
+    fields = {}
+    for part in parts:
+        key, separator, text = part.partition("=")
+        if not separator:
+            raise ValueError(f"{part!r} is not field=value; presets come first: {name},{part}=...")
+        fields[key.strip()] = _literal(text.strip())
+    make = presets[name]
+    takes_epochs = "epochs" in make.__code__.co_varnames[: make.__code__.co_argcount]
+    config = make(epochs=fields.pop("epochs")) if takes_epochs and "epochs" in fields else make()
+    for key, value in fields.items():
+        set_field(config, key, value)
+    return config
+
+
+def set_field(config: ConfigDict, key: str, value: object) -> None:
+    """`config.a.b = value` for the key `a.b`, which must be there already."""
+    check_field(config, key)
+    try:
+        config.update_from_flattened_dict({key: value})
+    except TypeError as e:
+        raise ValueError(f"config.{key}={value!r}: {e}") from e
+
+
+def check_field(config: ConfigDict, key: str) -> None:
+    """Raises `ValueError`, naming the nearest ones, where the config has no field `a.b`."""
+    names = field_names(config)
+    sections = {name.rpartition(".")[0] for name in names}
+    if key not in names and key not in sections:
+        raise ValueError(f"unknown field config.{key}; did you mean: {_nearest(key, names)}?")
+
+
+def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Every field's dotted name."""
+    names = []
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            names += field_names(value, f"{prefix}{key}.")
+        else:
+            names.append(prefix + key)
+    return names
+
+
+def _nearest(name: str, choices) -> str:
+    leaf = {choice.rpartition(".")[2]: choice for choice in choices}
+    close = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
+    close += [leaf[m] for m in difflib.get_close_matches(name.rpartition(".")[2], leaf, n=3)]
+    return ", ".join(dict.fromkeys(close)) or ", ".join(sorted(choices))
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def pretrain_defaults() -> ConfigDict:
+    """What every pretraining config has, whatever the method."""
+    config = ConfigDict()
+    config.job = "pretrain"
+    config.seed = 0
+
+    # Length. The first that is given counts: steps, examples, epochs.
+    config.steps = config_dict.placeholder(int)
+    config.examples = config_dict.placeholder(int)
+    config.epochs = 1000.0
+
+    config.batch_size = 4096  # global: over all devices of all hosts
+    config.accumulate_steps = 1  # microbatches per update
+    config.bn_groups = 1  # batch-norm groups of the global batch; 1 is global batch norm
+    config.compute_dtype = "bfloat16"  # of convolutions and matmuls; float32 on the CPU
+
+    config.data = ConfigDict()
+    config.data.name = "imagenet2012"  # a TFDS name, `folder`, or `digits`
+    config.data.dir = ""  # TFDS's data_dir (its own default if empty), or the folder of images
+    config.data.download = False  # let TFDS fetch and prepare what is not in config.data.dir
+    config.data.train_split = ""  # TFDS split syntax; empty chooses by what the data set has
+    config.data.test_split = ""  # held-out images for the evaluation at the end
+    config.data.image_size = 224  # pixels, of the crops and of the test images
+    config.data.test_resize = 256  # shorter side before the test's centre crop
+    config.data.resize_method = "bicubic"
+    config.data.crop_area = (0.08, 1.0)  # share of the image's area
+    config.data.crop_aspect = (3 / 4, 4 / 3)  # width / height, log-uniform
+    config.data.cache_gib = 4.0  # a TFDS split up to this size is held in memory, else streamed
+    config.data.shuffle_buffer = 16384  # images, for streamed splits
+    config.data.max_undecodable = 0.01  # share of images that may be broken before the run stops
+
+    config.log_every_steps = 50
+    config.checkpoint_every_steps = 1000
+    config.keep_checkpoints = 2
+
+    config.eval = ConfigDict()  # the evaluation of the last step's encoder
+    config.eval.enabled = True
+    config.eval.batch_size = 256
+    config.eval.max_train_images = 20000  # labelled images for the probes
+    config.eval.max_test_images = 50000
+    config.eval.knn_k = 200
+    config.eval.knn_temperature = 0.1
+    config.eval.fewshot_labels = 10  # per class
+    config.eval.fewshot_draws = 10
+    config.eval.random_init = True  # the same probes on an encoder that was never trained
+    config.eval.pixels = False  # and on raw pixels
+    return config
+
+
+def warmup(epochs: float) -> dict:
+    """The fields of the warm-up's length; the first that is given counts."""
+    return {
+        "warmup_steps": config_dict.placeholder(int),
+        "warmup_examples": config_dict.placeholder(int),
+        "warmup_epochs": epochs,
+    }
+
+
+def view(**changes) -> ConfigDict:
+    """One view's augmentation, BYOL's view 1 (Grill et al., appendix B) where not said otherwise.
+
+    `selfsup_jax/augment.py:ViewAugmentation` says what each field means.
+    """
+    fields = {
+        "flip_prob": 0.5,
+        "jitter_prob": 0.8,
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.2,
+        "hue": 0.1,
+        "jitter_style": "tensorflow",
+        "grayscale_prob": 0.2,
+        "blur_prob": 1.0,
+        "blur_kernel": 23,
+        "blur_sigma_min": 0.1,
+        "blur_sigma_max": 2.0,
+        "blur_padding": "zero",
+        "solarize_prob": 0.0,
+        "solarize_threshold": 0.5,
+    }
+    unknown = set(changes) - set(fields)
+    if unknown:
+        raise KeyError(f"no such field of a view: {sorted(unknown)}")
+    return ConfigDict(fields | changes)

@@ -1,0 +1,116 @@
+"""The one entry point: `python run_experiment.py --config=configs/byol.py --workdir=DIR`.
+
+Exit status: 0 when the job is done, 2 after a mistake in flags, config, data or workdir, which is
+told in one line; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import runpy
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from configs import common
+from selfsup_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="configs/METHOD.py, or configs/METHOD.py:preset,field=value",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "where everything of this run is written")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where the environment doesn't tell"
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many hosts take part")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    os.path.join("~", ".cache", "selfsup_jax", "compiled"),
+    "where compiled programs are kept from run to run; empty for nowhere",
+)
+
+
+def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Hands the config to its job, and to that job its method."""
+    import byol_jax.method
+    from selfsup_jax import train
+
+    logging.set_verbosity(flags.FLAGS.verbosity)  # a library resets it when it is imported
+    methods = {"byol": byol_jax.method.build}
+    jobs = {"pretrain": lambda: train.pretrain(config, workdir, methods[config.method])}
+    for field, choices in (("job", jobs), ("method", methods)):
+        if config[field] not in choices:
+            raise UserError(
+                f"config.{field}={config[field]!r}: must be one of {', '.join(sorted(choices))}"
+            )
+    return jobs[config.job]()
+
+
+def main(argv: list[str]) -> None:
+    """Starts JAX, then the job."""
+    del argv
+    try:
+        if _CONFIG.value is None or not _WORKDIR.value:
+            raise UserError(
+                "--config and --workdir are needed, such as "
+                "--config=configs/byol.py:demo --workdir=runs/demo"
+            )
+        if not isinstance(_CONFIG.value, ConfigDict):
+            there = sorted(set(glob.glob("configs/[a-z]*.py")) - {"configs/common.py"})
+            raise UserError(
+                f"--config={flags.FLAGS['config'].config_filename}: cannot be read; there are "
+                f"{', '.join(there) or 'none in configs/'}"
+            )
+        from selfsup_jax import parallel
+
+        parallel.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        parallel.keep_compiled(_CACHE.value)
+        run_job(_CONFIG.value, _WORKDIR.value)
+    except UserError as e:
+        _fail(e)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, with every mistake told in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        # A config file's own exception comes as the last line of a traceback.
+        _fail(str(e).strip().splitlines()[-1].removeprefix("ValueError: "))
+    except AttributeError as e:
+        _fail(_unknown_field(argv) or " ".join(str(e).split()))
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+    """The complaint about the first override of a field that the config doesn't have."""
+    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("config=")]
+    path, _, preset = given[-1].partition(":") if given else ("", "", "")
+    if not os.path.isfile(path):
+        return None
+    config = runpy.run_path(path)["get_config"](preset)
+    for arg in argv[1:]:
+        key = arg.lstrip("-").partition("=")[0]
+        if key.startswith("config."):
+            try:
+                common.check_field(config, key.removeprefix("config."))
+            except ValueError as e:
+                return str(e)
+    return None
+
+
+def _fail(message: object) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # At once: in a job of many hosts a regular exit would wait for the others to say goodbye.
+    os._exit(2)
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    app.run(main, flags_parser=parse_flags)

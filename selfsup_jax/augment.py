@@ -1,0 +1,260 @@
+"""Augmentation on the device: batched, keyed by example, one arithmetic path for every image.
+
+Nothing here branches on an example: under `vmap` a branch would be computed both ways and then
+selected, so each choice is a factor, an offset or a `where` instead. Colours are handled as three
+planes `[B, H, W]`, since a trailing axis of 3 wastes the vector units of every backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Planes = tuple[jax.Array, jax.Array, jax.Array]  # red, green, blue: [B, H, W] each, in [0, 1]
+
+# ITU-R 601 luma, as PIL, torchvision and BYOL's code weigh the channels.
+_LUMA = (0.2989, 0.5870, 0.1140)
+JITTER_STYLES = ("tensorflow", "torchvision")
+BLUR_PADDINGS = ("zero", "reflect")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewAugmentation:
+    """How one view is augmented after its crop; the fields are those of `config.augment.view_1`.
+
+    Attributes:
+        flip_prob: of a horizontal flip.
+        jitter_prob: of colour jitter; its four parts come in an order drawn for each image.
+        brightness, contrast, saturation, hue: strengths s. Factors are drawn from [1 - s, 1 + s]
+            (not below 0), shifts from [-s, s].
+        jitter_style: `tensorflow` (additive brightness, contrast about each channel's mean,
+            saturation in HSV: BYOL's and SimCLR's code) or `torchvision` (brightness is a factor,
+            contrast about the mean gray, saturation blends with gray: MoCo's).
+        grayscale_prob, blur_prob, solarize_prob: of each.
+        blur_kernel: taps, odd. `blur_sigma_min`, `blur_sigma_max`: in pixels, drawn uniformly.
+        blur_padding: `zero` (BYOL's and SimCLR's code) or `reflect` (torchvision).
+        solarize_threshold: values from here on are inverted.
+    """
+
+    flip_prob: float = 0.5
+    jitter_prob: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_style: str = "tensorflow"
+    grayscale_prob: float = 0.2
+    blur_prob: float = 1.0
+    blur_kernel: int = 23
+    blur_sigma_min: float = 0.1
+    blur_sigma_max: float = 2.0
+    blur_padding: str = "zero"
+    solarize_prob: float = 0.0
+    solarize_threshold: float = 0.5
+
+
+def augment_view(
+    rng: jax.Array, images: jax.Array, index: jax.Array, view: ViewAugmentation
+) -> jax.Array:
+    """Flip, colour jitter, grayscale, blur, solarise.
+
+    Args:
+        rng: the key of this view of this step.
+        images: `[B, H, W, 3]` uint8.
+        index: `[B]` int32, each image's index in the global batch: all that its draws depend on
+            beside `rng`, so that they do not depend on the device that makes them.
+        view: probabilities and strengths.
+
+    Returns:
+        `[B, H, W, 3]` float32 in [0, 1].
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (14,)))(keys)  # [B, 14]
+
+    planes = _to_planes(images)
+    if view.flip_prob > 0:
+        flip = _per_image(u[:, 0] < view.flip_prob)
+        planes = _map(lambda x: jnp.where(flip, x[:, :, ::-1], x), planes)
+    if view.jitter_prob > 0:
+        order = jnp.argsort(u[:, 2:6], axis=1)
+        jittered = color_jitter(planes, u[:, 6:10], order, view)
+        planes = _where(u[:, 1] < view.jitter_prob, jittered, planes)
+    if view.grayscale_prob > 0:
+        gray = _luma(planes)
+        planes = _where(u[:, 10] < view.grayscale_prob, (gray, gray, gray), planes)
+    if view.blur_prob > 0:
+        spread = view.blur_sigma_max - view.blur_sigma_min
+        sigma = view.blur_sigma_min + spread * u[:, 12]
+        blurred = gaussian_blur(planes, sigma, view.blur_kernel, view.blur_padding)
+        planes = _where(u[:, 11] < view.blur_prob, blurred, planes)
+    if view.solarize_prob > 0:
+        solarized = _map(lambda x: solarize(x, view.solarize_threshold), planes)
+        planes = _where(u[:, 13] < view.solarize_prob, solarized, planes)
+    return jnp.stack(planes, axis=-1)
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """`[..., 3]` in [0, 1] to zero mean and unit deviation per channel, float32."""
+    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+# ------------------------------------------------------------------------------ colour
+
+
+def color_jitter(planes: Planes, u: jax.Array, order: jax.Array, view: ViewAugmentation) -> Planes:
+    """Brightness, contrast, saturation and hue, each once, clipped to [0, 1] after each.
+
+    At each of the four places in the order an image needs one of four operations. Three of them
+    are, in the torchvision style, one affine map with different coefficients, and two of them, in
+    the TensorFlow style, one trip through HSV; so a place costs one of each and not four.
+
+    Args:
+        planes: the image, `[B, H, W]` each.
+        u: `[B, 4]` uniform draws for brightness, contrast, saturation, hue.
+        order: `[B, 4]` int, the operations (0 brightness ... 3 hue) in the order of execution.
+        view: strengths and style.
+    """
+    draw = 2.0 * u - 1.0  # [-1, 1)
+    factor = lambda i, strength: jnp.maximum(1.0 + strength * draw[:, i], 0.0)  # noqa: E731
+    amounts = (
+        view.brightness * draw[:, 0]
+        if view.jitter_style == "tensorflow"
+        else factor(0, view.brightness),
+        factor(1, view.contrast),
+        factor(2, view.saturation),
+        view.hue * draw[:, 3],
+    )
+    apply = _jitter_tensorflow if view.jitter_style == "tensorflow" else _jitter_torchvision
+    strengths = (view.brightness, view.contrast, view.saturation, view.hue)
+    active = [order == i for i, strength in enumerate(strengths) if strength > 0]
+    if not active:
+        return planes
+    for place in range(4):
+        is_op = [order[:, place] == i for i in range(4)]
+        changed = _map(lambda x: jnp.clip(x, 0.0, 1.0), apply(planes, is_op, amounts, view))
+        acts = jnp.any(jnp.stack([a[:, place] for a in active]), axis=0)
+        planes = _where(acts, changed, planes)
+    return planes
+
+
+def _jitter_tensorflow(planes: Planes, is_op: list, amounts: tuple, view: ViewAugmentation):
+    """`tf.image.adjust_*`: x + b; (x - mean) c + mean per channel; HSV for the other two."""
+    brightness, contrast, saturation, hue = amounts
+    gain = _per_image(jnp.where(is_op[1], contrast, 1.0))
+    shift = _per_image(jnp.where(is_op[0], brightness, 0.0))
+    out = _map(lambda x: (x - _mean(x)) * gain + _mean(x) + shift, planes)
+    if view.saturation > 0 or view.hue > 0:
+        saturation = jnp.where(is_op[2], saturation, 1.0)
+        recoloured = adjust_hsv(planes, saturation, jnp.where(is_op[3], hue, 0.0))
+        out = _where(is_op[2] | is_op[3], recoloured, out)
+    return out
+
+
+def _jitter_torchvision(planes: Planes, is_op: list, amounts: tuple, view: ViewAugmentation):
+    """`ColorJitter`: blends with black, with the mean gray, with gray; the hue in HSV."""
+    brightness, contrast, saturation, hue = amounts
+    gray = _luma(planes)
+    gain = jnp.where(is_op[0], brightness, jnp.where(is_op[1], contrast, saturation))
+    rest = _per_image(jnp.where(is_op[0], 0.0, 1.0 - gain))
+    target = jnp.where(_per_image(is_op[1]), _mean(gray), gray)
+    out = _map(lambda x: x * _per_image(gain) + rest * target, planes)
+    if view.hue > 0:
+        out = _where(is_op[3], adjust_hsv(planes, jnp.ones_like(hue), hue), out)
+    return out
+
+
+def adjust_hsv(planes: Planes, saturation: jax.Array, hue: jax.Array) -> Planes:
+    """Scales the saturation by `saturation` `[B]` and turns the hue by `hue` `[B]` (1 is a turn)."""
+    r, g, b = planes
+    value = jnp.maximum(jnp.maximum(r, g), b)
+    chroma = value - jnp.minimum(jnp.minimum(r, g), b)
+    safe = jnp.where(chroma > 0, chroma, 1.0)
+    sextant = jnp.where(
+        value == r,
+        (g - b) / safe,
+        jnp.where(value == g, 2.0 + (b - r) / safe, 4.0 + (r - g) / safe),
+    )
+    sextant = jnp.where(chroma > 0, sextant, 0.0) + 6.0 * _per_image(hue)
+    s = jnp.where(value > 0, chroma / jnp.where(value > 0, value, 1.0), 0.0)
+    chroma = value * jnp.clip(s * _per_image(saturation), 0.0, 1.0)
+
+    def channel(n: float) -> jax.Array:  # n = 5, 3, 1 for red, green, blue
+        k = (n + sextant) % 6.0
+        return value - chroma * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+
+    return channel(5.0), channel(3.0), channel(1.0)
+
+
+def solarize(x: jax.Array, threshold: float) -> jax.Array:
+    """Inverts what is at or above `threshold`."""
+    return jnp.where(x < threshold, x, 1.0 - x)
+
+
+# -------------------------------------------------------------------------------- blur
+
+
+def gaussian_blur(planes: Planes, sigma: jax.Array, kernel: int, padding: str) -> Planes:
+    """Separable Gaussian blur with one `sigma` per image, `[B]` in pixels, of `kernel` taps.
+
+    Each axis is a product with a banded matrix per image: matmuls suit every backend, where a
+    convolution with one kernel per image becomes a grouped one that none is good at.
+    """
+    _, height, width = planes[0].shape
+    rows = _blur_matrix(height, sigma, kernel, padding)
+    columns = rows if width == height else _blur_matrix(width, sigma, kernel, padding)
+    stacked = jnp.stack(planes, axis=1)  # [B, 3, H, W]
+    stacked = jnp.einsum("bih,bchw->bciw", rows, stacked)
+    stacked = jnp.einsum("bjw,bciw->bcij", columns, stacked)
+    return stacked[:, 0], stacked[:, 1], stacked[:, 2]
+
+
+def _blur_matrix(size: int, sigma: jax.Array, kernel: int, padding: str) -> jax.Array:
+    """`[B, size, size]`: row i holds the weights of the inputs that make output i."""
+    radius = kernel // 2
+    taps = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
+    variance = 2.0 * jnp.square(sigma)[:, None, None]
+    total = jnp.exp(-jnp.square(taps) / variance).sum(-1, keepdims=True)
+    out, source = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
+
+    def weight(distance: jax.Array) -> jax.Array:
+        w = jnp.exp(-jnp.square(distance.astype(jnp.float32)) / variance) / total
+        return jnp.where(jnp.abs(distance) <= radius, w, 0.0)
+
+    matrix = weight(out - source)
+    if padding == "reflect":  # the images mirrored at both ends, the end pixels not repeated
+        matrix += jnp.where(source > 0, weight(out + source), 0.0)
+        matrix += jnp.where(source < size - 1, weight(2 * (size - 1) - out - source), 0.0)
+    return matrix
+
+
+# ---------------------------------------------------------------------- small helpers
+
+
+def _to_planes(images: jax.Array) -> Planes:
+    x = images.astype(jnp.float32) / 255.0
+    return x[..., 0], x[..., 1], x[..., 2]
+
+
+def _map(fn, planes: Planes) -> Planes:
+    r, g, b = planes
+    return fn(r), fn(g), fn(b)
+
+
+def _where(condition: jax.Array, yes: Planes, no: Planes) -> Planes:
+    condition = _per_image(condition)
+    r, g, b = (jnp.where(condition, y, n) for y, n in zip(yes, no, strict=True))
+    return r, g, b
+
+
+def _per_image(x: jax.Array) -> jax.Array:
+    return x[:, None, None]
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean((1, 2), keepdims=True)
+
+
+def _luma(planes: Planes) -> jax.Array:
+    return sum(w * x for w, x in zip(_LUMA, planes, strict=True))  # type: ignore[return-value]

@@ -1,0 +1,210 @@
+"""Checks of a config before anything is compiled: one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from selfsup_jax import optim, parallel
+from selfsup_jax.augment import BLUR_PADDINGS, JITTER_STYLES
+from selfsup_jax.errors import UserError, bad_field, nearest
+from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS
+
+# Fields that may change when a run goes on: they don't touch the mathematics of its steps.
+_FREE_FIELDS = (
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "eval.",
+    "data.dir",
+    "data.download",
+    "data.test_split",
+    "data.max_undecodable",
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks a pretraining config's values, apart from what the data decides.
+
+    Raises:
+        UserError: naming the first field that is wrong, its value, and what would be valid.
+    """
+    _choices(config)
+    _ranges(config)
+    _pairs(config)
+    for view in ("view_1", "view_2"):
+        _check_view(config.augment[view], f"augment.{view}.")
+    if config.data.test_resize < config.data.image_size:
+        raise bad_field(
+            "data.test_resize",
+            config.data.test_resize,
+            f"must be at least data.image_size={config.data.image_size}",
+        )
+    parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
+
+
+def _choices(config: ConfigDict) -> None:
+    choices: dict[str, Any] = {
+        "compute_dtype": ("float32", "bfloat16"),
+        "encoder.depth": tuple(STAGES),
+        "encoder.stem": STEMS,
+        "encoder.padding": PADDINGS,
+        "encoder.kernel_init": tuple(KERNEL_INITS),
+        "optimizer.name": ("lars", "sgd"),
+        "optimizer.scaling": optim.SCALINGS,
+        "optimizer.schedule": optim.SCHEDULES,
+        "data.resize_method": ("bicubic", "bilinear", "area", "lanczos3"),
+    }
+    for field, valid in choices.items():
+        _one_of(field, _get(config, field), valid)
+
+
+def _ranges(config: ConfigDict) -> None:
+    at_least_one = [
+        "batch_size",
+        "accumulate_steps",
+        "bn_groups",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "data.image_size",
+        "data.shuffle_buffer",
+        "projector.hidden_size",
+        "projector.output_size",
+        "predictor.hidden_size",
+        "predictor.output_size",
+        "eval.batch_size",
+        "eval.knn_k",
+        "eval.max_train_images",
+        "eval.max_test_images",
+        "eval.fewshot_labels",
+        "eval.fewshot_draws",
+    ]
+    for field in at_least_one:
+        if _get(config, field) < 1:
+            raise bad_field(field, _get(config, field), "must be at least 1")
+    for field in ("encoder.width", "encoder.bn_epsilon", "eval.knn_temperature"):
+        if not _get(config, field) > 0:
+            raise bad_field(field, _get(config, field), "must be above 0")
+    for field in (
+        "seed",
+        "optimizer.learning_rate",
+        "optimizer.weight_decay",
+        "optimizer.trust_coefficient",
+        "data.cache_gib",
+    ):
+        if not _get(config, field) >= 0:
+            raise bad_field(field, _get(config, field), "must not be negative")
+    for field in (
+        "tau_base",
+        "optimizer.momentum",
+        "optimizer.drop_factor",
+        "encoder.bn_decay",
+        "data.max_undecodable",
+    ):
+        if not 0 <= _get(config, field) <= 1:
+            raise bad_field(field, _get(config, field), "must be from 0 to 1")
+    if config.projector.output_size != config.predictor.output_size:
+        raise bad_field(
+            "predictor.output_size",
+            config.predictor.output_size,
+            f"must equal projector.output_size={config.projector.output_size}: the loss compares "
+            "the two",
+        )
+
+
+def _pairs(config: ConfigDict) -> None:
+    for field, top in (("data.crop_area", 1.0), ("data.crop_aspect", float("inf"))):
+        pair = _get(config, field)
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
+            raise bad_field(
+                field, tuple(pair), f"must be (low, high) with 0 < low <= high <= {top}"
+            )
+    for field in ("augment.mean", "augment.std"):
+        triple = _get(config, field)
+        if len(triple) != 3 or (field.endswith("std") and not min(triple) > 0):
+            raise bad_field(field, tuple(triple), "must be three numbers, deviations above 0")
+
+
+def _check_view(view: ConfigDict, path: str) -> None:
+    _one_of(path + "jitter_style", view.jitter_style, JITTER_STYLES)
+    _one_of(path + "blur_padding", view.blur_padding, BLUR_PADDINGS)
+    for field in view:
+        if field.endswith("_prob") and not 0 <= view[field] <= 1:
+            raise bad_field(path + field, view[field], "must be from 0 to 1")
+    for field in ("brightness", "contrast", "saturation"):
+        if view[field] < 0:
+            raise bad_field(path + field, view[field], "must not be negative")
+    if not 0 <= view.hue <= 0.5:
+        raise bad_field(path + "hue", view.hue, "must be from 0 to 0.5 (half a turn)")
+    if view.blur_kernel < 1 or view.blur_kernel % 2 == 0:
+        raise bad_field(path + "blur_kernel", view.blur_kernel, "must be odd and at least 1")
+    if not 0 < view.blur_sigma_min <= view.blur_sigma_max:
+        raise bad_field(
+            path + "blur_sigma_min", view.blur_sigma_min, "must be above 0 and at most sigma_max"
+        )
+
+
+def check_batch_fits(config: ConfigDict, num_examples: int) -> None:
+    """Raises `UserError` where an epoch would not hold a single batch."""
+    if config.batch_size > num_examples:
+        raise bad_field(
+            "batch_size",
+            config.batch_size,
+            f"must be at most the {num_examples} images of data.train_split="
+            f"{config.data.train_split!r}",
+        )
+
+
+def write_or_check(config: ConfigDict, workdir: str) -> None:
+    """Writes `config.json`; where the workdir has one, checks that it is the same run's.
+
+    Raises:
+        UserError: a field that changes the mathematics differs from the run in the workdir.
+    """
+    path = os.path.join(workdir, "config.json")
+    new = json.loads(config.to_json())
+    if os.path.exists(path):
+        with open(path) as f:
+            old = json.load(f)
+        before, now = _flatten(old), _flatten(new)
+        for field in sorted(before.keys() | now.keys()):
+            if before.get(field) != now.get(field) and not field.startswith(_FREE_FIELDS):
+                raise UserError(
+                    f"config.{field}={now.get(field)!r}: the run in {workdir} has "
+                    f"{before.get(field)!r}; take that, or another --workdir"
+                )
+    if parallel.is_writer():
+        partial = path + ".partial"
+        with open(partial, "w") as f:
+            json.dump(new, f, indent=2, sort_keys=True)
+            f.write("\n")
+        os.replace(partial, path)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    value: Any = config
+    for key in field.split("."):
+        value = value[key]
+    return value
+
+
+def _one_of(field: str, value: Any, valid: tuple) -> None:
+    if value not in valid:
+        choices = ", ".join(map(str, valid))
+        near = nearest(value, valid) if isinstance(value, str) else ""
+        hint = f"; did you mean {near}?" if near and near != ", ".join(sorted(valid)) else ""
+        raise bad_field(field, value, f"must be one of {choices}{hint}")

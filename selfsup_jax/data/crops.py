@@ -1,0 +1,153 @@
+"""Random resized crops on the host: boxes are drawn in one place and carried out in another."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tensorflow as tf
+
+RESIZE_METHODS = ("bicubic", "bilinear", "area", "lanczos3")
+_ATTEMPTS = 10  # as torchvision and the authors' codes: then a centre crop
+
+
+@dataclasses.dataclass(frozen=True)
+class CropSpec:
+    """How a training crop is drawn and what it becomes.
+
+    Attributes:
+        size: of the square crop after resizing, in pixels.
+        area: range of the crop's share of the image's area, uniform.
+        aspect: range of width / height, log-uniform (BYOL, appendix B).
+        method: of resizing, without antialiasing as in BYOL's code.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    method: str = "bicubic"
+
+
+def box_draws(seed: int, example: tf.Tensor, num_views: int) -> tf.Tensor:
+    """The uniform draws behind the boxes of one example's views.
+
+    Args:
+        seed: the run's.
+        example: int64 scalar, step x batch size + index in the global batch: the same example of
+            the same step gets the same boxes, whichever host crops it.
+        num_views: how many boxes.
+
+    Returns:
+        `[num_views, attempts, 4]` float32 in [0, 1).
+    """
+    return tf.random.stateless_uniform(
+        (num_views, _ATTEMPTS, 4), seed=tf.stack([tf.constant(seed, tf.int64), example])
+    )
+
+
+def boxes_from_draws(
+    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, spec: CropSpec
+) -> tf.Tensor:
+    """Crop boxes for an image of `height` x `width` pixels.
+
+    The first attempt that fits the image counts; if none does, the largest centre crop whose
+    aspect is allowed.
+
+    Args:
+        draws: `[views, attempts, 4]` uniform in [0, 1): area, aspect, row, column.
+        height, width: int32 scalars.
+        spec: ranges of area and aspect.
+
+    Returns:
+        `[views, 4]` int32: top, left, height, width.
+    """
+    rows, columns = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    low, high = spec.area
+    area = rows * columns * (low + (high - low) * draws[..., 0])
+    log_low, log_high = tf.math.log(spec.aspect[0]), tf.math.log(spec.aspect[1])
+    aspect = tf.exp(log_low + (log_high - log_low) * draws[..., 1])
+    box_w = tf.round(tf.sqrt(area * aspect))
+    box_h = tf.round(tf.sqrt(area / aspect))
+    fits = (box_w >= 1) & (box_h >= 1) & (box_w <= columns) & (box_h <= rows)
+    top = tf.floor(draws[..., 2] * (rows - box_h + 1))
+    left = tf.floor(draws[..., 3] * (columns - box_w + 1))
+    attempts = tf.stack([top, left, box_h, box_w], axis=-1)  # [views, attempts, 4]
+    chosen = tf.gather(attempts, tf.argmax(fits, axis=1), axis=1, batch_dims=1)
+
+    ratio = tf.clip_by_value(columns / rows, spec.aspect[0], spec.aspect[1])
+    centre_w = tf.round(tf.minimum(columns, rows * ratio))
+    centre_h = tf.round(tf.minimum(rows, columns / ratio))
+    centre = tf.stack(
+        [(rows - centre_h) // 2, (columns - centre_w) // 2, centre_h, centre_w], axis=-1
+    )
+    return tf.cast(tf.where(tf.reduce_any(fits, axis=1)[:, None], chosen, centre), tf.int32)
+
+
+def crop_encoded(encoded: tf.Tensor, draws: tf.Tensor, spec: CropSpec) -> list[tf.Tensor]:
+    """The views of an encoded image, `[size, size, 3]` uint8 each.
+
+    A JPEG is decoded once and no further than the crops together reach.
+    """
+
+    def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
+        shape = tf.image.extract_jpeg_shape(encoded)
+        boxes = boxes_from_draws(draws, shape[0], shape[1], spec)
+        start = tf.reduce_min(boxes[:, :2], axis=0)
+        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0)
+        window = tf.concat([start, end - start], axis=0)
+        image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
+        return image, boxes - tf.concat([start, [0, 0]], axis=0)
+
+    def other() -> tuple[tf.Tensor, tf.Tensor]:
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        shape = tf.shape(image)
+        return image, boxes_from_draws(draws, shape[0], shape[1], spec)
+
+    image, boxes = tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
+    return crop_and_resize(image, boxes, draws.shape[0], spec)
+
+
+def crop_array(image: tf.Tensor, draws: tf.Tensor, spec: CropSpec) -> list[tf.Tensor]:
+    """The views of a decoded image `[H, W, 3]` uint8, `[size, size, 3]` uint8 each."""
+    shape = tf.shape(image)
+    boxes = boxes_from_draws(draws, shape[0], shape[1], spec)
+    return crop_and_resize(image, boxes, draws.shape[0], spec)
+
+
+def crop_and_resize(
+    image: tf.Tensor, boxes: tf.Tensor, num_views: int, spec: CropSpec
+) -> list[tf.Tensor]:
+    """Carries out the boxes `[views, 4]` on an image `[H, W, 3]` uint8."""
+    views = []
+    for i in range(num_views):
+        top, left, height, width = tf.unstack(boxes[i], num=4)
+        crop = image[top : top + height, left : left + width]
+        views.append(_resize(crop, (spec.size, spec.size), spec.method, antialias=False))
+    return views
+
+
+def test_image(image: tf.Tensor, resize: int, size: int, method: str) -> tf.Tensor:
+    """The evaluation's view: shorter side to `resize`, then the centre `size` x `size`.
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        resize, size: pixels; `resize` is at least `size`.
+        method: of resizing, here with antialiasing, since nothing else smooths a large image.
+
+    Returns:
+        `[size, size, 3]` uint8; an image that has the size already is left as it is.
+    """
+    shape = tf.shape(image)[:2]
+    shorter = tf.reduce_min(shape)
+    scaled = tf.cast(tf.round(shape * resize / shorter), tf.int32)
+    image = tf.cond(
+        tf.equal(shorter, resize),
+        lambda: image,
+        lambda: _resize(image, scaled, method, antialias=True),
+    )
+    top, left = tf.unstack((tf.shape(image)[:2] - size) // 2, num=2)
+    return tf.ensure_shape(image[top : top + size, left : left + size], (size, size, 3))
+
+
+def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
+    resized = tf.image.resize(image, size, method=method, antialias=antialias)
+    return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)

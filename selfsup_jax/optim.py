@@ -1,0 +1,135 @@
+"""Schedules, masks, SGD and LARS, built from optax's parts in the order of each author's code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from selfsup_jax.errors import bad_field
+
+SCHEDULES = ("cosine", "step", "constant")
+SCALINGS = ("linear", "sqrt", "none")
+
+
+def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
+    """The peak rate: `linear` base * B / 256, `sqrt` base * sqrt(B), `none` base."""
+    return base * {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[scaling]
+
+
+def learning_rate_schedule(
+    kind: str,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    drops: Sequence[float] = (),
+    drop_factor: float = 0.1,
+) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine to 0, drops at fractions of the run, or a constant.
+
+    The value for step k is taken before update k: step 0 of a warm-up has rate 0.
+    """
+    after = max(1, total_steps - warmup_steps)
+    if kind == "cosine":
+        main = optax.cosine_decay_schedule(peak, after)
+    elif kind == "step":
+        boundaries = {round(d * total_steps) - warmup_steps: drop_factor for d in drops}
+        main = optax.piecewise_constant_schedule(peak, boundaries)
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup_steps:
+        return main
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def cosine_tau(step: jax.Array, total_steps: int, tau_base: float) -> jax.Array:
+    """BYOL section 3.1: tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2, from tau_base to 1."""
+    progress = jnp.minimum(step / total_steps, 1.0)
+    return 1.0 - (1.0 - tau_base) * (jnp.cos(jnp.pi * progress) + 1.0) / 2.0
+
+
+def path_mask(params: Any, exclude: Sequence[str]) -> Any:
+    """True where no pattern of `exclude` is found in the parameter's path, `a/b/kernel`.
+
+    Raises:
+        UserError: a pattern matches no parameter, so it is misspelt or the model has changed.
+    """
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = ["/".join(str(key.key) for key in path) for path, _ in paths]
+    for pattern in exclude:
+        if not any(re.search(pattern, name) for name in names):
+            raise bad_field(
+                "optimizer.exclude",
+                pattern,
+                f"matches no parameter; the first are {', '.join(names[:3])}",
+            )
+    kept = [not any(re.search(pattern, name) for pattern in exclude) for name in names]
+    return jax.tree.unflatten(jax.tree.structure(params), kept)
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    exclude: Sequence[str],
+    trust_coefficient: float | None = None,
+    rate_inside_momentum: bool = False,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """SGD (PyTorch's form) or, with a trust coefficient, LARS.
+
+    The decay is added to the gradient, the LARS ratio scales the sum, then comes the momentum. The
+    learning rate multiplies what leaves the momentum (BYOL's code, PyTorch's SGD) or, inside, what
+    enters it (SimCLR's code; `optax.lars` does so).
+
+    Args:
+        schedule: step -> learning rate.
+        momentum: decay of the momentum trace.
+        weight_decay: coefficient of the parameters added to the gradient.
+        exclude: path patterns left out of both the decay and the LARS ratio.
+        trust_coefficient: LARS's eta; None is SGD.
+        rate_inside_momentum: where the learning rate goes.
+        nesterov: look-ahead momentum.
+    """
+
+    def mask(params: Any) -> Any:
+        return path_mask(params, exclude)
+
+    parts = [optax.masked(optax.add_decayed_weights(weight_decay), mask)]
+    if trust_coefficient is not None:
+        ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
+        parts.append(optax.masked(ratio, mask))
+    rate = optax.scale_by_learning_rate(schedule)
+    trace = optax.trace(decay=momentum, nesterov=nesterov)
+    return optax.chain(*parts, *((rate, trace) if rate_inside_momentum else (trace, rate)))
+
+
+def from_config(
+    config: Any, batch_size: int, total_steps: int, warmup_steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The schedule and the optimizer of a `config.optimizer` section (see `configs/byol.py`)."""
+    peak = scaled_learning_rate(config.learning_rate, batch_size, config.scaling)
+    schedule = learning_rate_schedule(
+        config.schedule,
+        peak,
+        total_steps,
+        warmup_steps,
+        drops=config.drops,
+        drop_factor=config.drop_factor,
+    )
+    optimizer = make_optimizer(
+        schedule,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        exclude=config.exclude,
+        trust_coefficient=config.trust_coefficient if config.name == "lars" else None,
+        rate_inside_momentum=config.rate_inside_momentum,
+        nesterov=config.nesterov,
+    )
+    return schedule, optimizer

@@ -1,0 +1,295 @@
+"""Devices and hosts: the only file that knows pmap, the axis name, replication and start-up.
+
+A *global batch* of B examples is spread over all devices of all hosts. Everything random about an
+example is keyed by its index in the global batch, and batch-norm groups are cut out of the global
+batch, so that the number of devices is a matter of speed and memory and not of mathematics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+
+from selfsup_jax.errors import UserError, bad_field
+
+AXIS_NAME = "devices"
+
+
+# ---------------------------------------------------------------------------- start-up
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the other hosts of the job: from the arguments, else from the environment, else alone.
+
+    On TPU pods, under Slurm, Open MPI or Kubernetes, and where `JAX_COORDINATOR_ADDRESS` is set,
+    `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
+
+    Raises:
+        UserError: only some of the three arguments are given.
+    """
+    given = [x is not None for x in (coordinator_address, num_processes, process_id)]
+    if any(given):
+        if not all(given):
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id go together: "
+                "give all three, or none to start from the environment"
+            )
+        if not 0 <= process_id < num_processes:  # type: ignore[operator]
+            raise UserError(
+                f"--process_id={process_id}: must be from 0 to num_processes - 1 = "
+                f"{num_processes - 1}"  # type: ignore[operator]
+            )
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif _environment_has_a_cluster():
+        jax.distributed.initialize()
+
+
+def _environment_has_a_cluster() -> bool:
+    """True where `jax.distributed.initialize()` with no arguments would find more than one host."""
+    env = os.environ
+    many_tpu_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env
+    coordinator = "JAX_COORDINATOR_ADDRESS" in env or "COORDINATOR_ADDRESS" in env
+    launched = any(
+        int(env.get(name, "1") or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    )
+    return many_tpu_hosts or many_slices or coordinator or launched or _on_a_tpu_vm()
+
+
+def _on_a_tpu_vm() -> bool:
+    """A TPU VM has the accelerator's device nodes and libtpu; its metadata names the other hosts."""
+    has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+    if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
+        return False
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def keep_compiled(directory: str) -> None:
+    """Keeps compiled programs in `directory` from run to run (nowhere if empty).
+
+    `JAX_COMPILATION_CACHE_DIR`, where it is set, goes before.
+    """
+    if directory and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def is_writer() -> bool:
+    """True on the one host that writes logs, plots and results."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Blocks until every host has come to this point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather_hosts(tree: Any) -> Any:
+    """Concatenates each host's NumPy arrays along axis 0, host 0's first; the same on every host.
+
+    Hosts may hold different numbers of rows.
+    """
+    if jax.process_count() == 1:
+        return tree
+    rows = len(jax.tree.leaves(tree)[0])
+    all_rows = multihost_utils.process_allgather(np.asarray([rows])).reshape(-1)
+
+    def gather(x: np.ndarray) -> np.ndarray:
+        padded = np.zeros((int(all_rows.max()), *x.shape[1:]), x.dtype)
+        padded[:rows] = x
+        stacked = multihost_utils.process_allgather(padded)
+        return np.concatenate([part[:n] for part, n in zip(stacked, all_rows, strict=True)])
+
+    return jax.tree.map(gather, tree)
+
+
+# ------------------------------------------------------------------- the global batch
+
+
+def check_batch(batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
+    """Checks that the global batch divides over devices, microbatches and batch-norm groups.
+
+    Raises:
+        UserError: naming the field, and what would be valid.
+    """
+    devices = jax.device_count()
+    unit = devices * accumulate_steps
+    if batch_size % unit:
+        raise bad_field(
+            "batch_size",
+            batch_size,
+            f"must be a multiple of {unit} (devices {devices} x accumulate_steps "
+            f"{accumulate_steps}); nearest: {max(1, round(batch_size / unit)) * unit}",
+        )
+    if bn_groups % accumulate_steps and bn_groups != 1:
+        raise bad_field(
+            "bn_groups",
+            bn_groups,
+            f"must be 1 or a multiple of accumulate_steps={accumulate_steps}",
+        )
+    groups = max(1, bn_groups // accumulate_steps)
+    if (batch_size // accumulate_steps) % groups:
+        raise bad_field("bn_groups", bn_groups, f"must divide batch_size={batch_size}")
+    if max(groups, devices) % min(groups, devices):
+        raise bad_field(
+            "bn_groups", bn_groups, f"must divide, or be a multiple of, the {devices} devices"
+        )
+
+
+def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
+    """The indices in the global batch that this host's devices work on, in device order.
+
+    Microbatch j is block j of the global batch, and every device takes its part of every
+    microbatch; so a microbatch is the same set of examples on any number of devices.
+
+    Returns:
+        `[batch_size / hosts]` int32.
+    """
+    devices = jax.device_count()
+    per_device = np.arange(batch_size, dtype=np.int32).reshape(accumulate_steps, devices, -1)
+    per_device = per_device.transpose(1, 0, 2).reshape(devices, -1)
+    mine = [i for i, d in enumerate(jax.devices()) if d.process_index == jax.process_index()]
+    return per_device[mine].reshape(-1)
+
+
+def shard(batch: Any) -> Any:
+    """`[host batch, ...]` arrays to `[local devices, host batch / local devices, ...]`."""
+    local = jax.local_device_count()
+    return jax.tree.map(lambda x: np.reshape(x, (local, -1, *x.shape[1:])), batch)
+
+
+# ------------------------------------------------------------------------ replication
+
+
+def replicate(make: Callable[..., Any], *args: Any) -> Any:
+    """Runs `make(*args)` on every device: the result, replicated, has a leading device axis.
+
+    Making a state in place costs no transfer; `replicate(lambda s: s, state)` copies one.
+    """
+    each = jax.pmap(lambda _, args: make(*args), axis_name=AXIS_NAME, in_axes=(0, None))
+    return each(np.zeros(jax.local_device_count(), np.float32), args)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first local device's copy of a replicated tree, without the device axis.
+
+    Reads the shard in place: `x[0]` on such an array would gather it first.
+    """
+    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+
+
+def pmap_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`train_step(state, batch, axis_name=...)` over all devices, its state donated."""
+    step = functools.partial(train_step, axis_name=AXIS_NAME)
+    return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,))
+
+
+def pmap_over_local(fn: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    """Maps `fn(shared, batch)` over this host's devices; takes and gives `[rows, ...]` arrays.
+
+    The rows are padded with copies of the last to a multiple of the devices and to the size of the
+    first call, so that one trace serves a whole data set, its shorter last batch included.
+    """
+    mapped = jax.pmap(fn, in_axes=(None, 0), devices=jax.local_devices())
+    local = jax.local_device_count()
+    padded_rows = 0
+
+    def call(shared: Any, rows: np.ndarray) -> np.ndarray:
+        nonlocal padded_rows
+        padded_rows = max(padded_rows, -(-len(rows) // local) * local)
+        padding = [(0, padded_rows - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+        padded = np.pad(rows, padding, mode="edge")
+        out = mapped(shared, padded.reshape(local, -1, *rows.shape[1:]))
+        return np.concatenate(jax.device_get([s.data[0] for s in out.addressable_shards]))[
+            : len(rows)
+        ]
+
+    return call
+
+
+# ------------------------------------------------------------------------ collectives
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """How the rows that a device holds are cut into views and batch-norm groups.
+
+    Attributes:
+        num_views: views stacked along the batch axis, each normalised by its own statistics.
+        groups: batch-norm groups (or parts of one) of each view on this device.
+        axis_name: the mapped axis, or None on a single device without pmap.
+        index_groups: the devices that share one group, where that is not all of them.
+    """
+
+    num_views: int = 1
+    groups: int = 1
+    axis_name: str | None = None
+    index_groups: tuple[tuple[int, ...], ...] | None = None
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        """The mean of `x` over the devices that share this device's batch-norm groups."""
+        if self.axis_name is None or (self.index_groups and len(self.index_groups[0]) == 1):
+            return x
+        return lax.pmean(x, self.axis_name, axis_index_groups=self.index_groups)
+
+
+def batch_layout(bn_groups: int, num_views: int, axis_name: str | None) -> BatchLayout:
+    """The layout of `bn_groups` groups of each view's global batch over the mapped devices.
+
+    With fewer devices than groups a device holds several whole groups; with more, a group spans
+    neighbouring devices.
+    """
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    if bn_groups == 1:
+        return BatchLayout(num_views, 1, axis_name)
+    span = max(1, devices // bn_groups)
+    index_groups = tuple(tuple(range(i, i + span)) for i in range(0, devices, span))
+    return BatchLayout(num_views, max(1, bn_groups // devices), axis_name, index_groups)
+
+
+def mean(tree: Any, axis_name: str | None) -> Any:
+    """The mean over all devices; the tree itself where there is no mapped axis."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def accumulate(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, microbatches: int
+) -> tuple[Any, Any]:
+    """Runs `step(carry, microbatch) -> (carry, outputs)` over the device's microbatches in turn.
+
+    Returns:
+        The last carry and the mean of the outputs.
+    """
+    if microbatches == 1:
+        return step(carry, batch)
+    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, carry, first)[1]
+    )
+
+    def body(state: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
+        carry, total = state
+        carry, outputs = step(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, outputs)), None
+
+    (carry, total), _ = lax.scan(body, (carry, zeros), parts)
+    return carry, jax.tree.map(lambda x: x / microbatches, total)

@@ -1,0 +1,283 @@
+"""The only training loop: pretraining by any method, from config to `results.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from selfsup_jax import checkpoint, metrics, parallel
+from selfsup_jax import config as config_lib
+from selfsup_jax.data import crops, pipeline, sources
+from selfsup_jax.durations import to_steps
+from selfsup_jax.errors import UserError
+from selfsup_jax.evaluation import final
+from selfsup_jax.metrics import say
+from selfsup_jax.state import Method, TrainState, encoder_variables
+
+# `(config, num_classes or None, total_steps, warmup_steps) -> Method`
+Build = Callable[[ConfigDict, int | None, int, int], Method]
+
+
+class Data(NamedTuple):
+    """The splits of a run."""
+
+    train: sources.Source
+    test: sources.Source | None  # None where there is nothing to probe
+    undecodable: pipeline.Undecodable
+
+
+def pretrain(config: ConfigDict, workdir: str, build: Build) -> dict[str, Any]:
+    """Trains, goes on where an earlier run in `workdir` stopped, evaluates, writes the results.
+
+    Args:
+        config: see `configs/`.
+        workdir: takes `config.json`, checkpoints, TensorBoard events and `results.json`.
+        build: the method's `build`.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        UserError: a mistake in the config, the data or the workdir.
+    """
+    config = config.copy_and_resolve_references()
+    config_lib.validate(config)
+    data = load_data(config)
+    config_lib.check_batch_fits(config, data.train.num_examples)
+    total_steps = to_steps(config, data.train.num_examples, config.batch_size)
+    warmup_steps = to_steps(
+        config.optimizer,
+        data.train.num_examples,
+        config.batch_size,
+        prefix="warmup_",
+        path="optimizer.",
+    )
+    prepare_workdir(config, workdir)
+    method = build(config, data.train.num_classes, total_steps, warmup_steps)
+
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    init_rng = jax.random.PRNGKey(config.seed)
+    like = jax.eval_shape(method.init_state, init_rng)
+    if checkpoints.latest_step is None:
+        state = parallel.replicate(method.init_state, init_rng)
+        first_step = 0
+    else:
+        restored = checkpoints.restore(like)
+        first_step = int(restored.step)
+        state = parallel.replicate(lambda s: s, restored)
+    _announce(config, data, like, workdir, first_step, total_steps)
+    try:
+        state, speed = _train(
+            config, data, method, state, checkpoints, workdir, first_step, total_steps
+        )
+    finally:
+        checkpoints.close()
+
+    results = _evaluate(config, data, method, state, init_rng) | speed | {"steps": total_steps}
+    return _write_results(config, data, results, workdir)
+
+
+# ------------------------------------------------------------------------------- set-up
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The training split and, where there are labels, the held-out one; fills in empty splits."""
+    data = config.data
+    options: dict[str, Any] = {}
+    if data.name not in sources.EMBEDDED:
+        options = {
+            "download": data.download,
+            "cache_gib": data.cache_gib,
+            "shuffle_buffer": data.shuffle_buffer,
+        }
+    if not (data.train_split and data.test_split):
+        train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
+        data.train_split = data.train_split or train_split
+        data.test_split = data.test_split or test_split
+    train = sources.load(data.name, data.dir, data.train_split, "data.train_split", **options)
+    if not train.num_classes and data.train_split == "train[:90%]":
+        # Without labels there is nothing to hold images out for.
+        data.train_split, data.test_split = "train", "train[:0]"
+        train = sources.load(data.name, data.dir, "train", "data.train_split", **options)
+    test = None
+    if train.num_classes and config.eval.enabled:
+        test = sources.load(data.name, data.dir, data.test_split, "data.test_split", **options)
+        if not test.num_classes:
+            logging.warning("%s has no labels: no probes", test.name)
+            test = None
+    undecodable = pipeline.Undecodable(train.num_examples, data.max_undecodable)
+    return Data(train, test, undecodable)
+
+
+def prepare_workdir(config: ConfigDict, workdir: str) -> None:
+    """Makes the workdir and writes `config.json`, or checks that it is this run's."""
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        parallel.wait_for_all("workdir")
+        config_lib.write_or_check(config, workdir)
+    except OSError as e:
+        raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
+
+
+def _announce(
+    config: ConfigDict, data: Data, state: TrainState, workdir: str, first: int, total: int
+) -> None:
+    params = state.online_params
+    sizes = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in params.items()}
+    if parallel.is_writer():
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        with open(os.path.join(workdir, "parameters.txt"), "w") as f:
+            f.write(table + "\n")
+    labels = f"{data.train.num_classes} classes" if data.train.num_classes else "no labels"
+    kinds = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        kinds += f" on {jax.process_count()} hosts"
+    say(f"{config.method}: {data.train.name}: {data.train.num_examples:,} images, {labels}")
+    say(
+        f"{total:,} steps of {config.batch_size} images on {kinds}; parameters: "
+        + ", ".join(f"{k} {v:,}" for k, v in sizes.items())
+    )
+    if first:
+        say(f"going on from step {first:,} in {workdir}")
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def _train(
+    config: ConfigDict,
+    data: Data,
+    method: Method,
+    state: TrainState,
+    checkpoints: checkpoint.Checkpoints,
+    workdir: str,
+    first_step: int,
+    total_steps: int,
+) -> tuple[TrainState, dict[str, float]]:
+    """Steps from `first_step` to `total_steps`. Returns the last state, and how fast it went."""
+    if first_step >= total_steps:
+        return state, {}
+    began = time.perf_counter()
+    step_fn = parallel.pmap_step(method.train_step)
+    batches = pipeline.train_batches(
+        data.train,
+        crops.CropSpec(
+            config.data.image_size,
+            tuple(config.data.crop_area),
+            tuple(config.data.crop_aspect),
+            config.data.resize_method,
+        ),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
+        first_step=first_step,
+        undecodable=data.undecodable,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    writer = metrics.create_writer(workdir)
+    progress = metrics.Progress(total_steps, first_step, config.batch_size)
+    for step in range(first_step + 1, total_steps + 1):
+        state, step_metrics = step_fn(state, parallel.shard(next(batches)))
+        last = step == total_steps
+        if step == first_step + 1:
+            jax.block_until_ready(state.step)
+            say(f"first step after {time.perf_counter() - began:.1f} s, with compiling")
+            progress.restart(step)
+        if step % config.log_every_steps == 0 or last:
+            values = {k: float(v) for k, v in parallel.unreplicate(step_metrics).items()}
+            rate = progress.show(step, values)
+            writer.write_scalars(step, values | ({"images_per_second": rate} if rate else {}))
+            if not math.isfinite(values["loss"]):
+                progress.close()
+                raise UserError(
+                    f"the loss is {values['loss']} at step {step}: lower "
+                    f"config.optimizer.learning_rate={config.optimizer.learning_rate!r}; the last "
+                    f"checkpoint is of step {checkpoints.latest_step or 0}"
+                )
+        if step % config.checkpoint_every_steps == 0 or last:
+            checkpoints.save(state)
+            progress.pause()
+    progress.close()
+    writer.flush()
+    writer.close()
+    return state, {"images_per_second": progress.images_per_second}
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+def _evaluate(
+    config: ConfigDict, data: Data, method: Method, state: TrainState, init_rng: jax.Array
+) -> dict[str, Any]:
+    """Probes of the last step's encoder; nothing where there are no labels to probe with."""
+    if data.test is None:
+        say("no labels to probe with: the encoder is in the last checkpoint")
+        return {}
+
+    def batches(source: sources.Source, limit: int) -> final.Batches:
+        undecodable = pipeline.Undecodable(source.num_examples, config.data.max_undecodable)
+        return lambda: pipeline.eval_batches(
+            source,
+            resize=config.data.test_resize,
+            size=config.data.image_size,
+            method=config.data.resize_method,
+            batch_size=config.eval.batch_size,
+            limit=limit,
+            undecodable=undecodable,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+
+    trained = jax.device_get(encoder_variables(parallel.unreplicate(state)))
+    untrained = None
+    if config.eval.random_init:
+        # The encoder exactly as this run's training found it.
+        untrained = jax.device_get(encoder_variables(jax.jit(method.init_state)(init_rng)))
+    return final.evaluate(
+        method.represent,
+        trained,
+        untrained,
+        batches(data.train, config.eval.max_train_images),
+        batches(data.test, config.eval.max_test_images),
+        config.eval,
+        tuple(config.augment.mean),
+        tuple(config.augment.std),
+        config.seed,
+    )
+
+
+def _write_results(
+    config: ConfigDict, data: Data, results: dict[str, Any], workdir: str
+) -> dict[str, Any]:
+    path = os.path.join(workdir, "results.json")
+    if "images_per_second" not in results and os.path.exists(path):
+        with open(path) as f:  # nothing was trained this time: the speed is an earlier process's
+            results["images_per_second"] = json.load(f).get("images_per_second")
+    results |= {
+        "method": config.method,
+        "seed": config.seed,
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "undecodable_images": len(data.undecodable.names),
+    }
+    if parallel.is_writer():
+        with open(path + ".partial", "w") as f:
+            json.dump(results, f, indent=2, sort_keys=True)
+            f.write("\n")
+        os.replace(path + ".partial", path)
+        if "knn_top1" in results:
+            say(f"top-1 on held-out images, encoder of step {results['steps']}:")
+            say(final.summary(results))
+        say(f"wrote {path}")
+    parallel.wait_for_all("results")
+    return results

