@@ -193,5 +193,5 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
             bn_groups=config.bn_groups,
             accumulate_steps=config.accumulate_steps,
         ),
-        represent=lambda variables, images: encoder.apply(variables, images),
+        represent=functools.partial(networks.represent, encoder),
     )

@@ -71,7 +71,7 @@ def apply_online(
         networks, "projector", params, stats, representation, layout
     )
     prediction, predictor_stats = _apply(networks, "predictor", params, stats, projection, layout)
-    logits = None
+    logits: Any = None
     if networks.classifier is not None:
         # The probe watches the representation and must not shape it.
         features = lax.stop_gradient(representation)
@@ -82,6 +82,12 @@ def apply_online(
         "predictor": predictor_stats,
     }
     return OnlineOutputs(prediction, logits), new_stats
+
+
+def represent(encoder: ResNet, variables: Any, images: jax.Array) -> jax.Array:
+    """Normalised images `[B, H, W, 3]` to the frozen encoder's representation `[B, D]`."""
+    representation: Any = encoder.apply(variables, images)
+    return representation
 
 
 def _apply(

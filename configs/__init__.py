@@ -1,0 +1,1 @@
+"""One file per method or job; `file.py:preset,field=value`."""

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_dict
 
 
 def parse(
-    arg: str | None, presets: dict[str, Callable[[], ConfigDict]], default: str
+    arg: str | None, presets: dict[str, Callable[..., ConfigDict]], default: str
 ) -> ConfigDict:
     """Makes the config of `preset,field=value,...`; the preset may be left out.
 

@@ -1,4 +1,4 @@
-"""Shared machinery of the self-supervised methods: data, encoders, optimizers, devices, the loop."""
+"""Machinery that the methods share: data, encoders, optimizers, devices, the loop."""
 
 import os
 

@@ -166,7 +166,7 @@ def _jitter_torchvision(planes: Planes, is_op: list, amounts: tuple, view: ViewA
 
 
 def adjust_hsv(planes: Planes, saturation: jax.Array, hue: jax.Array) -> Planes:
-    """Scales the saturation by `saturation` `[B]` and turns the hue by `hue` `[B]` (1 is a turn)."""
+    """Scales the saturation by `saturation` `[B]`, turns the hue by `hue` `[B]` (1 is a turn)."""
     r, g, b = planes
     value = jnp.maximum(jnp.maximum(r, g), b)
     chroma = value - jnp.minimum(jnp.minimum(r, g), b)

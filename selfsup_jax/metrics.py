@@ -21,15 +21,15 @@ def create_writer(workdir: str) -> metric_writers.MetricWriter:
 
 def format_seconds(seconds: float) -> str:
     """`75` -> `1m15s`; at most two units."""
-    seconds = int(round(seconds))
-    days, rest = divmod(seconds, 86400)
+    whole = round(seconds)
+    days, rest = divmod(whole, 86400)
     hours, rest = divmod(rest, 3600)
-    minutes, seconds = divmod(rest, 60)
+    minutes, rest = divmod(rest, 60)
     if days:
         return f"{days}d{hours:02d}h"
     if hours:
         return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 class Progress:

@@ -70,7 +70,7 @@ def _environment_has_a_cluster() -> bool:
 
 
 def _on_a_tpu_vm() -> bool:
-    """A TPU VM has the accelerator's device nodes and libtpu; its metadata names the other hosts."""
+    """A TPU VM has the chips and libtpu; its metadata names the other hosts."""
     has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
     if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
         return False
@@ -86,7 +86,7 @@ def keep_compiled(directory: str) -> None:
 
     `JAX_COMPILATION_CACHE_DIR`, where it is set, goes before.
     """
-    if directory and not jax.config.jax_compilation_cache_dir:
+    if directory and not jax.config.read("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -164,8 +164,8 @@ def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
         `[batch_size / hosts]` int32.
     """
     devices = jax.device_count()
-    per_device = np.arange(batch_size, dtype=np.int32).reshape(accumulate_steps, devices, -1)
-    per_device = per_device.transpose(1, 0, 2).reshape(devices, -1)
+    index = np.arange(batch_size, dtype=np.int32).reshape(accumulate_steps, devices, -1)
+    per_device = index.transpose(1, 0, 2).reshape(devices, -1)
     mine = [i for i, d in enumerate(jax.devices()) if d.process_index == jax.process_index()]
     return per_device[mine].reshape(-1)
 

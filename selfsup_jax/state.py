@@ -13,8 +13,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that changes from step to step.
 
     Attributes:

@@ -195,7 +195,7 @@ def _fill_gaps(
         missing = ~np.isin(positions, batch["index"])
         for name in ids[missing]:
             undecodable.add(source.describe(int(name)) if not source.stream else name.decode())
-        place = np.cumsum(~missing) - (~missing)  # rows present before each position
+        place: np.ndarray = np.cumsum(~missing) - (~missing)  # rows present before each position
         rows = place % len(batch["index"])
         batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
     if source.num_classes is None:

@@ -270,9 +270,9 @@ def load_tfds(
 
 
 def _tfds_builder(name: str, directory: str, download: bool) -> tfds.core.DatasetBuilder:
-    directory = os.path.expanduser(directory) if directory else None
+    data_dir = os.path.expanduser(directory) if directory else None
     try:
-        builder = tfds.builder(name, data_dir=directory, try_gcs=False)
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as e:
         known = [*tfds.list_builders(with_community_datasets=False), *EMBEDDED]
         raise bad_field(
@@ -287,7 +287,7 @@ def _tfds_builder(name: str, directory: str, download: bool) -> tfds.core.Datase
                 f"config.data.name={name!r}: could not be prepared: {first_line}"
             ) from e
     if not builder.info.splits:
-        where = directory or builder._data_dir_root
+        where = data_dir or builder._data_dir_root
         there = sorted(os.listdir(where)) if os.path.isdir(where) else []
         raise bad_field(
             "data.dir",

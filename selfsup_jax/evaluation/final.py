@@ -90,7 +90,7 @@ def evaluate(
 
 def summary(results: dict[str, Any]) -> str:
     """A plain-text table of the probes, percentages."""
-    rows = [("", "linear probe", "few labels", "kNN")]
+    rows: list[tuple[str, ...]] = [("", "linear probe", "few labels", "kNN")]
     for name, prefix in (
         ("this encoder", ""),
         ("never trained", "random_init_"),

@@ -1,4 +1,4 @@
-"""One ResNet with parameters: He et al. 2016 (arXiv 1512.03385), as BYOL, MoCo and SimCLR use it."""
+"""One ResNet with parameters (He et al. 2016, arXiv 1512.03385), for every method."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, C]` to `[B, H / stride, W / stride, features]`, in the type of `x`."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", KERNEL_INITS[self.kernel_init], shape, jnp.float32)
         kernel = kernel.astype(x.dtype)
@@ -78,7 +79,7 @@ def _conv_of_small_map(
 
     On such maps XLA's convolution is some 15 times slower on the CPU than this matmul.
     """
-    height, width, inputs, outputs = kernel.shape
+    height, width, _, outputs = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows = (x.shape[1] - height) // stride + 1
     columns = (x.shape[2] - width) // stride + 1

@@ -1,0 +1,1 @@
+"""What things cost: each module runs alone, `python -m benchmarks.step`, and prints a table."""

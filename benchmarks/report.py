@@ -1,0 +1,41 @@
+"""What every benchmark shares: timing, a table, flat JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Row = tuple[str, float, str]  # name, value, unit
+
+
+def median_seconds(fn: Callable[..., Any], *args: Any, repeats: int = 5) -> float:
+    """The median time of `fn(*args)`, after one call that compiles."""
+    jax.block_until_ready(fn(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def show(title: str, rows: list[Row], json_path: str = "") -> None:
+    """Prints a table, and with a path writes the same as flat JSON."""
+    machine = f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"\n{title}\n{datetime.date.today()}, {machine}, jax {jax.__version__}\n")
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, unit in rows:
+        print(f"  {name:<{width}}  {value:>12,.4g} {unit}")
+    if json_path:
+        flat = {name.replace(" ", "_"): value for name, value, _ in rows}
+        flat |= {f"{name.replace(' ', '_')}_unit": unit for name, _, unit in rows if unit}
+        with open(json_path, "w") as f:
+            json.dump(flat | {"title": title, "machine": machine}, f, indent=2)
+            f.write("\n")
