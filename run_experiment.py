@@ -41,7 +41,6 @@ def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
     import byol_jax.method
     from selfsup_jax import train
 
-    logging.set_verbosity(flags.FLAGS.verbosity)  # a library resets it when it is imported
     methods = {"byol": byol_jax.method.build}
     jobs = {"pretrain": lambda: train.pretrain(config, workdir, methods[config.method])}
     for field, choices in (("job", jobs), ("method", methods)):
@@ -55,6 +54,9 @@ def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Starts JAX, then the job."""
     del argv
+    if not flags.FLAGS["verbosity"].present:
+        # absl's default under app.run is INFO: the libraries' own diaries, pages of them.
+        logging.set_verbosity(logging.WARNING)
     try:
         if _CONFIG.value is None or not _WORKDIR.value:
             raise UserError(
@@ -112,5 +114,4 @@ def _fail(message: object) -> None:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     app.run(main, flags_parser=parse_flags)

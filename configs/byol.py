@@ -47,7 +47,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def imagenet(epochs: float = 1000) -> ConfigDict:
-    """The paper's recipe, with the code's values for its length."""
+    """ImageNet as in the paper; its test split has no public labels, so validation is held out."""
+    config = _paper(epochs)
+    config.data.train_split = "train"
+    config.data.test_split = "validation"
+    return config
+
+
+def _paper(epochs: float = 1000) -> ConfigDict:
+    """The paper's recipe for any data, with the code's values for its length."""
     lengths = [length for length in _BY_LENGTH if length <= epochs] or [min(_BY_LENGTH)]
     learning_rate, weight_decay, tau_base = _BY_LENGTH[max(lengths)]
 
@@ -99,7 +107,7 @@ def imagenet(epochs: float = 1000) -> ConfigDict:
 
 def cifar10() -> ConfigDict:
     """CIFAR-10 on one accelerator: lightly's benchmark recipe, with SGD and no blur."""
-    config = imagenet()
+    config = _paper()
     config.epochs = 200.0
     config.batch_size = 128
     config.compute_dtype = "float32"
@@ -127,7 +135,7 @@ def cifar10() -> ConfigDict:
 
 def imagenette() -> ConfigDict:
     """Imagenette as in the authors' README: ResNet-18, 128 px crops of the 160 px set."""
-    config = imagenet()
+    config = _paper()
     config.batch_size = 256
     config.data.name = "imagenette/160px-v2"
     config.data.image_size = 128
@@ -142,7 +150,7 @@ def imagenette() -> ConfigDict:
 
 def folder() -> ConfigDict:
     """Your own images, on whatever is at hand: the 300-epoch recipe with a batch for one device."""
-    config = imagenet(epochs=300)
+    config = _paper(epochs=300)
     config.batch_size = 64
     config.tau_base = 0.99
     config.compute_dtype = "float32"
@@ -159,7 +167,7 @@ def folder() -> ConfigDict:
 
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in under four minutes."""
-    config = imagenet()
+    config = _paper()
     config.epochs = 34.0
     config.batch_size = 64
     config.compute_dtype = "float32"
@@ -168,6 +176,7 @@ def demo() -> ConfigDict:
     config.data.image_size = 16
     config.data.test_resize = 20  # a digit fills 20 of its 28 pixels: the margins go
     config.data.crop_area = (0.5, 1.0)
+    config.data.resize_method = "area"  # 28 to 16 pixels: bicubic without antialiasing skips lines
     config.encoder.depth = 18
     config.encoder.width = 0.25
     config.encoder.stem = "cifar"
@@ -193,5 +202,6 @@ def demo() -> ConfigDict:
     config.augment.std = (0.31, 0.31, 0.31)
     config.log_every_steps = 62  # an epoch
     config.checkpoint_every_steps = 620
+    config.eval.knn_k = 20  # of 400 images per class
     config.eval.pixels = True
     return config

@@ -32,6 +32,8 @@ def parse(
         fields[key.strip()] = _literal(text.strip())
     make = presets[name]
     takes_epochs = "epochs" in make.__code__.co_varnames[: make.__code__.co_argcount]
+    if not isinstance(fields.get("epochs", 1), int | float):
+        raise ValueError(f"config.epochs={fields['epochs']!r}: must be a number")
     config = make(epochs=fields.pop("epochs")) if takes_epochs and "epochs" in fields else make()
     for key, value in fields.items():
         set_field(config, key, value)

@@ -53,8 +53,10 @@ class Checkpoints:
         wanted = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _as_dict(like))
         step = self.latest_step if step is None else step
         restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        leaves = [np.asarray(x) for x in jax.tree.leaves(restored)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        fields = jax.tree.map(np.asarray, restored)
+        numbered = jax.tree.leaves(fields.pop("opt_state"))
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), numbered)
+        return like.replace(**fields, opt_state=opt_state)
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -22,6 +22,6 @@ def bad_field(field: str, value: Any, valid: str) -> UserError:
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     """The choices most like `name`, for "did you mean": close ones first, else all of them."""
-    choices = list(choices)
+    choices = list(dict.fromkeys(choices))  # TFDS names some data sets twice
     close = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
     return ", ".join(close or sorted(choices))

@@ -62,9 +62,9 @@ class Progress:
             return 0.0
         return self._counted_steps * self._images_per_step / self._counted_seconds
 
-    def pause(self) -> None:
-        """Starts the current interval anew, so that what came before is in no rate."""
-        self._last = (time.perf_counter(), self._last[1])
+    def leave_out(self, seconds: float) -> None:
+        """Takes time that was spent on something else out of the current interval's rate."""
+        self._last = (self._last[0] + seconds, self._last[1])
 
     def restart(self, step: int) -> None:
         """Begins to count at `step`, now: after the first step, which compiles."""

@@ -86,7 +86,7 @@ def keep_compiled(directory: str) -> None:
 
     `JAX_COMPILATION_CACHE_DIR`, where it is set, goes before.
     """
-    if directory and not jax.config.read("jax_compilation_cache_dir"):
+    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

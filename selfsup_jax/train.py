@@ -14,7 +14,7 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from selfsup_jax import checkpoint, metrics, parallel
+from selfsup_jax import STARTED, checkpoint, metrics, parallel
 from selfsup_jax import config as config_lib
 from selfsup_jax.data import crops, pipeline, sources
 from selfsup_jax.durations import to_steps
@@ -166,7 +166,6 @@ def _train(
     """Steps from `first_step` to `total_steps`. Returns the last state, and how fast it went."""
     if first_step >= total_steps:
         return state, {}
-    began = time.perf_counter()
     step_fn = parallel.pmap_step(method.train_step)
     batches = pipeline.train_batches(
         data.train,
@@ -191,12 +190,12 @@ def _train(
         last = step == total_steps
         if step == first_step + 1:
             jax.block_until_ready(state.step)
-            say(f"first step after {time.perf_counter() - began:.1f} s, with compiling")
+            say(f"first step done {time.perf_counter() - STARTED:.1f} s after the start")
             progress.restart(step)
-        if step % config.log_every_steps == 0 or last:
+        log = step % config.log_every_steps == 0 or last
+        save = step % config.checkpoint_every_steps == 0 or last
+        if log or save:
             values = {k: float(v) for k, v in parallel.unreplicate(step_metrics).items()}
-            rate = progress.show(step, values)
-            writer.write_scalars(step, values | ({"images_per_second": rate} if rate else {}))
             if not math.isfinite(values["loss"]):
                 progress.close()
                 raise UserError(
@@ -204,9 +203,13 @@ def _train(
                     f"config.optimizer.learning_rate={config.optimizer.learning_rate!r}; the last "
                     f"checkpoint is of step {checkpoints.latest_step or 0}"
                 )
-        if step % config.checkpoint_every_steps == 0 or last:
+        if log:
+            rate = progress.show(step, values)
+            writer.write_scalars(step, values | ({"images_per_second": rate} if rate else {}))
+        if save:
+            began = time.perf_counter()
             checkpoints.save(state)
-            progress.pause()
+            progress.leave_out(time.perf_counter() - began)
     progress.close()
     writer.flush()
     writer.close()

@@ -14,6 +14,8 @@ from selfsup_jax.data.sources import Source
 from selfsup_jax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
+# AutoGraph has nothing to convert here, and warns where it can't parse a newer Python's source.
+_as_written = tf.autograph.experimental.do_not_convert
 _BATCHES_IN_FLIGHT = 3  # per host: decoded in parallel, and ready before the step asks
 
 
@@ -81,7 +83,6 @@ def train_batches(
         `label` `[b]` int32.
     """
     raw = _raw_batches if source.images is not None else _raw_stream
-    step = first_step
     for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):
         decoded = dataset.interleave(
             lambda batch: _crop_batch(batch, source, spec, seed, batch_size),
@@ -91,9 +92,6 @@ def train_batches(
             deterministic=True,
         )
         for batch in decoded.prefetch(_BATCHES_IN_FLIGHT).as_numpy_iterator():
-            if batch["step"] != step:
-                raise UserError(f"config.data.dir: no image of the batch of step {step} decodes")
-            step += 1
             yield _fill_gaps(batch, positions, source, undecodable)
 
 
@@ -164,6 +162,7 @@ def _crop_batch(
 ) -> tf.data.Dataset:
     """A data set of one element: the batch's views, those that can't be decoded left out."""
 
+    @_as_written
     def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         number = batch["step"] * batch_size + tf.cast(example["index"], tf.int64)
         draws = crops.box_draws(seed, number, num_views=2)
@@ -181,7 +180,11 @@ def _crop_batch(
     rows = {k: batch[k] for k in ("index", "image", "label")}
     examples = tf.data.Dataset.from_tensor_slices(rows)
     decoded = examples.map(crop, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
-    one = decoded.batch(batch["index"].shape[0])
+    # Where nothing decodes a batch of no rows takes the place: a data set that gave nothing at all
+    # would let the reader look for the next batch for ever.
+    no_rows = {k: tf.zeros((0, *v.shape), v.dtype) for k, v in decoded.element_spec.items()}
+    nothing = tf.data.Dataset.from_tensors(no_rows)
+    one = decoded.batch(batch["index"].shape[0]).concatenate(nothing).take(1)
     return one.map(lambda views: views | {"step": batch["step"], "ids": batch["id"]})
 
 
@@ -189,12 +192,13 @@ def _fill_gaps(
     batch: HostBatch, positions: np.ndarray, source: Source, undecodable: Undecodable
 ) -> HostBatch:
     """Names what is missing and puts the next image that is there in its place."""
-    ids = batch.pop("ids")
-    del batch["step"]
+    ids, step = batch.pop("ids"), batch.pop("step")
     if len(batch["index"]) < len(positions):
         missing = ~np.isin(positions, batch["index"])
         for name in ids[missing]:
             undecodable.add(source.describe(int(name)) if not source.stream else name.decode())
+        if not len(batch["index"]):
+            raise UserError(f"config.data.dir: no image of the batch of step {step} decodes")
         place: np.ndarray = np.cumsum(~missing) - (~missing)  # rows present before each position
         rows = place % len(batch["index"])
         batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
@@ -246,6 +250,7 @@ def eval_batches(
         part = count // hosts + (host < count % hosts)
         examples = source.stream(seed, host, hosts).take(part)
 
+    @_as_written
     def decode(image, label, name):
         if source.kind != "array":
             encoded = _read(image, source.kind)

@@ -65,14 +65,10 @@ def load(name: str, directory: str, split: str, field: str, **options) -> Source
         UserError: an unknown name or split, a directory with no such data, no images.
     """
     if name == "digits":
-        source = load_digits(split, field)
-    elif name == "folder":
-        source = load_folder(directory, split, field)
-    else:
-        source = load_tfds(name, directory, split, field, **options)
-    if not source.num_examples:
-        raise bad_field(field, split, f"holds no images of {name}")
-    return source
+        return load_digits(split, field)
+    if name == "folder":
+        return load_folder(directory, split, field)
+    return load_tfds(name, directory, split, field, **options)
 
 
 def choose_splits(name: str, directory: str, download: bool = False) -> tuple[str, str]:
@@ -99,11 +95,14 @@ def split_numbers(split: str, lengths: dict[str, int], field: str) -> list[tuple
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError, KeyError) as e:
-        raise bad_field(field, split, f"{e}; splits: {', '.join(lengths)}") from e
+        reason = str(e).splitlines()[-1]  # the lines before it say less
+        raise bad_field(field, split, f"{reason}; splits: {', '.join(lengths)}") from e
     numbers = []
     for part in parts:
         length = lengths[part.splitname]
         numbers.append((part.splitname, np.arange(length)[part.from_ : part.to]))
+    if not sum(len(part) for _, part in numbers):  # TFDS can't read an empty split
+        raise bad_field(field, split, f"holds no images; splits: {', '.join(lengths)}")
     return numbers
 
 
