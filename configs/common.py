@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Callable
 
 from ml_collections import ConfigDict, config_dict
@@ -20,7 +21,8 @@ def parse(
     Raises:
         ValueError: an unknown preset or field, naming the nearest valid ones.
     """
-    parts = [part.strip() for part in (arg or "").split(",") if part.strip()]
+    outside_brackets = r",(?![^(]*\))"
+    parts = [part.strip() for part in re.split(outside_brackets, arg or "") if part.strip()]
     name = parts.pop(0) if parts and "=" not in parts[0] else default
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}; did you mean: {_nearest(name, presets)}?")

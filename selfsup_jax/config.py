@@ -136,7 +136,7 @@ def _check_view(view: ConfigDict, path: str) -> None:
         if field.endswith("_prob") and not 0 <= view[field] <= 1:
             raise bad_field(path + field, view[field], "must be from 0 to 1")
     for field in ("brightness", "contrast", "saturation"):
-        if view[field] < 0:
+        if not view[field] >= 0:  # nor NaN
             raise bad_field(path + field, view[field], "must not be negative")
     if not 0 <= view.hue <= 0.5:
         raise bad_field(path + "hue", view.hue, "must be from 0 to 0.5 (half a turn)")

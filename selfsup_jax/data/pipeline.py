@@ -266,6 +266,9 @@ def eval_batches(
     if source.images is not None and len(names) < len(numbers):
         for i in sorted(set(numbers) - {int(name) for name in names}):
             undecodable.add(source.describe(int(i)))
+    elif source.stream is not None:
+        for i in range(part - len(names)):  # a stream doesn't tell which
+            undecodable.add(f"{source.name}: broken image {i + 1} of host {host}")
 
 
 def _read(image: tf.Tensor, kind: str) -> tf.Tensor:

@@ -1,0 +1,156 @@
+"""Simulated devices, tiny networks and tiny batches that the tests share.
+
+Compiling dominates the time of a test on the CPU. So the networks here are as small as they can be
+while still having everything that a rule applies to (convolution, batch norm, biases, a probe), and
+whatever is compiled is shared through fixtures.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import sys
+
+# Before JAX is imported: eight devices on the CPU, whatever the machine has. Level 0 compiles
+# several times faster. Processes that a test starts have an environment of `process_env`.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+)
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the entry point, configs
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+from byol_jax import method
+from byol_jax.networks import Networks
+from selfsup_jax import optim
+from selfsup_jax.augment import ViewAugmentation
+from selfsup_jax.models.heads import LinearClassifier, MLPHead
+from selfsup_jax.models.norm import BatchNorm
+from selfsup_jax.models.resnet import Conv
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+# Nothing is changed but the type: what a step computes can then be restated by hand.
+NO_AUGMENTATION = ViewAugmentation(
+    flip_prob=0.0, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0, solarize_prob=0.0
+)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+IMAGE_SHAPE = (4, 4, 3)
+NUM_CLASSES = 3
+
+
+class TinyEncoder(nn.Module):
+    """One convolution with batch norm, then the mean over the map; `num_features` as ResNet has."""
+
+    num_features: int = 4
+
+    @nn.compact
+    def __call__(self, x, layout=None):
+        x = Conv(self.num_features, 3, name="conv")(x)
+        x = BatchNorm(name="bn")(x, layout)
+        return nn.relu(x).mean((1, 2))
+
+
+def tiny_networks(classes: int | None = NUM_CLASSES) -> Networks:
+    """BYOL's networks with a few hundred parameters in all."""
+    return Networks(
+        encoder=TinyEncoder(),
+        projector=MLPHead(hidden_size=12, output_size=3),
+        predictor=MLPHead(hidden_size=12, output_size=3),
+        classifier=LinearClassifier(classes) if classes else None,
+    )
+
+
+def random_batch(size: int, seed: int, labels: bool = True) -> dict[str, np.ndarray]:
+    """A global batch in the pipeline's form: each image a colour of its own, under noise."""
+    rng = np.random.default_rng(seed)
+    colors = rng.integers(0, 200, (size, 1, 1, 3))
+    batch = {
+        f"view_{i}": (colors + rng.integers(0, 56, (size, *IMAGE_SHAPE))).astype(np.uint8)
+        for i in (1, 2)
+    }
+    batch["index"] = np.arange(size, dtype=np.int32)
+    if labels:
+        batch["label"] = rng.integers(0, NUM_CLASSES, size).astype(np.int32)
+    return batch
+
+
+def flatten(tree, prefix: str = "") -> dict[str, np.ndarray]:
+    """`{"a/b": leaf}` of nested dictionaries, as NumPy arrays."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        prefix + "/".join(str(getattr(k, "key", k)) for k in path): np.asarray(leaf)
+        for path, leaf in paths
+    }
+
+
+def assert_same(a, b) -> None:
+    """Two trees are equal bit by bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for path, x in flatten(a).items():
+        np.testing.assert_array_equal(x, flatten(b)[path], err_msg=path)
+
+
+def assert_close(a, b, relative: float = 1e-5, floor: float = 1e-6) -> None:
+    """Each leaf of `a` is that of `b`, up to `relative` of the leaf's largest value.
+
+    A leaf smaller than `floor` counts as one of that size, and a hidden layer's bias as 1: batch
+    norm takes it out again, so that its gradient is zero but for rounding.
+    """
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        smallest = 1.0 if path.endswith("hidden/bias") else floor
+        error = np.max(np.abs(a[path] - b[path]), initial=0.0)
+        allowed = relative * max(np.max(np.abs(b[path]), initial=0.0), smallest)
+        assert error <= allowed, f"{path}: differs by {error}, above {allowed}"
+
+
+def tiny_step(networks: Networks, *, schedule=None, eta=0.2, decay=0.05, **changes):
+    """(`train_step` with everything but the axis bound, its optimizer): LARS, in large steps."""
+    schedule = schedule or optax.constant_schedule(0.5)
+    optimizer = optim.make_optimizer(
+        schedule,
+        momentum=0.9,
+        weight_decay=decay,
+        exclude=("bias$", "scale$"),
+        trust_coefficient=eta,
+    )
+    arguments = {
+        "networks_": networks,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "tau": lambda step: 0.9,
+        "augment": (NO_AUGMENTATION, NO_AUGMENTATION),
+        "mean": MEAN,
+        "std": STD,
+    }
+    return functools.partial(method.train_step, **(arguments | changes)), optimizer
+
+
+def process_env(devices: int = 1) -> dict[str, str]:
+    """The environment of a process that a test starts: on the CPU, with so many devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    return os.environ | {"XLA_FLAGS": flags}
+
+
+@pytest.fixture(scope="session")
+def networks() -> Networks:
+    return tiny_networks()
+
+
+@pytest.fixture(scope="session")
+def initial_state(networks):
+    """A state before its first update, its `opt_state` still empty."""
+    init = functools.partial(
+        method.init_state, networks_=networks, optimizer=optax.identity(), image_shape=IMAGE_SHAPE
+    )
+    return jax.device_get(jax.jit(init)(jax.random.PRNGKey(0)))

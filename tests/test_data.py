@@ -1,0 +1,553 @@
+"""Data sets of every kind, and the batches that are made of them.
+
+Most images here have a single colour that says which image they are, so that a crop, whatever its
+box, can be traced back to its file.
+"""
+
+import importlib
+import io
+import itertools
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+import selfsup_jax.data
+from selfsup_jax.data import crops, pipeline, sources
+from selfsup_jax.errors import UserError
+
+FIELD = "data.train_split"
+SPEC = crops.CropSpec(size=4)
+
+
+def write_image(path: pathlib.Path, number: int, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (number, number, number)).save(path)
+
+
+def write_folder(root: pathlib.Path, count: int) -> str:
+    for i in range(count):
+        write_image(root / f"{i:03}.png", i)
+    return str(root)
+
+
+def load_folder(root: pathlib.Path, split: str = "train") -> sources.Source:
+    return sources.load("folder", str(root), split, FIELD)
+
+
+def images_of(batch: dict[str, np.ndarray], key: str = "view_1") -> np.ndarray:
+    """The number of the file behind each crop."""
+    assert np.ptp(batch[key], axis=(1, 2, 3)).max() == 0  # a single colour, as it was written
+    return batch[key][:, 0, 0, 0].astype(int)
+
+
+def batches(source: sources.Source, batch_size: int, count: int, **changes) -> list[dict]:
+    """The first `count` batches."""
+    options = {
+        "seed": 0,
+        "batch_size": batch_size,
+        "positions": np.arange(batch_size, dtype=np.int32),
+        "first_step": 0,
+        "undecodable": pipeline.Undecodable(source.num_examples, 0.01),
+    }
+    stream = pipeline.train_batches(source, SPEC, **(options | changes))
+    return list(itertools.islice(stream, count))
+
+
+def evaluate(source: sources.Source, batch_size: int, limit: int = 10**6, **changes) -> list[dict]:
+    undecodable = pipeline.Undecodable(source.num_examples, 0.01)
+    options = {"resize": 8, "size": 8, "method": "bicubic", "undecodable": undecodable}
+    return list(
+        pipeline.eval_batches(source, batch_size=batch_size, limit=limit, **(options | changes))
+    )
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> sources.Source:
+    """50 images: 6 batches of 8 in an epoch, and 2 images left over."""
+    return load_folder(write_folder(tmp_path_factory.mktemp("folder"), 50))
+
+
+def test_tensorflow_gives_up_the_accelerators(monkeypatch):
+    # This machine may have none, so what counts is that they are given up when TF is imported here.
+    given_up = []
+    monkeypatch.setattr(
+        tf.config, "set_visible_devices", lambda devices, kind: given_up.append((devices, kind))
+    )
+    importlib.reload(selfsup_jax.data)
+    assert ([], "GPU") in given_up and ([], "TPU") in given_up
+    assert tf.config.get_visible_devices("GPU") == []
+
+
+# ------------------------------------------------------------------------------ digits
+
+
+def test_digits_are_balanced_and_disjoint():
+    train = sources.load("digits", "", "train", FIELD)
+    test = sources.load("digits", "", "test", FIELD)
+    assert (train.num_examples, test.num_examples, train.num_classes) == (4000, 1000, 10)
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(test.labels).tolist() == [100] * 10
+    assert train.images.shape == (4000, 28, 28, 3) and train.images.dtype == tf.uint8
+    assert train.images.numpy().max() == 255
+    # No picture is in both, and the classes are mixed.
+    seen = {image.tobytes() for image in train.images.numpy()}
+    assert not seen & {image.tobytes() for image in test.images.numpy()}
+    assert len(set(train.labels[:100])) == 10
+
+    # The labels are those of the pictures: the nearest mean of a class is mostly the right one.
+    x, y = train.images.numpy()[..., 0] / 255.0, train.labels
+    means = np.stack([x[y == digit].mean(0).ravel() for digit in range(10)])
+    held_out = test.images.numpy()[..., 0].reshape(1000, -1) / 255.0
+    nearest = ((held_out[:, None] - means) ** 2).sum(-1).argmin(1)
+    assert np.mean(nearest == test.labels) > 0.75
+
+
+# ------------------------------------------------------------------------------ folder
+
+
+def test_class_subfolders_are_the_labels(tmp_path):
+    for i in range(12):
+        write_image(tmp_path / ("cat", "ant", "bee")[i % 3] / "deep" / f"{i}.png", i)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / ".hidden.png").write_text("nor this")
+    source = load_folder(tmp_path)
+    assert source.num_examples == 12
+    assert source.class_names == ("ant", "bee", "cat")
+    (batch,) = batches(source, 12, 1)
+    for image, label in zip(images_of(batch), batch["label"], strict=True):
+        assert source.class_names[label] == ("cat", "ant", "bee")[image % 3]
+
+
+def test_images_without_subfolders_have_no_labels(folder):
+    assert folder.num_examples == 50
+    assert folder.num_classes is None and folder.labels is None
+    assert "label" not in batches(folder, 8, 1)[0]
+
+
+@pytest.mark.parametrize("names", [["a/1.png", "a/2.png"], ["a/1.png", "b/2.png", "3.png"]])
+def test_one_class_or_images_beside_the_classes_mean_no_labels(tmp_path, names):
+    for i, name in enumerate(names):
+        write_image(tmp_path / name, i)
+    source = load_folder(tmp_path)
+    assert source.num_examples == len(names)
+    assert source.num_classes is None and source.labels is None
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_train_and_test_subfolders_are_the_splits(tmp_path, held_out):
+    for i in range(6):
+        write_image(tmp_path / "train" / "ab"[i % 2] / f"{i}.jpg", i)
+    for i in range(6, 9):
+        write_image(tmp_path / held_out / "ab"[i % 2] / f"{i}.jpeg", i)
+    assert sources.choose_splits("folder", str(tmp_path)) == ("train", held_out)
+    train, test = load_folder(tmp_path), load_folder(tmp_path, held_out)
+    assert train.class_names == test.class_names == ("a", "b")
+    assert sorted(images_of(batches(train, 6, 1)[0])) == [0, 1, 2, 3, 4, 5]
+    (batch,) = evaluate(test, 8)
+    assert sorted(images_of(batch, "image")) == [6, 7, 8]
+    assert batch["label"].tolist() == [i % 2 for i in images_of(batch, "image")]
+
+
+def test_a_folder_without_splits_is_cut_in_two(tmp_path):
+    write_folder(tmp_path, 20)
+    splits = sources.choose_splits("folder", str(tmp_path))
+    parts = [set(load_folder(tmp_path, split).images.numpy()) for split in splits]
+    assert [len(part) for part in parts] == [18, 2]
+    assert len(parts[0] | parts[1]) == 20
+
+
+def test_a_folders_order_mixes_its_classes_and_knows_no_absolute_paths(tmp_path):
+    orders = []
+    for root in (tmp_path / "here", tmp_path / "there"):
+        for i in range(60):
+            write_image(root / f"class{i // 20}" / f"{i}.png", i)
+        orders.append(images_of(evaluate(load_folder(root), 60)[0], "image").tolist())
+    assert orders[0] == orders[1]
+    assert {i // 20 for i in orders[0][-10:]} == {0, 1, 2}
+
+
+def test_splits_take_slices_and_sums(tmp_path):
+    for name, count in (("train", 20), ("test", 6)):
+        write_folder(tmp_path / name, count)
+
+    def files(split):
+        return list(load_folder(tmp_path, split).images.numpy())
+
+    train, test = files("train"), files("test")
+    assert (len(train), len(test)) == (20, 6) and not set(train) & set(test)
+    assert files("train[:10%]") == train[:2]
+    assert files("train[-5:]") == train[-5:]
+    assert files("test[:3]+train[3:5]") == test[:3] + train[3:5]
+
+
+@pytest.mark.parametrize(
+    ("split", "hint"),
+    [
+        ("tran", "splits: train"),
+        ("train[:0]", "holds no images"),
+        ("train[:ten]", "splits: train"),
+        ("train[:200%]", "splits: train"),
+    ],
+)
+def test_a_wrong_split_is_named(folder, split, hint):
+    root = str(pathlib.Path(folder.images[0].numpy().decode()).parent)
+    with pytest.raises(UserError) as error:
+        sources.load("folder", root, split, FIELD)
+    assert f"config.data.train_split={split!r}" in str(error.value)
+    assert hint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path):
+    for directory in (str(tmp_path / "nowhere"), str(tmp_path), ""):
+        with pytest.raises(UserError) as error:
+            sources.load("folder", directory, "train", FIELD)
+        assert f"config.data.dir={directory!r}" in str(error.value)
+
+
+def test_images_of_every_kind_can_be_read(tmp_path):
+    for i, kind in enumerate(("png", "jpg", "jpeg", "bmp", "gif", "PNG")):
+        write_image(tmp_path / f"{i}.{kind}", 40 * i)
+    Image.new("L", (8, 8), 240).save(tmp_path / "gray.png")
+    source = load_folder(tmp_path)
+    (batch,) = batches(source, 7, 1)
+    np.testing.assert_allclose(np.sort(images_of(batch)), np.arange(7) * 40, atol=1)
+    (batch,) = evaluate(source, 7)
+    np.testing.assert_allclose(np.sort(images_of(batch, "image")), np.arange(7) * 40, atol=1)
+
+
+# -------------------------------------------------------------------------- undecodable
+
+
+def break_image(root: pathlib.Path, number: int) -> pathlib.Path:
+    """Puts a JPEG that ends too early in the place of a good image."""
+    (root / f"{number:03}.png").unlink()
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        whole, "jpeg"
+    )
+    broken = root / f"{number:03}.jpg"
+    broken.write_bytes(whole.getvalue()[:300] if number % 2 else b"not an image at all")
+    return broken
+
+
+@pytest.mark.parametrize("number", [7, 8])  # one truncated, one garbage
+def test_a_broken_image_is_named_and_its_place_filled(tmp_path, caplog, number):
+    write_folder(tmp_path, 120)
+    broken = break_image(tmp_path, number)
+    source = load_folder(tmp_path)
+    undecodable = pipeline.Undecodable(source.num_examples, 0.01)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        epochs = batches(source, 40, 6, undecodable=undecodable)
+    assert undecodable.names == {str(broken)}
+    assert caplog.text.count(str(broken)) == 1  # once, though both epochs met it
+
+    bad = [path.decode() for path in source.images.numpy()].index(str(broken))
+    for epoch in (0, 1):
+        order = pipeline.epoch_order(120, seed=0, epoch=epoch)
+        step, place = divmod(int(np.flatnonzero(order == bad)[0]), 40)
+        batch = epochs[3 * epoch + step]
+        for each in epochs:
+            assert each["view_1"].shape == each["view_2"].shape == (40, 4, 4, 3)
+            assert each["index"].tolist() == list(range(40))
+        ids = images_of(batch)
+        assert ids[place] == ids[(place + 1) % 40] != number
+        assert len(set(ids)) == 39  # all the others are where they belong
+        seen = np.concatenate([images_of(each) for each in epochs[3 * epoch : 3 * epoch + 3]])
+        assert set(seen) == set(range(120)) - {number}
+
+    undecodable = pipeline.Undecodable(source.num_examples, 0.01)
+    evaluated = evaluate(source, 50, undecodable=undecodable)
+    assert sorted(np.concatenate([images_of(b, "image") for b in evaluated])) == sorted(
+        set(range(120)) - {number}
+    )
+    assert undecodable.names == {str(broken)}
+
+
+def test_too_many_broken_images_stop_the_run(tmp_path):
+    write_folder(tmp_path, 120)
+    broken = {str(break_image(tmp_path, number)) for number in (5, 6)}
+    source = load_folder(tmp_path)
+    with pytest.raises(UserError) as error:
+        batches(source, 40, 3)
+    assert "config.data.max_undecodable=0.01" in str(error.value)
+    assert "2 of 120" in str(error.value) and any(path in str(error.value) for path in broken)
+    with pytest.raises(UserError, match="2 of 120"):
+        evaluate(source, 50)
+    # A higher limit lets it go on.
+    allowed = pipeline.Undecodable(source.num_examples, 0.02)
+    batches(source, 40, 3, undecodable=allowed)
+    assert allowed.names == broken
+
+
+@pytest.mark.parametrize("limit", [0.01, 1.0])
+def test_a_batch_without_a_single_image_stops_the_run(tmp_path, limit):
+    for i in range(8):
+        (tmp_path / f"{i}.jpg").write_bytes(b"not an image at all")
+    source = load_folder(tmp_path)
+    with pytest.raises(UserError, match=r"config\.data\."):
+        batches(source, 4, 1, undecodable=pipeline.Undecodable(8, limit))
+
+
+# ------------------------------------------------------------------------- train batches
+
+
+def test_epoch_order_is_a_permutation_by_seed_and_epoch():
+    order = pipeline.epoch_order(100, seed=3, epoch=5)
+    assert sorted(order) == list(range(100))
+    np.testing.assert_array_equal(order, pipeline.epoch_order(100, seed=3, epoch=5))
+    for seed, epoch in ((3, 6), (4, 5), (5, 3)):
+        assert np.mean(order == pipeline.epoch_order(100, seed=seed, epoch=epoch)) < 0.1
+
+
+def test_an_epoch_shows_each_image_at_most_once_in_a_new_order(folder):
+    stream = batches(folder, 8, 18)
+    orders = [np.concatenate([images_of(b) for b in stream[i : i + 6]]) for i in (0, 6, 12)]
+    assert [len(set(order)) for order in orders] == [48] * 3  # of 50: the rest waits its turn
+    for batch in stream:
+        np.testing.assert_array_equal(images_of(batch), images_of(batch, "view_2"))
+    assert set(np.concatenate(orders)) == set(range(50))
+    assert np.mean(orders[0] == orders[1]) < 0.2
+    assert (
+        np.mean(orders[0] != np.concatenate([images_of(b) for b in batches(folder, 8, 6, seed=1)]))
+        > 0.8
+    )
+
+
+@pytest.fixture(scope="module")
+def digits() -> sources.Source:
+    return sources.load("digits", "", "train[:50]", FIELD)
+
+
+def test_a_stream_resumed_at_a_step_goes_on_bitwise(digits):
+    whole = batches(digits, 8, 16)
+    for first in (1, 6, 13):  # within an epoch, at its start, two epochs on
+        resumed = batches(digits, 8, 16 - first, first_step=first)
+        for a, b in zip(whole[first:], resumed, strict=True):
+            assert_same(a, b)
+
+
+def test_batches_are_those_of_their_seed(digits):
+    streams = [batches(digits, 8, 3, seed=seed) for seed in (0, 0, 1)]
+    for a, same, other in zip(*streams, strict=True):
+        assert_same(a, same)
+        assert np.any(a["label"] != other["label"])
+        assert np.any(a["view_1"] != a["view_2"])
+
+
+def test_an_image_is_cropped_anew_in_every_view_place_and_epoch():
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    same = sources.Source("same", 8, None, "array", images=tf.repeat(image, 8, axis=0))
+    stream = batches(same, 4, 6)  # three epochs
+    crops_seen = [crop for batch in stream for key in ("view_1", "view_2") for crop in batch[key]]
+    assert len({crop.tobytes() for crop in crops_seen}) == len(crops_seen) == 48
+
+
+@pytest.mark.parametrize(
+    "positions", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [[6, 0], [3, 1]]]
+)
+def test_hosts_hold_their_part_of_the_one_global_batch(digits, positions):
+    whole = batches(digits, 8, 8, first_step=3)
+    for host, mine in enumerate(positions):
+        part = batches(
+            digits, 8, 8, first_step=3, positions=np.array(mine, np.int32), host=host, hosts=2
+        )
+        for a, b in zip(whole, part, strict=True):
+            assert_same({k: v[mine] for k, v in a.items()}, b)
+
+
+# ------------------------------------------------------------------------------- eval
+
+
+@pytest.mark.parametrize(("batch_size", "hosts"), [(1, 1), (7, 1), (50, 1), (64, 2), (8, 3)])
+def test_evaluation_sees_every_image_once(folder, batch_size, hosts):
+    seen = []
+    for host in range(hosts):
+        for batch in evaluate(folder, batch_size, host=host, hosts=hosts):
+            assert len(batch["image"]) == len(batch["label"]) <= batch_size
+            assert np.all(batch["label"] == -1)
+            seen.extend(images_of(batch, "image"))
+    assert len(seen) == 50 and set(seen) == set(range(50))
+
+
+def test_evaluation_of_a_part_is_spread_evenly(digits):
+    full = np.concatenate([b["image"] for b in evaluate(digits, 16, resize=28, size=28)])
+    np.testing.assert_array_equal(full, digits.images)
+    part = evaluate(digits, 16, limit=10, resize=28, size=28)
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in part]), full[::5])
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b in part]), digits.labels[::5])
+
+
+# -------------------------------------------------------------------------------- TFDS
+
+
+class TinyColours(tfds.core.GeneratorBasedBuilder):
+    """40 images to train and 7 to test, of a single colour each; label = number mod 3."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=["red", "green", "blue"])
+        features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": label}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), homepage="http://localhost"
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0, 40), "test": self._generate_examples(40, 47)}
+
+    def _generate_examples(self, start, end):
+        for i in range(start, end):
+            yield i, {"image": np.full((8, 8, 3), i, np.uint8), "label": i % 3}
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory) -> str:
+    directory = str(tmp_path_factory.mktemp("tfds"))
+    several_files = tfds.download.DownloadConfig(num_shards=4)
+    TinyColours(data_dir=directory).download_and_prepare(download_config=several_files)
+    return directory
+
+
+def load_tfds(directory: str, split: str = "train", **options) -> sources.Source:
+    return sources.load("tiny_colours", directory, split, FIELD, **options)
+
+
+STREAMED = {"cache_gib": 0.0, "shuffle_buffer": 16}
+
+
+@pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
+def test_tfds_gives_its_images_and_labels(tfds_dir, options):
+    source = load_tfds(tfds_dir, **options)
+    assert (source.stream is not None) == bool(options)
+    assert source.num_examples == 40 and source.class_names == ("red", "green", "blue")
+    for epoch in (0, 1):
+        stream = batches(source, 8, 5, first_step=5 * epoch)
+        seen = np.concatenate([images_of(batch) for batch in stream])
+        assert sorted(seen) == list(range(40))
+        np.testing.assert_array_equal(np.concatenate([b["label"] for b in stream]), seen % 3)
+
+    test = load_tfds(tfds_dir, "test", **options)
+    evaluated = evaluate(test, 4)
+    seen = np.concatenate([images_of(batch, "image") for batch in evaluated])
+    assert sorted(seen) == list(range(40, 47))
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b in evaluated]), seen % 3)
+
+
+def test_the_order_in_memory_is_that_of_the_files(tfds_dir):
+    orders = [load_tfds(tfds_dir).images.numpy().tolist() for _ in range(3)]
+    assert orders[0] == orders[1] == orders[2]
+    streamed = evaluate(load_tfds(tfds_dir, **STREAMED), 40)
+    assert_same(streamed[0], evaluate(load_tfds(tfds_dir), 40)[0])
+
+
+def test_a_streamed_order_is_its_epochs_and_seeds(tfds_dir):
+    source = load_tfds(tfds_dir, **STREAMED)
+
+    def order(first_step=0, **changes):
+        stream = batches(source, 8, 5, first_step=first_step, **changes)
+        return np.concatenate([images_of(batch) for batch in stream])
+
+    first = order()
+    np.testing.assert_array_equal(order(), first)
+    for other in (order(first_step=5), order(seed=1), np.sort(first)):
+        assert np.mean(other == first) < 0.5
+
+
+def test_a_resumed_stream_goes_on_bitwise(tfds_dir):
+    source = load_tfds(tfds_dir, **STREAMED)
+    whole = batches(source, 8, 11)
+    for first in (2, 5, 7):
+        resumed = batches(source, 8, 11 - first, first_step=first)
+        for a, b in zip(whole[first:], resumed, strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_hosts_share_a_streamed_split(tfds_dir, hosts):
+    source = load_tfds(tfds_dir, **STREAMED)
+    positions = np.array_split(np.arange(6, dtype=np.int32), hosts)
+    trained, evaluated = [], []
+    for host in range(hosts):
+        part = {"host": host, "hosts": hosts}
+        for batch in batches(source, 6, 6, positions=positions[host], **part):
+            trained.extend(images_of(batch))
+        for batch in evaluate(source, 8, **part):
+            evaluated.extend(images_of(batch, "image"))
+    assert len(trained) == len(set(trained)) == 36  # no image twice in an epoch
+    assert sorted(evaluated) == list(range(40))
+
+
+@pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
+def test_an_empty_or_unknown_tfds_split_is_named(tfds_dir, options):
+    for split in ("train[:0]", "validation"):
+        with pytest.raises(UserError) as error:
+            load_tfds(tfds_dir, split, **options)
+        assert f"config.data.train_split={split!r}" in str(error.value)
+
+
+def test_a_broken_image_of_a_stream_is_skipped(tfds_dir):
+    source = load_tfds(tfds_dir, **STREAMED)
+
+    def stream(seed, host, hosts):
+        garbage = tf.constant(b"garbage")
+        return source.stream(seed, host, hosts).map(
+            lambda image, label, name: (tf.where(label == 2, garbage, image), label, name)
+        )
+
+    broken = sources.Source("broken", 40, source.class_names, "encoded", stream=stream)
+    undecodable = pipeline.Undecodable(40, 0.5)
+    stream_of_batches = batches(broken, 8, 5, undecodable=undecodable)
+    seen = np.concatenate([images_of(batch) for batch in stream_of_batches])
+    assert len(seen) == 40 and set(seen) == {i for i in range(40) if i % 3 != 2}
+    assert len(undecodable.names) == 13 and all("train" in name for name in undecodable.names)
+
+
+def test_an_unknown_data_set_is_told_the_nearest(tmp_path):
+    for name, nearest in (("cifar_10", "cifar10"), ("mnsit", "mnist"), ("digit", "digits")):
+        with pytest.raises(UserError) as error:
+            sources.load(name, str(tmp_path), "train", FIELD)
+        assert f"config.data.name={name!r}" in str(error.value)
+        assert nearest in str(error.value).partition("did you mean")[2]
+
+
+def test_data_that_is_not_prepared_is_told_where_it_was_looked_for(tmp_path):
+    (tmp_path / "something_else").mkdir()
+    with pytest.raises(UserError) as error:
+        sources.load("cifar10", str(tmp_path), "train", FIELD)
+    message = str(error.value)
+    assert f"config.data.dir={str(tmp_path)!r}" in message
+    assert "cifar10" in message and "something_else" in message
+
+
+def test_a_data_set_without_images_is_named(tmp_path):
+    class TinyNumbers(tfds.core.GeneratorBasedBuilder):
+        """No images."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"number": np.int64})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"number": 1}
+
+    TinyNumbers(data_dir=str(tmp_path)).download_and_prepare()
+    with pytest.raises(UserError) as error:
+        sources.load("tiny_numbers", str(tmp_path), "train", FIELD)
+    assert "config.data.name='tiny_numbers'" in str(error.value) and "number" in str(error.value)
