@@ -1,20 +1,17 @@
 """How fast the host makes batches of crops, with nothing to train.
 
-    python -m benchmarks.input_pipeline --config=configs/byol.py:demo --json=input.json
+python -m benchmarks.input_pipeline --config=configs/byol.py:demo --json=input.json
 """
 
 from __future__ import annotations
 
 import time
 
-import jax
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import report
 from selfsup_jax import train
-from selfsup_jax.data import crops, pipeline
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py:demo")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
@@ -26,21 +23,7 @@ def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
     data = train.load_data(config)
-    spec = crops.CropSpec(
-        config.data.image_size,
-        tuple(config.data.crop_area),
-        tuple(config.data.crop_aspect),
-        config.data.resize_method,
-    )
-    batches = pipeline.train_batches(
-        data.train,
-        spec,
-        seed=0,
-        batch_size=config.batch_size,
-        positions=np.arange(config.batch_size, dtype=np.int32),
-        first_step=0,
-        undecodable=data.undecodable,
-    )
+    batches = train.train_batches(config, data, first_step=0)
     for _ in range(5):  # fills the buffers
         next(batches)
     count, cpu, start = 0, time.process_time(), time.perf_counter()
@@ -54,11 +37,10 @@ def main(argv: list[str]) -> None:
         ("CPU cores used", cpu / seconds, ""),
     ]
     title = (
-        f"input: {data.train.name}, two {spec.size} px crops ({spec.method}), "
-        f"batch {config.batch_size}"
+        f"input: {data.train.name}, two {config.data.image_size} px crops "
+        f"({config.data.resize_method}), batch {config.batch_size}"
     )
     report.show(title, rows, _JSON.value)
-    jax.clear_caches()
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def train_step(
         schedule: step -> learning rate, reported; the optimizer holds its own.
         tau: step -> EMA decay of the target.
         bn_groups: batch-norm groups of the global batch.
-        accumulate_steps: microbatches per update.
+        accumulate_steps: microbatches per update. The batch norms' running averages take a step
+            for each, as if the microbatches had been batches.
         axis_name: the mapped axis, or None under plain `jax.jit`.
 
     Returns:

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from selfsup_jax import parallel
+from selfsup_jax.errors import UserError
 from selfsup_jax.state import TrainState
 
 
@@ -36,9 +37,19 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Saves a replicated state; returns when the host has its copy."""
+        """Saves a replicated state; returns when the host has its copy.
+
+        Raises:
+            UserError: a parameter is not finite; what was saved before stays the newest.
+        """
         single = jax.tree.map(np.asarray, parallel.unreplicate(state))
         step = int(single.step)
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(single.online_params)):
+            raise UserError(
+                f"the parameters of step {step} are not finite: lower "
+                f"config.optimizer.learning_rate; the last checkpoint is of step "
+                f"{self.latest_step or 0}"
+            )
         if step != self.latest_step:
             self._manager.save(step, args=ocp.args.StandardSave(_as_dict(single)))
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -65,16 +65,11 @@ def pretrain(config: ConfigDict, workdir: str, build: Build) -> dict[str, Any]:
     method = build(config, data.train.num_classes, total_steps, warmup_steps)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
-    init_rng = jax.random.PRNGKey(config.seed)
-    like = jax.eval_shape(method.init_state, init_rng)
-    if checkpoints.latest_step is None:
-        state = parallel.replicate(method.init_state, init_rng)
-        first_step = 0
-    else:
-        restored = checkpoints.restore(like)
-        first_step = int(restored.step)
-        state = parallel.replicate(lambda s: s, restored)
-    _announce(config, data, like, workdir, first_step, total_steps)
+    initial = jax.device_get(jax.jit(method.init_state)(jax.random.PRNGKey(config.seed)))
+    latest = initial if checkpoints.latest_step is None else checkpoints.restore(initial)
+    first_step = int(latest.step)
+    _announce(config, data, latest, workdir, first_step, total_steps)
+    state = parallel.replicate(lambda s: s, latest)
     try:
         state, speed = _train(
             config, data, method, state, checkpoints, workdir, first_step, total_steps
@@ -82,7 +77,7 @@ def pretrain(config: ConfigDict, workdir: str, build: Build) -> dict[str, Any]:
     finally:
         checkpoints.close()
 
-    results = _evaluate(config, data, method, state, init_rng) | speed | {"steps": total_steps}
+    results = _evaluate(config, data, method, state, initial) | speed | {"steps": total_steps}
     return _write_results(config, data, results, workdir)
 
 
@@ -116,6 +111,27 @@ def load_data(config: ConfigDict) -> Data:
             test = None
     undecodable = pipeline.Undecodable(train.num_examples, data.max_undecodable)
     return Data(train, test, undecodable)
+
+
+def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[pipeline.HostBatch]:
+    """This host's part of each global batch from `first_step` on, without end."""
+    spec = crops.CropSpec(
+        config.data.image_size,
+        tuple(config.data.crop_area),
+        tuple(config.data.crop_aspect),
+        config.data.resize_method,
+    )
+    return pipeline.train_batches(
+        data.train,
+        spec,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
+        first_step=first_step,
+        undecodable=data.undecodable,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
 
 
 def prepare_workdir(config: ConfigDict, workdir: str) -> None:
@@ -167,22 +183,7 @@ def _train(
     if first_step >= total_steps:
         return state, {}
     step_fn = parallel.pmap_step(method.train_step)
-    batches = pipeline.train_batches(
-        data.train,
-        crops.CropSpec(
-            config.data.image_size,
-            tuple(config.data.crop_area),
-            tuple(config.data.crop_aspect),
-            config.data.resize_method,
-        ),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
-        first_step=first_step,
-        undecodable=data.undecodable,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    batches = train_batches(config, data, first_step)
     writer = metrics.create_writer(workdir)
     progress = metrics.Progress(total_steps, first_step, config.batch_size)
     for step in range(first_step + 1, total_steps + 1):
@@ -198,11 +199,7 @@ def _train(
             values = {k: float(v) for k, v in parallel.unreplicate(step_metrics).items()}
             if not math.isfinite(values["loss"]):
                 progress.close()
-                raise UserError(
-                    f"the loss is {values['loss']} at step {step}: lower "
-                    f"config.optimizer.learning_rate={config.optimizer.learning_rate!r}; the last "
-                    f"checkpoint is of step {checkpoints.latest_step or 0}"
-                )
+                raise _diverged(values["loss"], step, config, checkpoints.latest_step)
         if log:
             rate = progress.show(step, values)
             writer.write_scalars(step, values | ({"images_per_second": rate} if rate else {}))
@@ -216,15 +213,25 @@ def _train(
     return state, {"images_per_second": progress.images_per_second}
 
 
+def _diverged(loss: float, step: int, config: ConfigDict, saved: int | None) -> UserError:
+    rate = config.optimizer.learning_rate
+    where = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+    return UserError(
+        f"config.optimizer.learning_rate={rate!r}: the loss is {loss} at step {step}, try a lower "
+        f"one; {where}"
+    )
+
+
 # --------------------------------------------------------------------------- evaluation
 
 
 def _evaluate(
-    config: ConfigDict, data: Data, method: Method, state: TrainState, init_rng: jax.Array
+    config: ConfigDict, data: Data, method: Method, state: TrainState, initial: TrainState
 ) -> dict[str, Any]:
     """Probes of the last step's encoder; nothing where there are no labels to probe with."""
     if data.test is None:
-        say("no labels to probe with: the encoder is in the last checkpoint")
+        why = "no labels to probe with" if config.eval.enabled else "config.eval.enabled=False"
+        say(f"{why}: no probes; the encoder is in the last checkpoint")
         return {}
 
     def batches(source: sources.Source, limit: int) -> final.Batches:
@@ -242,10 +249,8 @@ def _evaluate(
         )
 
     trained = jax.device_get(encoder_variables(parallel.unreplicate(state)))
-    untrained = None
-    if config.eval.random_init:
-        # The encoder exactly as this run's training found it.
-        untrained = jax.device_get(encoder_variables(jax.jit(method.init_state)(init_rng)))
+    # The encoder exactly as this run's training found it.
+    untrained = encoder_variables(initial) if config.eval.random_init else None
     return final.evaluate(
         method.represent,
         trained,

@@ -86,14 +86,23 @@ def few_shot(
                 for label in np.unique(train.labels)
             ]
         )
-        model = LogisticRegression(C=1.0, max_iter=1000)
-        scores.append(model.fit(train_x[rows], train.labels[rows]).score(test_x, test.labels))
+        model = LogisticRegression(C=1.0, max_iter=200)
+        _fit_quietly(model, train_x[rows], train.labels[rows])
+        scores.append(model.score(test_x, test.labels))
     return FewShot(float(np.mean(scores)), float(np.std(scores)))
 
 
 def _fit(x: np.ndarray, y: np.ndarray, inverse_penalty: float, max_iterations: int) -> Pipeline:
     model = LogisticRegression(C=inverse_penalty, max_iter=max_iterations)
+    pipeline = make_pipeline(StandardScaler(), model)
+    _fit_quietly(pipeline, x, y)
+    return pipeline
+
+
+def _fit_quietly(model: Pipeline | LogisticRegression, x: np.ndarray, y: np.ndarray) -> None:
     with warnings.catch_warnings():
         # Stopping L-BFGS early costs a few hundredths of a point and is what the limit is for.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return make_pipeline(StandardScaler(), model).fit(x, y)
+        # A few labels of many classes are no regression problem.
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater than")
+        model.fit(x, y)

@@ -1,0 +1,267 @@
+"""Probes and features against brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MEAN, NUM_CLASSES, STD, assert_same
+from ml_collections import ConfigDict
+
+from selfsup_jax.evaluation import final, knn, linear_probe
+from selfsup_jax.evaluation.features import Features, make_extractor, pixels
+from selfsup_jax.state import encoder_variables
+
+
+def blobs(rows, classes, seed, spread=0.1, dimensions=8):
+    """Classes around points of their own, which are the same for every seed."""
+    centres = 3 * np.random.default_rng(99).normal(size=(classes, dimensions))
+    rng = np.random.default_rng(seed)
+    labels = np.arange(rows) % classes
+    x = centres[labels] + spread * rng.normal(size=(rows, dimensions))
+    return Features(x.astype(np.float32), labels.astype(np.int32))
+
+
+def noise(rows, classes, seed, dimensions=4):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, dimensions)).astype(np.float32)
+    return Features(x, rng.integers(0, classes, rows).astype(np.int32))
+
+
+# ----------------------------------------------------------------------------------- kNN
+
+
+def knn_by_hand(train, test, k, temperature):
+    """The predicted class of each query, one query at a time in float64."""
+    predicted = []
+    for query in test.x.astype(np.float64):
+        cosines = [
+            query @ row / (np.linalg.norm(query) * np.linalg.norm(row))
+            for row in train.x.astype(np.float64)
+        ]
+        votes = np.zeros(NUM_CLASSES)
+        for i in np.argsort(cosines)[::-1][:k]:
+            votes[train.labels[i]] += np.exp(cosines[i] / temperature)
+        predicted.append(votes.argmax())
+    return np.asarray(predicted)
+
+
+@pytest.mark.parametrize("chunk", [7, 10, 30, 64])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.02), (20, 0.5), (200, 0.1)])
+def test_knn_is_brute_force(chunk, k, temperature):
+    """Overlapping classes, chunks that don't divide the queries, k above the bank's size."""
+    train, test = noise(50, NUM_CLASSES, 0), noise(30, NUM_CLASSES, 1)
+    predicted = knn_by_hand(train, test, k, temperature)
+    expected = np.mean(predicted == test.labels)
+    got = knn.knn_accuracy(train, test, k=k, temperature=temperature, chunk=chunk)
+    assert got == pytest.approx(expected)
+    # Each prediction, not their count alone: with these labels all or none must be right.
+    agreeing = test._replace(labels=predicted.astype(np.int32))
+    assert knn.knn_accuracy(train, agreeing, k=k, temperature=temperature, chunk=chunk) == 1.0
+
+
+def test_knn_weighs_the_near_more():
+    """One near neighbour against two far ones: a low temperature lets it win."""
+    train = Features(
+        np.asarray([[1, 0.05], [1, 1], [1, -1]], np.float32), np.asarray([0, 1, 1], np.int32)
+    )
+    test = Features(np.asarray([[1, 0]], np.float32), np.asarray([0], np.int32))
+    assert knn.knn_accuracy(train, test, k=3, temperature=0.1) == 1.0
+    assert knn.knn_accuracy(train, test, k=3, temperature=10.0) == 0.0
+
+
+def test_knn_at_a_tiny_temperature_does_not_overflow():
+    train, test = blobs(30, 3, 0), blobs(15, 3, 1)
+    assert knn.knn_accuracy(train, test, k=5, temperature=1e-3) == 1.0
+
+
+# -------------------------------------------------------------------------- linear probe
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_linear_probe_on_separable_classes(classes):
+    accuracy = linear_probe.linear_probe(blobs(140, classes, 0), blobs(70, classes, 1))
+    assert accuracy == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_linear_probe_on_random_labels_is_chance(classes):
+    train, test = noise(400, classes, 0), noise(1000, classes, 1)
+    accuracy = linear_probe.linear_probe(train, test)
+    assert accuracy.top1 == pytest.approx(1 / classes, abs=0.06)
+    assert accuracy.top5 == pytest.approx(min(1.0, 5 / classes), abs=0.08)
+
+
+def test_top5_counts_the_first_five():
+    """Ten classes, five to a place: one of the five is right, and the five hold it."""
+    train, test = blobs(300, 2, 0), blobs(300, 2, 1)
+    rng = np.random.default_rng(0)
+    relabel = lambda f: f._replace(labels=(5 * f.labels + rng.integers(0, 5, 300)).astype(np.int32))  # noqa: E731
+    accuracy = linear_probe.linear_probe(relabel(train), relabel(test))
+    assert accuracy.top5 == 1.0
+    assert accuracy.top1 == pytest.approx(0.2, abs=0.08)
+
+
+def test_linear_probe_with_a_class_of_one_image():
+    train = blobs(61, 3, 0)
+    labels = np.where(np.arange(61) == 60, 3, train.labels).astype(np.int32)
+    accuracy = linear_probe.linear_probe(train._replace(labels=labels), blobs(30, 3, 1))
+    assert accuracy.top1 > 0.9
+
+
+def test_linear_probe_never_fits_on_the_test_set():
+    """With its labels permuted the same predictions are only scored anew."""
+    train, test = blobs(60, 3, 0), blobs(30, 3, 1)
+    wrong = test._replace(labels=(test.labels + 1) % 3)
+    assert linear_probe.linear_probe(train, wrong).top1 == 0.0
+
+
+# ------------------------------------------------------------------------------ few shot
+
+
+def test_few_shot_takes_k_labels_of_each_class(monkeypatch):
+    """Other draws for each, the same for the same seed; a small class gives what it has."""
+    train = blobs(62, 3, 0)
+    labels = train.labels.copy()
+    labels[60:] = 3  # a fourth class of two images
+    train = train._replace(labels=labels)
+    fits = []
+    fit = linear_probe.LogisticRegression.fit
+
+    def spy(self, x, y):
+        fits.append((x.copy(), y.copy()))
+        return fit(self, x, y)
+
+    monkeypatch.setattr(linear_probe.LogisticRegression, "fit", spy)
+    test = blobs(30, 3, 1)
+    first = linear_probe.few_shot(train, test, labels_per_class=5, draws=3, seed=1)
+    assert len(fits) == 3
+    for x, y in fits:
+        np.testing.assert_array_equal(np.bincount(y), [5, 5, 5, 2])
+        assert len(np.unique(x, axis=0)) == 17  # no image twice
+    assert not np.array_equal(fits[0][0], fits[1][0])
+    again = linear_probe.few_shot(train, test, labels_per_class=5, draws=3, seed=1)
+    assert again == first
+    np.testing.assert_array_equal(fits[0][0], fits[3][0])
+
+
+def test_few_shot_is_mean_and_deviation_of_its_draws():
+    train, test = noise(200, 2, 0), noise(100, 2, 1)
+    alone = [
+        linear_probe.few_shot(train, test, labels_per_class=3, draws=n, seed=4) for n in (1, 2)
+    ]
+    first = alone[0].top1
+    second = 2 * alone[1].top1 - first
+    assert alone[0].std == 0.0
+    assert alone[1].std == pytest.approx(abs(first - second) / 2)
+    assert first != second
+    separable = linear_probe.few_shot(blobs(60, 3, 0), blobs(30, 3, 1), labels_per_class=2, draws=2)
+    assert separable == (1.0, 0.0)
+
+
+# ------------------------------------------------------------------------------ features
+
+ROWS = 21
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (ROWS, 4, 4, 3), dtype=np.uint8)
+
+
+def batches(images, size):
+    labels = np.arange(len(images), dtype=np.int32)  # each row's number
+    for start in range(0, len(images), size):
+        rows = slice(start, start + size)
+        yield {"image": images[rows], "label": labels[rows]}
+
+
+@pytest.fixture(scope="module")
+def variables(initial_state):
+    """An encoder whose running averages are not those of any batch."""
+    stats = jax.tree.map(lambda x: x + 0.3, initial_state.online_stats)
+    return encoder_variables(dataclasses.replace(initial_state, online_stats=stats))
+
+
+def test_features_do_not_depend_on_batches_or_devices(networks, variables, images):
+    """Every row once and in order, on eight devices, whatever the batches; nothing is trained."""
+    traces = []
+
+    def represent(variables, images):
+        traces.append(images.shape)
+        return networks.encoder.apply(variables, images)
+
+    before = jax.tree.map(np.copy, variables)
+    normal = (images / 255 - np.asarray(MEAN)) / np.asarray(STD)
+    expected = np.asarray(networks.encoder.apply(variables, jnp.asarray(normal, jnp.float32)))
+    assert np.ptp(expected, axis=0).min() > 0
+    for size in (5, 8, 16, ROWS, 100):
+        extract = make_extractor(represent, MEAN, STD)
+        features = extract(variables, batches(images, size))
+        np.testing.assert_array_equal(features.labels, np.arange(ROWS))
+        np.testing.assert_allclose(features.x, expected, rtol=1e-5, atol=1e-6)
+    # One trace for a whole split, its shorter last batch included, and for a second split.
+    assert len(traces) == 5
+    extract(variables, batches(images[:13], 100))
+    assert len(traces) == 5
+    assert_same(variables, before)
+
+
+def test_pixels_are_the_images(images):
+    features = pixels(batches(images, 8))
+    np.testing.assert_allclose(features.x, images.reshape(ROWS, -1) / 255, rtol=1e-6)
+    np.testing.assert_array_equal(features.labels, np.arange(ROWS))
+
+
+# ------------------------------------------------------------------------- all the probes
+
+
+def test_evaluate_measures_each_encoder_by_itself():
+    """An encoder that shows the class against one that shows nothing, and the pixels."""
+    rng = np.random.default_rng(0)
+
+    def split(rows):
+        labels = (np.arange(rows) % 3).astype(np.int32)
+        images = rng.integers(0, 256, (rows, 4, 4, 3), dtype=np.uint8)
+        images[:, 0, 0, 0] = 120 * labels
+        return [{"image": images, "label": labels}]
+
+    def represent(selected, images):  # "variables": which pixel is shown
+        return images.reshape(len(images), -1) @ selected
+
+    config = ConfigDict(
+        {
+            "knn_k": 1,
+            "knn_temperature": 0.1,
+            "fewshot_labels": 3,
+            "fewshot_draws": 2,
+            "pixels": True,
+        }
+    )
+    shows_class, shows_noise = np.zeros((2, 48, 1), np.float32)
+    shows_class[0], shows_noise[20] = 1, 1
+    train, test = split(90), split(60)
+    results = final.evaluate(
+        represent,
+        shows_class,
+        shows_noise,
+        lambda: train,
+        lambda: test,
+        config,
+        (0.0,) * 3,
+        (1.0,) * 3,
+        seed=0,
+    )
+    names = ("knn_top1", "linear_probe_top1", "linear_probe_top5", "fewshot_top1")
+    names += ("fewshot_top1_std",)
+    prefixes = ("", "random_init_", "pixels_")
+    assert set(results) == {prefix + name for prefix in prefixes for name in names}
+    assert results["linear_probe_top1"] == 1.0
+    assert results["random_init_linear_probe_top1"] < 0.6
+    assert results["linear_probe_top5"] == 1.0  # of three classes
+    table = final.summary(results)
+    for prefix in prefixes:
+        assert f"{100 * results[prefix + 'linear_probe_top1']:.1f} %" in table
