@@ -29,6 +29,9 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many hosts take part")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", 0, "without an accelerator: devices to make of the CPU; 0 chooses one or two"
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
     os.path.join("~", ".cache", "selfsup_jax", "compiled"),
@@ -72,6 +75,8 @@ def main(argv: list[str]) -> None:
         from selfsup_jax import parallel
 
         parallel.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        batch = (_CONFIG.value.get(k, 1) for k in ("batch_size", "accumulate_steps", "bn_groups"))
+        parallel.use_cpu_devices(_CPU_DEVICES.value, *batch)
         parallel.keep_compiled(_CACHE.value)
         run_job(_CONFIG.value, _WORKDIR.value)
     except UserError as e:

@@ -35,10 +35,11 @@ def make_extractor(
     def apply(variables: Any, images: jax.Array) -> jax.Array:
         return represent(variables, normalize(images.astype(jnp.float32) / 255.0, mean, std))
 
-    mapped = parallel.pmap_over_local(apply)
+    bind = parallel.pmap_over_local(apply)
 
     def extract(variables: Any, batches: Iterable[dict[str, np.ndarray]]) -> Features:
-        parts = [(mapped(variables, b["image"]), b["label"]) for b in batches]
+        encode = bind(variables)
+        parts = [(encode(b["image"]), b["label"]) for b in batches]
         x = np.concatenate([x for x, _ in parts])
         labels = np.concatenate([labels for _, labels in parts]).astype(np.int32)
         return Features(*parallel.gather_hosts((x, labels)))
