@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
         parallel.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         batch = (_CONFIG.value.get(k, 1) for k in ("batch_size", "accumulate_steps", "bn_groups"))
         parallel.use_cpu_devices(_CPU_DEVICES.value, *batch)
+        parallel.keep_freed_memory()
         parallel.keep_compiled(_CACHE.value)
         run_job(_CONFIG.value, _WORKDIR.value)
     except UserError as e:
