@@ -159,22 +159,31 @@ def check_batch_fits(config: ConfigDict, num_examples: int) -> None:
         )
 
 
-def write_or_check(config: ConfigDict, workdir: str) -> None:
-    """Writes `config.json`; where the workdir has one, checks that it is the same run's.
+def write_or_check(
+    config: ConfigDict, workdir: str, *, going_on: bool, found: dict[str, Any]
+) -> None:
+    """Writes `config.json`; where there is a checkpoint, checks first that it is this run's.
+
+    Args:
+        config: resolved.
+        workdir: the run's.
+        going_on: whether the workdir holds a checkpoint to go on from.
+        found: what the data turned out to be, kept beside the config and checked with it.
 
     Raises:
         UserError: a field that changes the mathematics differs from the run in the workdir.
     """
     path = os.path.join(workdir, "config.json")
-    new = json.loads(config.to_json())
-    if os.path.exists(path):
+    new = json.loads(config.to_json()) | {"found": found}
+    if going_on and os.path.exists(path):
         with open(path) as f:
             old = json.load(f)
         before, now = _flatten(old), _flatten(new)
         for field in sorted(before.keys() | now.keys()):
             if before.get(field) != now.get(field) and not field.startswith(_FREE_FIELDS):
+                where = field if field.startswith("found.") else f"config.{field}"
                 raise UserError(
-                    f"config.{field}={now.get(field)!r}: the run in {workdir} has "
+                    f"{where}={now.get(field)!r}: the run in {workdir} has "
                     f"{before.get(field)!r}; take that, or another --workdir"
                 )
     if parallel.is_writer():

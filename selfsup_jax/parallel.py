@@ -7,6 +7,7 @@ batch, so that the number of devices is a matter of speed and memory and not of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -35,7 +36,7 @@ def start(
 ) -> None:
     """Joins the other hosts of the job: from the arguments, else from the environment, else alone.
 
-    On TPU pods, under Slurm, Open MPI or Kubernetes, and where `JAX_COORDINATOR_ADDRESS` is set,
+    On TPU pods, under Slurm or Open MPI, and where `JAX_COORDINATOR_ADDRESS` is set,
     `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
 
     Raises:
@@ -56,6 +57,9 @@ def start(
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     elif _environment_has_a_cluster():
         jax.distributed.initialize()
+    elif _on_a_tpu_vm():
+        with contextlib.suppress(ValueError):  # a TPU machine that is no part of a pod
+            jax.distributed.initialize()
 
 
 def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
@@ -100,9 +104,13 @@ def _environment_has_a_cluster() -> bool:
     many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env
     coordinator = "JAX_COORDINATOR_ADDRESS" in env or "COORDINATOR_ADDRESS" in env
     launched = any(
-        int(env.get(name, "1") or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+        int(env.get(tasks, "1") or 1) > 1 and rank in env
+        for tasks, rank in (
+            ("SLURM_NTASKS", "SLURM_PROCID"),
+            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        )
     )
-    return many_tpu_hosts or many_slices or coordinator or launched or _on_a_tpu_vm()
+    return many_tpu_hosts or many_slices or coordinator or launched
 
 
 def _on_a_tpu_vm() -> bool:
@@ -202,7 +210,9 @@ def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
     devices = jax.device_count()
     index = np.arange(batch_size, dtype=np.int32).reshape(accumulate_steps, devices, -1)
     per_device = index.transpose(1, 0, 2).reshape(devices, -1)
-    mine = [i for i, d in enumerate(jax.devices()) if d.process_index == jax.process_index()]
+    # pmap's axis runs over the hosts in turn, whatever order the devices are numbered in.
+    axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
+    mine = [i for i, d in enumerate(axis) if d.process_index == jax.process_index()]
     return per_device[mine].reshape(-1)
 
 

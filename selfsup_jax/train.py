@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 from clu import parameter_overview
+import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax import STARTED, checkpoint, metrics, parallel
@@ -61,10 +62,12 @@ def pretrain(config: ConfigDict, workdir: str, build: Build) -> dict[str, Any]:
         prefix="warmup_",
         path="optimizer.",
     )
-    prepare_workdir(config, workdir)
+    if total_steps < 1:
+        raise UserError("config.epochs, .examples and .steps come to no step at all")
+    if warmup_steps >= total_steps:
+        say(f"the warm-up of {warmup_steps} steps is longer than the run of {total_steps}")
+    checkpoints = prepare_workdir(config, data, workdir)
     method = build(config, data.train.num_classes, total_steps, warmup_steps)
-
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     initial = jax.device_get(jax.jit(method.init_state)(jax.random.PRNGKey(config.seed)))
     latest = initial if checkpoints.latest_step is None else checkpoints.restore(initial)
     first_step = int(latest.step)
@@ -94,12 +97,17 @@ def load_data(config: ConfigDict) -> Data:
             "cache_gib": data.cache_gib,
             "shuffle_buffer": data.shuffle_buffer,
         }
+    if data.download and not parallel.is_writer():
+        parallel.wait_for_all("prepared")  # one host prepares, the others find it done
+    chosen = not data.train_split
     if not (data.train_split and data.test_split):
         train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
         data.train_split = data.train_split or train_split
         data.test_split = data.test_split or test_split
     train = sources.load(data.name, data.dir, data.train_split, "data.train_split", **options)
-    if not train.num_classes and data.train_split == "train[:90%]":
+    if data.download and parallel.is_writer():
+        parallel.wait_for_all("prepared")
+    if chosen and not train.num_classes and data.train_split == "train[:90%]":
         # Without labels there is nothing to hold images out for.
         data.train_split, data.test_split = "train", "train[:0]"
         train = sources.load(data.name, data.dir, "train", "data.train_split", **options)
@@ -134,12 +142,20 @@ def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[p
     )
 
 
-def prepare_workdir(config: ConfigDict, workdir: str) -> None:
+def prepare_workdir(config: ConfigDict, data: Data, workdir: str) -> checkpoint.Checkpoints:
     """Makes the workdir and writes `config.json`, or checks that it is this run's."""
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
     try:
         os.makedirs(workdir, exist_ok=True)
         parallel.wait_for_all("workdir")
-        config_lib.write_or_check(config, workdir)
+        checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+        going_on = checkpoints.latest_step is not None
+        if len(set(parallel.gather_hosts(np.asarray([checkpoints.latest_step or 0])))) > 1:
+            raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
+        found = {"train_images": data.train.num_examples, "classes": data.train.num_classes}
+        config_lib.write_or_check(config, workdir, going_on=going_on, found=found)
+        return checkpoints
     except OSError as e:
         raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
 
@@ -186,30 +202,31 @@ def _train(
     batches = train_batches(config, data, first_step)
     writer = metrics.create_writer(workdir)
     progress = metrics.Progress(total_steps, first_step, config.batch_size)
-    for step in range(first_step + 1, total_steps + 1):
-        state, step_metrics = step_fn(state, parallel.shard(next(batches)))
-        last = step == total_steps
-        if step == first_step + 1:
-            jax.block_until_ready(state.step)
-            say(f"first step done {time.perf_counter() - STARTED:.1f} s after the start")
-            progress.restart(step)
-        log = step % config.log_every_steps == 0 or last
-        save = step % config.checkpoint_every_steps == 0 or last
-        if log or save:
-            values = {k: float(v) for k, v in parallel.unreplicate(step_metrics).items()}
-            if not math.isfinite(values["loss"]):
-                progress.close()
-                raise _diverged(values["loss"], step, config, checkpoints.latest_step)
-        if log:
-            rate = progress.show(step, values)
-            writer.write_scalars(step, values | ({"images_per_second": rate} if rate else {}))
-        if save:
-            began = time.perf_counter()
-            checkpoints.save(state)
-            progress.leave_out(time.perf_counter() - began)
-    progress.close()
-    writer.flush()
-    writer.close()
+    try:
+        for step in range(first_step + 1, total_steps + 1):
+            state, step_metrics = step_fn(state, parallel.shard(next(batches)))
+            last = step == total_steps
+            if step == first_step + 1:
+                jax.block_until_ready(state.step)
+                say(f"first step done {time.perf_counter() - STARTED:.1f} s after the start")
+                progress.restart(step)
+            log = step % config.log_every_steps == 0 or last
+            save = step % config.checkpoint_every_steps == 0 or last
+            if log or save:
+                values = {k: float(v) for k, v in parallel.unreplicate(step_metrics).items()}
+                if not math.isfinite(values["loss"]):
+                    raise _diverged(values["loss"], step, config, checkpoints.latest_step)
+            if log:
+                rate = progress.show(step, values)
+                writer.write_scalars(step, values | ({"images_per_second": rate} if rate else {}))
+            if save:
+                began = time.perf_counter()
+                checkpoints.save(state)
+                progress.leave_out(time.perf_counter() - began)
+    finally:
+        progress.close()
+        writer.flush()
+        writer.close()
     return state, {"images_per_second": progress.images_per_second}
 
 

@@ -350,17 +350,24 @@ def test_a_bad_duration_is_named(fields, named):
 # ------------------------------------------------------------------------- config.json
 
 
+FOUND = {"train_images": 100, "classes": 10}
+
+
 def written(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "config.json").read_text())
 
 
+def write_or_check(config, workdir, going_on=True, found=FOUND):
+    config_lib.write_or_check(config, str(workdir), going_on=going_on, found=found)
+
+
 def test_the_resolved_config_is_written_and_taken_again(tmp_path):
     config = config_with(batch_size=64)
-    config_lib.write_or_check(config, str(tmp_path))
-    assert written(tmp_path) == json.loads(config.to_json())
+    write_or_check(config, tmp_path)
+    assert written(tmp_path) == json.loads(config.to_json()) | {"found": FOUND}
     assert written(tmp_path)["data"]["crop_area"] == [0.08, 1.0]
     assert os.listdir(tmp_path) == ["config.json"]
-    config_lib.write_or_check(config_with(batch_size=64), str(tmp_path))  # tuples and all
+    write_or_check(config_with(batch_size=64), tmp_path)  # tuples and all
 
 
 @pytest.mark.parametrize(
@@ -380,10 +387,10 @@ def test_the_resolved_config_is_written_and_taken_again(tmp_path):
     ],
 )
 def test_a_run_goes_on_with_its_own_mathematics_only(tmp_path, field, value):
-    config_lib.write_or_check(config_with(), str(tmp_path))
+    write_or_check(config_with(), tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
-        config_lib.write_or_check(config_with(**{field: value}), str(tmp_path))
+        write_or_check(config_with(**{field: value}), tmp_path)
     as_json = json.loads(json.dumps([value, get(config_with(), field)]))
     new, old = map(repr, as_json)
     assert str(error.value).startswith(f"config.{field}={new}: ")
@@ -403,9 +410,22 @@ def test_a_run_goes_on_with_its_own_mathematics_only(tmp_path, field, value):
     ],
 )
 def test_what_does_not_touch_the_mathematics_may_change(tmp_path, field, value):
-    config_lib.write_or_check(config_with(), str(tmp_path))
-    config_lib.write_or_check(config_with(**{field: value}), str(tmp_path))
+    write_or_check(config_with(), tmp_path)
+    write_or_check(config_with(**{field: value}), tmp_path)
     assert get(ConfigDict(written(tmp_path)), field) == value
+
+
+def test_without_a_checkpoint_there_is_no_run_to_keep_to(tmp_path):
+    """A mistake that is found after the config was written must not lock the workdir."""
+    write_or_check(config_with(), tmp_path, going_on=False)
+    write_or_check(config_with(batch_size=64), tmp_path, going_on=False)
+    assert written(tmp_path)["batch_size"] == 64
+
+
+def test_other_data_under_the_same_name_is_noticed(tmp_path):
+    write_or_check(config_with(), tmp_path)
+    with pytest.raises(UserError, match=r"found.train_images=99.*100"):
+        write_or_check(config_with(), tmp_path, found={"train_images": 99, "classes": 10})
 
 
 # -------------------------------------------------------------------- the command line

@@ -164,7 +164,10 @@ def load_folder(directory: str, split: str, field: str) -> Source:
 
     all_files = [path for found in files.values() for path in found]
     class_names: tuple[str, ...] | None = None
-    if all(os.sep in path for path in all_files):
+    loose = [path for path in all_files if os.sep not in path]
+    if loose and len(loose) < len(all_files):
+        logging.warning("%s lies outside the class folders: no labels are used", loose[0])
+    if not loose:
         class_names = tuple(sorted({path.split(os.sep)[0] for path in all_files}))
     if class_names and len(class_names) < 2:
         logging.info("%s has a single class, %s: no labels are used", directory, class_names[0])
@@ -251,6 +254,8 @@ def load_tfds(
 
     full_name = f"{builder.info.full_name} {split}"
     if size > cache_gib * 2**30:
+        if int(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # labels that are not published
+            class_names = None
         return Source(full_name, total, class_names, "encoded", stream=read)
 
     rows = list(read(None, 0, 1).batch(1024).as_numpy_iterator())

@@ -16,7 +16,8 @@ class BatchNorm(nn.Module):
 
     The two views of a batch pass together but are normalised apart, and the running averages take
     one step for each, as if the views had passed one after the other. Statistics and the running
-    averages are float32 whatever the input is.
+    averages are float32 whatever the input is. The averages start at 0 and 1 and are not debiased,
+    as Haiku's are; after some twenty steps that is the same.
 
     Attributes:
         decay: of the running averages (0.9 in the authors' codes).
