@@ -4,8 +4,8 @@
     python run_experiment.py --config=configs/byol.py:imagenet,epochs=300 --workdir=DIR
     python run_experiment.py --config=configs/byol.py:PRESET --config.batch_size=256 --workdir=DIR
 
-Presets, their cost, and what to expect (published numbers are the papers' linear evaluation on all of
-the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+Presets, their cost, and what to expect (published numbers are the papers' linear evaluation on all
+of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
 
 - `imagenet` (the default): ResNet-50, 224 px, batch 4096, 1000 epochs; 74.3 %, and 72.5 % after
   300 epochs (the paper, table 1 and section 4). About 8 hours on 512 TPU v3 cores (section 3.3).
@@ -169,7 +169,7 @@ def folder() -> ConfigDict:
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in under four minutes."""
     config = _paper()
-    config.epochs = 46.0
+    config.epochs = 42.0
     config.batch_size = 64
     config.compute_dtype = "float32"
     config.tau_base = 0.98

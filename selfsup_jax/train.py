@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 from clu import parameter_overview
-import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax import STARTED, checkpoint, metrics, parallel
