@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from selfsup_jax.evaluation.features import Features
 
 # Inverse strengths of the L2 penalty; the best is picked on a held-out part of the training set.
-INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0)
+INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Accuracy(NamedTuple):
