@@ -72,13 +72,13 @@ def main(argv: list[str]) -> None:
                 f"--config={flags.FLAGS['config'].config_filename}: cannot be read; there are "
                 f"{', '.join(there) or 'none in configs/'}"
             )
-        from selfsup_jax import parallel
+        from selfsup_jax import parallel, process
 
         parallel.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         batch = (_CONFIG.value.get(k, 1) for k in ("batch_size", "accumulate_steps", "bn_groups"))
-        parallel.use_cpu_devices(_CPU_DEVICES.value, *batch)
-        parallel.keep_freed_memory()
-        parallel.keep_compiled(_CACHE.value)
+        process.use_cpu_devices(_CPU_DEVICES.value, *batch)
+        process.keep_freed_memory()
+        process.keep_compiled(_CACHE.value)
         run_job(_CONFIG.value, _WORKDIR.value)
     except UserError as e:
         _fail(e)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import optim, parallel
 from selfsup_jax.augment import BLUR_PADDINGS, JITTER_STYLES
+from selfsup_jax.data.crops import RESIZE_METHODS
 from selfsup_jax.errors import UserError, bad_field, nearest
 from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS
 
@@ -56,7 +57,7 @@ def _choices(config: ConfigDict) -> None:
         "optimizer.name": ("lars", "sgd"),
         "optimizer.scaling": optim.SCALINGS,
         "optimizer.schedule": optim.SCHEDULES,
-        "data.resize_method": ("bicubic", "bilinear", "area", "lanczos3"),
+        "data.resize_method": RESIZE_METHODS,
     }
     for field, valid in choices.items():
         _one_of(field, _get(config, field), valid)
