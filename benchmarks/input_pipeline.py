@@ -11,7 +11,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import report
-from selfsup_jax import train
+from selfsup_jax import inputs
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py:demo")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
@@ -22,8 +22,8 @@ def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
     config = _CONFIG.value
-    data = train.load_data(config)
-    batches = train.train_batches(config, data, first_step=0)
+    data = inputs.load_data(config)
+    batches = inputs.train_batches(config, data, first_step=0)
     for _ in range(5):  # fills the buffers
         next(batches)
     count, cpu, start = 0, time.process_time(), time.perf_counter()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 Row = tuple[str, float, str]  # name, value, unit
 
@@ -24,6 +25,18 @@ def median_seconds(fn: Callable[..., Any], *args: Any, repeats: int = 5) -> floa
         jax.block_until_ready(fn(*args))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def fake_batch(size: int, image_size: int) -> dict[str, np.ndarray]:
+    """Noise in the shapes and types that the pipeline gives."""
+    rng = np.random.default_rng(0)
+    shape = (size, image_size, image_size, 3)
+    return {
+        "view_1": rng.integers(0, 256, shape, np.uint8),
+        "view_2": rng.integers(0, 256, shape, np.uint8),
+        "index": np.arange(size, dtype=np.int32),
+        "label": np.zeros(size, np.int32),
+    }
 
 
 def show(title: str, rows: list[Row], json_path: str = "") -> None:

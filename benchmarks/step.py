@@ -32,25 +32,13 @@ import byol_jax.method
 from benchmarks import report
 from byol_jax.method import TARGET_PARTS
 from selfsup_jax import parallel
-from selfsup_jax.augment import augment_view, normalize
+from selfsup_jax.augment import normalize
 from selfsup_jax.models.resnet import Conv
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls; the median counts")
 _CLASSES = flags.DEFINE_integer("classes", 1000, "of the online probe")
-
-
-def fake_batch(size: int, image_size: int) -> dict[str, np.ndarray]:
-    """Noise in the shapes and types that the pipeline gives."""
-    rng = np.random.default_rng(0)
-    shape = (size, image_size, image_size, 3)
-    return {
-        "view_1": rng.integers(0, 256, shape, np.uint8),
-        "view_2": rng.integers(0, 256, shape, np.uint8),
-        "index": np.arange(size, dtype=np.int32),
-        "label": np.zeros(size, np.int32),
-    }
 
 
 def whole_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row], float, float]:
@@ -129,11 +117,8 @@ def parts(method: Any, batch: dict, repeats: int) -> dict[str, float]:
 
     @jax.jit
     def augmentation(rng, batch):
-        views = [
-            augment_view(jax.random.fold_in(rng, i), batch[f"view_{i}"], batch["index"], view)
-            for i, view in enumerate(bound["augment"], start=1)
-        ]
-        return normalize(jnp.concatenate(views), bound["mean"], bound["std"])
+        views = method.augment_views(rng, batch)
+        return normalize(views.reshape(-1, *views.shape[2:]), bound["mean"], bound["std"])
 
     def timed(fn, *args):
         return report.median_seconds(fn, *args, repeats=repeats)
@@ -186,7 +171,7 @@ def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
     method = byol_jax.method.build(config, _CLASSES.value, 1000, 10)
-    batch = fake_batch(config.batch_size, config.data.image_size)
+    batch = report.fake_batch(config.batch_size, config.data.image_size)
     rows, step, flops = whole_step(method, batch, _REPEATS.value)
     peak = matmul_peak(_REPEATS.value)
     share = flops / step / (peak * jax.device_count())

@@ -12,11 +12,11 @@ import optax
 
 from byol_jax import losses, networks
 from byol_jax.networks import Networks
-from selfsup_jax import optim, parallel
+from selfsup_jax import diagnostics, optim, parallel
 from selfsup_jax.augment import ViewAugmentation, augment_view, normalize
 from selfsup_jax.models import heads, resnet
 from selfsup_jax.parallel import BatchLayout
-from selfsup_jax.state import Batch, Method, Metrics, TrainState
+from selfsup_jax.state import Batch, Method, Metrics, Outputs, TrainState
 
 # The parts of the online network that the target network is an average of.
 TARGET_PARTS = ("encoder", "projector")
@@ -54,7 +54,7 @@ def loss_fn(
     *,
     networks_: Networks,
     layout: BatchLayout,
-) -> tuple[jax.Array, tuple[Metrics, dict, dict]]:
+) -> tuple[jax.Array, tuple[Metrics, Outputs, dict, dict]]:
     """The loss of both views, plus the online probe's where there are labels.
 
     Args:
@@ -65,7 +65,8 @@ def loss_fn(
         layout: how the rows are cut into views and batch-norm groups; two views.
 
     Returns:
-        The scalar to minimise, and (metrics, new online statistics, new target statistics).
+        The scalar to minimise, and (metrics, outputs, new online statistics, new target
+        statistics).
     """
     online, online_stats = networks.apply_online(
         networks_, online_params, online_stats, views, layout
@@ -77,14 +78,31 @@ def loss_fn(
     projection_1, projection_2 = jnp.split(projection, 2)
     loss = losses.byol_loss(prediction_1, prediction_2, projection_1, projection_2)
     metrics = {"loss": loss}
+    outputs = Outputs(
+        representation=jnp.stack(jnp.split(online.representation, 2)),
+        projection=jnp.stack(jnp.split(online.projection, 2)),
+        prediction=jnp.stack([prediction_1, prediction_2]),
+        target=jnp.stack([projection_2, projection_1]),
+    )
     if labels is None or online.logits is None:
-        return loss, (metrics, online_stats, target_stats)
+        return loss, (metrics, outputs, online_stats, target_stats)
 
     logits = jnp.split(online.logits, 2)[0]  # the probe reads view 1
     probe_loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     metrics["probe_loss"] = probe_loss
     metrics["probe_top1"] = jnp.mean((logits.argmax(-1) == labels).astype(jnp.float32))
-    return loss + probe_loss, (metrics, online_stats, target_stats)
+    return loss + probe_loss, (metrics, outputs, online_stats, target_stats)
+
+
+def augment_views(
+    rng: jax.Array, batch: Batch, augment: tuple[ViewAugmentation, ViewAugmentation]
+) -> jax.Array:
+    """The crops of a batch to the two views `[2, B, H, W, 3]` in [0, 1] that the networks see."""
+    views = [
+        augment_view(jax.random.fold_in(rng, i), batch[f"view_{i}"], batch["index"], view)
+        for i, view in enumerate(augment, start=1)
+    ]
+    return jnp.stack(views)
 
 
 def train_step(
@@ -117,26 +135,24 @@ def train_step(
         axis_name: the mapped axis, or None under plain `jax.jit`.
 
     Returns:
-        The state after the update and float32 scalars, equal on every device.
+        The state after the update, and metrics: float32 scalars, equal on every device ("finite" is
+        1 where all of them are), and under "outputs" this device's rows of `Outputs`.
     """
     step_rng = jax.random.fold_in(state.rng, state.step)
     layout = parallel.batch_layout(max(1, bn_groups // accumulate_steps), 2, axis_name)
     grad_fn = jax.grad(functools.partial(loss_fn, networks_=networks_, layout=layout), has_aux=True)
 
-    def microbatch_step(stats: Any, part: Batch) -> tuple[Any, Any]:
-        views = [
-            augment_view(jax.random.fold_in(step_rng, i), part[f"view_{i}"], part["index"], view)
-            for i, view in enumerate(augment, start=1)
-        ]
-        images = normalize(jnp.concatenate(views), mean, std)  # [2 * B, H, W, 3]
-        grads, (metrics, *stats) = grad_fn(
+    def microbatch_step(stats: Any, part: Batch) -> tuple[Any, Any, Outputs]:
+        views = augment_views(step_rng, part, augment)
+        images = normalize(views.reshape(-1, *views.shape[2:]), mean, std)  # [2 * B, H, W, 3]
+        grads, (metrics, outputs, *stats) = grad_fn(
             state.online_params, state.target_params, *stats, images, part.get("label")
         )
-        return tuple(stats), (grads, metrics)
+        return tuple(stats), (grads, metrics), outputs
 
     stats = (state.online_stats, state.target_stats)
-    stats, outputs = parallel.accumulate(microbatch_step, stats, batch, accumulate_steps)
-    (grads, metrics), (online_stats, target_stats) = parallel.mean((outputs, stats), axis_name)
+    stats, means, outputs = parallel.accumulate(microbatch_step, stats, batch, accumulate_steps)
+    (grads, metrics), (online_stats, target_stats) = parallel.mean((means, stats), axis_name)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.online_params)
     online_params = optax.apply_updates(state.online_params, updates)
@@ -147,6 +163,7 @@ def train_step(
         step_size=1.0 - step_tau,
     )
     metrics |= {"tau": step_tau, "learning_rate": schedule(state.step)}
+    metrics |= diagnostics.norms(grads, updates, online_params, target_params)
     new_state = state.replace(
         step=state.step + 1,
         online_params=online_params,
@@ -155,7 +172,7 @@ def train_step(
         target_stats=target_stats,
         opt_state=opt_state,
     )
-    return new_state, metrics
+    return new_state, metrics | {"finite": diagnostics.finite(metrics), "outputs": outputs}
 
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
@@ -166,11 +183,18 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
     networks_ = Networks(
         encoder=encoder,
         projector=heads.MLPHead(**config.projector, **norm, dtype=dtype),
-        predictor=heads.MLPHead(**config.predictor, **norm, dtype=dtype),
+        predictor=heads.MLPHead(**config.predictor, **norm, dtype=dtype)
+        if config.use_predictor
+        else None,
         classifier=heads.LinearClassifier(num_classes) if num_classes else None,
     )
     schedule, optimizer = optim.from_config(
         config.optimizer, config.batch_size, total_steps, warmup_steps
+    )
+    tau = optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps)
+    augment = (
+        ViewAugmentation(**config.augment.view_1),
+        ViewAugmentation(**config.augment.view_2),
     )
     size = config.data.image_size
     return Method(
@@ -182,17 +206,13 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
             networks_=networks_,
             optimizer=optimizer,
             schedule=schedule,
-            tau=functools.partial(
-                optim.cosine_tau, total_steps=total_steps, tau_base=config.tau_base
-            ),
-            augment=(
-                ViewAugmentation(**config.augment.view_1),
-                ViewAugmentation(**config.augment.view_2),
-            ),
+            tau=tau,
+            augment=augment,
             mean=tuple(config.augment.mean),
             std=tuple(config.augment.std),
             bn_groups=config.bn_groups,
             accumulate_steps=config.accumulate_steps,
         ),
         represent=functools.partial(networks.represent, encoder),
+        augment_views=functools.partial(augment_views, augment=augment),
     )

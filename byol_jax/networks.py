@@ -18,14 +18,16 @@ class Networks(NamedTuple):
 
     encoder: ResNet
     projector: MLPHead
-    predictor: MLPHead
+    predictor: MLPHead | None  # None: the projection itself is compared (the ablation)
     classifier: LinearClassifier | None  # None where there are no labels
 
 
 class OnlineOutputs(NamedTuple):
     """What the online network makes of a batch of views."""
 
-    prediction: jax.Array  # [V * B, D]
+    representation: jax.Array  # [V * B, F]
+    projection: jax.Array  # [V * B, D]
+    prediction: jax.Array  # [V * B, D]; the projection where there is no predictor
     logits: jax.Array | None  # [V * B, classes]
 
 
@@ -45,7 +47,8 @@ def init(rng: jax.Array, networks: Networks, image_shape: tuple[int, ...]) -> tu
     projection = jnp.zeros((1, networks.projector.output_size))
     add("encoder", networks.encoder, jnp.zeros((1, *image_shape)))
     add("projector", networks.projector, representation)
-    add("predictor", networks.predictor, projection)
+    if networks.predictor is not None:
+        add("predictor", networks.predictor, projection)
     if networks.classifier is not None:
         add("classifier", networks.classifier, representation)
     return params, stats
@@ -66,22 +69,22 @@ def apply_online(
     networks: Networks, params: dict, stats: dict, views: jax.Array, layout: BatchLayout
 ) -> tuple[OnlineOutputs, dict]:
     """Views `[V * B, H, W, C]` to predictions q(z), probe logits, and the new batch statistics."""
-    representation, encoder_stats = _apply(networks, "encoder", params, stats, views, layout)
-    projection, projector_stats = _apply(
+    new_stats = {}
+    representation, new_stats["encoder"] = _apply(networks, "encoder", params, stats, views, layout)
+    projection, new_stats["projector"] = _apply(
         networks, "projector", params, stats, representation, layout
     )
-    prediction, predictor_stats = _apply(networks, "predictor", params, stats, projection, layout)
+    prediction = projection
+    if networks.predictor is not None:
+        prediction, new_stats["predictor"] = _apply(
+            networks, "predictor", params, stats, projection, layout
+        )
     logits: Any = None
     if networks.classifier is not None:
         # The probe watches the representation and must not shape it.
         features = lax.stop_gradient(representation)
         logits = networks.classifier.apply({"params": params["classifier"]}, features)
-    new_stats = {
-        "encoder": encoder_stats,
-        "projector": projector_stats,
-        "predictor": predictor_stats,
-    }
-    return OnlineOutputs(prediction, logits), new_stats
+    return OnlineOutputs(representation, projection, prediction, logits), new_stats
 
 
 def represent(encoder: ResNet, variables: Any, images: jax.Array) -> jax.Array:

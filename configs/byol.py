@@ -64,6 +64,8 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.method = "byol"
     config.epochs = float(epochs)
     config.tau_base = tau_base
+    config.tau_schedule = "cosine"  # from tau_base to 1; or `constant`
+    config.use_predictor = True  # without one it collapses (section 5, table 5b)
 
     config.encoder = ConfigDict(
         {
@@ -202,7 +204,11 @@ def demo() -> ConfigDict:
     config.augment.mean = (0.13, 0.13, 0.13)
     config.augment.std = (0.31, 0.31, 0.31)
     config.log_every_steps = 62  # an epoch
-    config.checkpoint_every_steps = 620
+    config.checkpoint_every_steps = 310
+    config.monitor.diagnostics_every_steps = 62
+    config.monitor.knn_every_steps = 620
+    config.monitor.plots_every_steps = 620
+    config.monitor.map_images = 500
     config.eval.knn_k = 20  # of 400 images per class
     config.eval.pixels = True
     return config

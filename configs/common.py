@@ -118,7 +118,25 @@ def pretrain_defaults() -> ConfigDict:
 
     config.log_every_steps = 50
     config.checkpoint_every_steps = 1000
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = 2  # the newest
+    config.keep_every_steps = 0  # checkpoints of multiples of it are kept for good; 0: none
+
+    config.monitor = ConfigDict()  # looking at the run as it goes; intervals of 0: never
+    config.monitor.diagnostics_every_steps = 500  # spread, rank, alignment, uniformity
+    config.monitor.knn_every_steps = 5000  # kNN on held-out images, with eval.knn_k
+    config.monitor.plots_every_steps = 5000
+    config.monitor.max_rows = 512  # examples of a batch that the diagnostics look at
+    config.monitor.knn_train_images = 5000
+    config.monitor.knn_test_images = 1000
+    config.monitor.map_images = 1000  # held-out images on the map
+    config.monitor.view_pairs = 12
+    config.monitor.collapse_std = 0.1  # below it the projections count as collapsed (1 is healthy)
+    config.monitor.collapse_rank = 1.5  # below it the representations do
+    config.monitor.reference = ""  # a curve of `selfsup_jax/references/` to hold the run against
+
+    config.profile = ConfigDict()  # a trace for TensorBoard's profiler or Perfetto
+    config.profile.first_step = 0  # 0: none
+    config.profile.num_steps = 5
 
     config.eval = ConfigDict()  # the evaluation of the last step's encoder
     config.eval.enabled = True

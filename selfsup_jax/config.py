@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,20 +9,8 @@ from ml_collections import ConfigDict
 from selfsup_jax import optim, parallel
 from selfsup_jax.augment import BLUR_PADDINGS, JITTER_STYLES
 from selfsup_jax.data.crops import RESIZE_METHODS
-from selfsup_jax.errors import UserError, bad_field, nearest
+from selfsup_jax.errors import bad_field, nearest
 from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS
-
-# Fields that may change when a run goes on: they don't touch the mathematics of its steps.
-_FREE_FIELDS = (
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "eval.",
-    "data.dir",
-    "data.download",
-    "data.test_split",
-    "data.max_undecodable",
-)
 
 
 def validate(config: ConfigDict) -> None:
@@ -57,6 +43,7 @@ def _choices(config: ConfigDict) -> None:
         "optimizer.name": ("lars", "sgd"),
         "optimizer.scaling": optim.SCALINGS,
         "optimizer.schedule": optim.SCHEDULES,
+        "tau_schedule": optim.TAU_SCHEDULES,
         "data.resize_method": RESIZE_METHODS,
     }
     for field, valid in choices.items():
@@ -83,6 +70,12 @@ def _ranges(config: ConfigDict) -> None:
         "eval.max_test_images",
         "eval.fewshot_labels",
         "eval.fewshot_draws",
+        "monitor.max_rows",
+        "monitor.knn_train_images",
+        "monitor.knn_test_images",
+        "monitor.map_images",
+        "monitor.view_pairs",
+        "profile.num_steps",
     ]
     for field in at_least_one:
         if _get(config, field) < 1:
@@ -96,6 +89,13 @@ def _ranges(config: ConfigDict) -> None:
         "optimizer.weight_decay",
         "optimizer.trust_coefficient",
         "data.cache_gib",
+        "keep_every_steps",
+        "monitor.diagnostics_every_steps",
+        "monitor.knn_every_steps",
+        "monitor.plots_every_steps",
+        "monitor.collapse_std",
+        "monitor.collapse_rank",
+        "profile.first_step",
     ):
         if not _get(config, field) >= 0:
             raise bad_field(field, _get(config, field), "must not be negative")
@@ -158,51 +158,6 @@ def check_batch_fits(config: ConfigDict, num_examples: int) -> None:
             f"must be at most the {num_examples} images of data.train_split="
             f"{config.data.train_split!r}",
         )
-
-
-def write_or_check(
-    config: ConfigDict, workdir: str, *, going_on: bool, found: dict[str, Any]
-) -> None:
-    """Writes `config.json`; where there is a checkpoint, checks first that it is this run's.
-
-    Args:
-        config: resolved.
-        workdir: the run's.
-        going_on: whether the workdir holds a checkpoint to go on from.
-        found: what the data turned out to be, kept beside the config and checked with it.
-
-    Raises:
-        UserError: a field that changes the mathematics differs from the run in the workdir.
-    """
-    path = os.path.join(workdir, "config.json")
-    new = json.loads(config.to_json()) | {"found": found}
-    if going_on and os.path.exists(path):
-        with open(path) as f:
-            old = json.load(f)
-        before, now = _flatten(old), _flatten(new)
-        for field in sorted(before.keys() | now.keys()):
-            if before.get(field) != now.get(field) and not field.startswith(_FREE_FIELDS):
-                where = field if field.startswith("found.") else f"config.{field}"
-                raise UserError(
-                    f"{where}={now.get(field)!r}: the run in {workdir} has "
-                    f"{before.get(field)!r}; take that, or another --workdir"
-                )
-    if parallel.is_writer():
-        partial = path + ".partial"
-        with open(partial, "w") as f:
-            json.dump(new, f, indent=2, sort_keys=True)
-            f.write("\n")
-        os.replace(partial, path)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _get(config: ConfigDict, field: str) -> Any:

@@ -25,3 +25,15 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     choices = list(dict.fromkeys(choices))  # TFDS names some data sets twice
     close = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
     return ", ".join(close or sorted(choices))
+
+
+class Stopped(Exception):
+    """The run was told to stop, and did so in good order.
+
+    Attributes:
+        status: the process's exit status, 128 plus the signal's number.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status

@@ -1,113 +1,130 @@
-"""Metric writers (clu) and the live progress line."""
+"""What a run records of itself: `metrics.jsonl` and TensorBoard events, each step once only."""
 
 from __future__ import annotations
 
+import glob
+import json
+import os
 import sys
-import time
 from collections.abc import Mapping
 from typing import TextIO
 
 from clu import metric_writers
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from selfsup_jax import parallel
 
-
-def create_writer(workdir: str) -> metric_writers.MetricWriter:
-    """clu's writers: TensorBoard events in the workdir, and the log (shown with --verbosity=0)."""
-    return metric_writers.create_default_writer(
-        workdir, just_logging=not parallel.is_writer(), asynchronous=True
-    )
+FILE = "metrics.jsonl"
 
 
-def format_seconds(seconds: float) -> str:
-    """`75` -> `1m15s`; at most two units."""
-    whole = round(seconds)
-    days, rest = divmod(whole, 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, rest = divmod(rest, 60)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+class Recorder:
+    """Writes a run's scalars, and holds all of them since its step 1.
 
-
-class Progress:
-    """One line that renews itself on a terminal, plain lines elsewhere; silent on other hosts.
+    A run that goes on from a checkpoint first takes back what an earlier process recorded after it,
+    since those steps come again: no point is there twice and none is missing.
 
     Args:
-        total: steps of the whole run.
-        first_step: steps done before this process began.
-        images_per_step: global batch size.
-        stream: where to write; stderr by default.
+        workdir: takes `metrics.jsonl` (one object per line: "step" and what was measured at it)
+            and TensorBoard's events.
+        first_step: the checkpoint's step that the run goes on from, 0 for a fresh run.
+
+    Attributes:
+        history: name -> (steps, values) of all that is in `metrics.jsonl`. Only on the host that
+            writes.
     """
 
-    def __init__(
-        self, total: int, first_step: int, images_per_step: int, stream: TextIO | None = None
-    ):
-        self._total = total
-        self._images_per_step = images_per_step
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._quiet = not parallel.is_writer()
-        self._last = (time.perf_counter(), first_step)
-        self._width = 0
-        self._counted_steps = 0
-        self._counted_seconds = 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        """Over all the intervals shown so far, pauses left out; 0 before the first."""
-        if not self._counted_seconds:
-            return 0.0
-        return self._counted_steps * self._images_per_step / self._counted_seconds
-
-    def leave_out(self, seconds: float) -> None:
-        """Takes time that was spent on something else out of the current interval's rate."""
-        self._last = (self._last[0] + seconds, self._last[1])
-
-    def restart(self, step: int) -> None:
-        """Begins to count at `step`, now: after the first step, which compiles."""
-        self._last = (time.perf_counter(), step)
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> float:
-        """Shows step, rate, ETA, loss and probe. Returns the interval's images per second."""
-        now = time.perf_counter()
-        seconds, steps = now - self._last[0], step - self._last[1]
-        self._last = (now, step)
-        rate = 0.0
-        if steps > 0:
-            self._counted_seconds += seconds
-            self._counted_steps += steps
-            rate = steps * self._images_per_step / max(seconds, 1e-9)
-        parts = [f"step {step}/{self._total} ({100 * step // max(1, self._total)}%)"]
-        if self._counted_steps:
-            left = (self._total - step) * self._counted_seconds / self._counted_steps
-            parts += [f"{rate:,.0f} images/s", f"ETA {format_seconds(left)}"]
-        parts.append(f"loss {metrics['loss']:.4f}")
-        if "probe_top1" in metrics:
-            parts.append(f"probe {100 * metrics['probe_top1']:.1f}%")
-        self._write("  ".join(parts))
-        return rate
-
-    def _write(self, line: str) -> None:
-        if self._quiet:
+    def __init__(self, workdir: str, first_step: int):
+        self.history: dict[str, tuple[list[int], list[float]]] = {}
+        self._file: TextIO | None = None
+        self._writer: metric_writers.MetricWriter | None = None
+        if not parallel.is_writer():
             return
-        if self._live:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        path = os.path.join(workdir, FILE)
+        lines = _lines_up_to(path, first_step)
+        self.history = _history(lines)
+        with open(path + ".partial", "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in lines)
+        os.replace(path + ".partial", path)
+        for events in glob.glob(os.path.join(glob.escape(workdir), "events.*")):
+            _cut_events(events, first_step)
+        self._file = open(path, "a")  # noqa: SIM115
+        self._workdir = workdir
+
+    def write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """Records one step's values; `timings`, which no rerun repeats, go to TensorBoard only."""
+        if self._file is None:
+            return
+        if self._writer is None:  # its file is made with the first point
+            self._writer = metric_writers.create_default_writer(self._workdir, asynchronous=True)
+        _remember(self.history, step, values)
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._writer.write_scalars(step, {**values, **timings})
+
+    def flush(self) -> None:
+        """Returns when all is written: before a checkpoint says that these steps are done."""
+        if self._file is not None:
+            self._file.flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
-        """Leaves the live line standing and goes to a fresh one."""
-        if self._live and self._width and not self._quiet:
-            self._stream.write("\n")
-            self._stream.flush()
+        """Flushes and closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
-def say(message: str) -> None:
-    """A line for the reader, from one host only."""
-    if parallel.is_writer():
-        print(message, file=sys.stderr, flush=True)
+def read_history(workdir: str) -> dict[str, tuple[list[int], list[float]]]:
+    """`Recorder.history` of a run's workdir."""
+    return _history(_lines_up_to(os.path.join(workdir, FILE), sys.maxsize))
+
+
+def _history(lines: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
+    history: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        _remember(history, line["step"], {k: v for k, v in line.items() if k != "step"})
+    return history
+
+
+def _remember(
+    history: dict[str, tuple[list[int], list[float]]], step: int, values: Mapping[str, float]
+) -> None:
+    for name, value in values.items():
+        steps, series = history.setdefault(name, ([], []))
+        steps.append(step)
+        series.append(value)
+
+
+def _lines_up_to(path: str, last_step: int) -> list[dict]:
+    """The objects of a metrics file up to a step; a last line that was cut off is no object."""
+    lines = []
+    if os.path.exists(path):
+        with open(path) as f:
+            for text in f:
+                if not text.endswith("\n"):
+                    break
+                line = json.loads(text)
+                if line["step"] <= last_step:
+                    lines.append(line)
+    return lines
+
+
+def _cut_events(path: str, last_step: int) -> None:
+    """Takes the events after a step out of one of TensorBoard's files."""
+    kept, cut = [], False
+    for record in RawEventFileLoader(path).Load():
+        if event_pb2.Event.FromString(record).step <= last_step:
+            kept.append(record)
+        else:
+            cut = True
+    if len(kept) <= 1:  # at most the file's version
+        os.remove(path)
+    elif cut:
+        with open(path + ".partial", "wb") as f:
+            writer = RecordWriter(f)
+            for record in kept:
+                writer.write(record)
+        os.replace(path + ".partial", path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from selfsup_jax.errors import bad_field
 
 SCHEDULES = ("cosine", "step", "constant")
 SCALINGS = ("linear", "sqrt", "none")
+TAU_SCHEDULES = ("cosine", "constant")
 
 
 def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
@@ -51,6 +53,13 @@ def cosine_tau(step: jax.Array, total_steps: int, tau_base: float) -> jax.Array:
     """BYOL section 3.1: tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2, from tau_base to 1."""
     progress = jnp.minimum(step / total_steps, 1.0)
     return 1.0 - (1.0 - tau_base) * (jnp.cos(jnp.pi * progress) + 1.0) / 2.0
+
+
+def tau_schedule(kind: str, tau_base: float, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """step -> EMA decay of the target: `cosine` as BYOL's, from tau_base to 1, or `constant`."""
+    if kind == "constant":
+        return lambda step: jnp.asarray(tau_base, jnp.float32)
+    return functools.partial(cosine_tau, total_steps=total_steps, tau_base=tau_base)
 
 
 def path_mask(params: Any, exclude: Sequence[str]) -> Any:
@@ -108,6 +117,26 @@ def make_optimizer(
     rate = optax.scale_by_learning_rate(schedule)
     trace = optax.trace(decay=momentum, nesterov=nesterov)
     return optax.chain(*parts, *((rate, trace) if rate_inside_momentum else (trace, rate)))
+
+
+def describe(config: Any, batch_size: int, total_steps: int, warmup_steps: int) -> str:
+    """The learning rate in words, and the rule that it came from."""
+    base = config.learning_rate
+    peak = scaled_learning_rate(base, batch_size, config.scaling)
+    rule = {
+        "linear": f" = {base:g} x {batch_size} / 256 (linear scaling)",
+        "sqrt": f" = {base:g} x sqrt({batch_size}) (square-root scaling)",
+        "none": " (not scaled by the batch)",
+    }[config.scaling]
+    after = f"{total_steps - warmup_steps:,} steps"
+    course = {
+        "cosine": f"cosine to 0 over {after}",
+        "step": f"x {config.drop_factor:g} at steps "
+        + ", ".join(f"{round(d * total_steps):,}" for d in config.drops),
+        "constant": "constant",
+    }[config.schedule]
+    warmup = f"{warmup_steps:,} steps of warm-up, then " if warmup_steps else ""
+    return f"learning rate {peak:.4g}{rule}; {warmup}{course}; {config.name.upper()}"
 
 
 def from_config(

@@ -1,4 +1,4 @@
-"""Devices and hosts: the only file that knows pmap, the axis name, replication and start-up.
+"""Devices and hosts: the only file that knows pmap, the axis name and replication.
 
 A *global batch* of B examples is spread over all devices of all hosts. Everything random about an
 example is keyed by its index in the global batch, and batch-norm groups are cut out of the global
@@ -7,10 +7,8 @@ batch, so that the number of devices is a matter of speed and memory and not of 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,73 +18,12 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
-from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.errors import bad_field
 
 AXIS_NAME = "devices"
 
 
-# ---------------------------------------------------------------------------- start-up
-
-
-def start(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> None:
-    """Joins the other hosts of the job: from the arguments, else from the environment, else alone.
-
-    On TPU pods, under Slurm or Open MPI, and where `JAX_COORDINATOR_ADDRESS` is set,
-    `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
-
-    Raises:
-        UserError: only some of the three arguments are given.
-    """
-    given = [x is not None for x in (coordinator_address, num_processes, process_id)]
-    if any(given):
-        if not all(given):
-            raise UserError(
-                "--coordinator_address, --num_processes and --process_id go together: "
-                "give all three, or none to start from the environment"
-            )
-        if not 0 <= process_id < num_processes:  # type: ignore[operator]
-            raise UserError(
-                f"--process_id={process_id}: must be from 0 to num_processes - 1 = "
-                f"{num_processes - 1}"  # type: ignore[operator]
-            )
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    elif _environment_has_a_cluster():
-        jax.distributed.initialize()
-    elif _on_a_tpu_vm():
-        with contextlib.suppress(ValueError):  # a TPU machine that is no part of a pod
-            jax.distributed.initialize()
-
-
-def _environment_has_a_cluster() -> bool:
-    """True where `jax.distributed.initialize()` with no arguments would find more than one host."""
-    env = os.environ
-    many_tpu_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env
-    coordinator = "JAX_COORDINATOR_ADDRESS" in env or "COORDINATOR_ADDRESS" in env
-    launched = any(
-        int(env.get(tasks, "1") or 1) > 1 and rank in env
-        for tasks, rank in (
-            ("SLURM_NTASKS", "SLURM_PROCID"),
-            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        )
-    )
-    return many_tpu_hosts or many_slices or coordinator or launched
-
-
-def _on_a_tpu_vm() -> bool:
-    """A TPU VM has the chips and libtpu; its metadata names the other hosts."""
-    has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
-    if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
-        return False
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        return False
-    return True
+# ------------------------------------------------------------------------------- hosts
 
 
 def is_writer() -> bool:
@@ -98,6 +35,14 @@ def wait_for_all(name: str) -> None:
     """Blocks until every host has come to this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def reached_preemption(step: int) -> bool:
+    """True where a host of the job was told to stop (SIGTERM): at the same step on every host.
+
+    All hosts must ask at each step. `jax.distributed` takes the signal; alone, it is not there.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def gather_hosts(tree: Any) -> Any:
@@ -189,11 +134,29 @@ def replicate(make: Callable[..., Any], *args: Any) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first local device's copy of a replicated tree, without the device axis.
+    """The first local device's copy of a replicated tree, on the host: arrays of their own.
 
-    Reads the shard in place: `x[0]` on such an array would gather it first.
+    Reads the shard in place, since `x[0]` on such an array would gather it first, and starts all
+    transfers before it waits for one. The copies stay valid when the tree is donated.
     """
-    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+    shards = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+    jax.tree.map(lambda shard: shard.copy_to_host_async(), shards)
+    return jax.tree.map(lambda shard: np.array(np.asarray(shard)[0]), shards)
+
+
+def gather_rows(tree: Any) -> Any:
+    """`[devices, V, b, ...]` outputs of a step to the rows of the global batch, `[V, B, ...]`.
+
+    The rows come in the order of the devices; the same on every host, as host arrays.
+    """
+    shards = jax.tree.map(lambda x: [shard.data for shard in x.addressable_shards], tree)
+    jax.tree.map(lambda shard: shard.copy_to_host_async(), shards)
+
+    def rows_first(parts: list[jax.Array]) -> np.ndarray:
+        return np.concatenate([np.asarray(part)[0].swapaxes(0, 1) for part in parts])
+
+    rows = jax.tree.map(rows_first, shards, is_leaf=lambda x: isinstance(x, list))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), gather_hosts(rows))
 
 
 def pmap_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,12 +238,13 @@ def mean(tree: Any, axis_name: str | None) -> Any:
 
 
 def accumulate(
-    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, microbatches: int
-) -> tuple[Any, Any]:
-    """Runs `step(carry, microbatch) -> (carry, outputs)` over the device's microbatches in turn.
+    step: Callable[[Any, Any], tuple[Any, Any, Any]], carry: Any, batch: Any, microbatches: int
+) -> tuple[Any, Any, Any]:
+    """Runs `step(carry, microbatch) -> (carry, means, rows)` over the device's microbatches.
 
     Returns:
-        The last carry and the mean of the outputs.
+        The last carry, the mean of the means, and the rows of all microbatches: an array
+        `[V, b, ...]` of a microbatch of b examples becomes `[V, microbatches * b, ...]`.
     """
     if microbatches == 1:
         return step(carry, batch)
@@ -290,10 +254,11 @@ def accumulate(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, carry, first)[1]
     )
 
-    def body(state: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
+    def body(state: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], Any]:
         carry, total = state
-        carry, outputs = step(carry, part)
-        return (carry, jax.tree.map(jnp.add, total, outputs)), None
+        carry, means, rows = step(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, means)), rows
 
-    (carry, total), _ = lax.scan(body, (carry, zeros), parts)
-    return carry, jax.tree.map(lambda x: x / microbatches, total)
+    (carry, total), rows = lax.scan(body, (carry, zeros), parts)  # rows: [microbatches, V, b, ...]
+    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), rows)
+    return carry, jax.tree.map(lambda x: x / microbatches, total), rows

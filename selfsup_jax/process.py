@@ -1,13 +1,75 @@
-"""How this process uses its machine: CPU devices, memory, compiled programs. No mathematics."""
+"""How this process joins its job and uses its machine: hosts, devices, memory, compiled code."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
 import jax
 
 from selfsup_jax.errors import UserError
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the other hosts of the job: from the arguments, else from the environment, else alone.
+
+    On TPU pods, under Slurm or Open MPI, and where `JAX_COORDINATOR_ADDRESS` is set,
+    `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
+
+    Raises:
+        UserError: only some of the three arguments are given.
+    """
+    given = [x is not None for x in (coordinator_address, num_processes, process_id)]
+    if any(given):
+        if not all(given):
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id go together: "
+                "give all three, or none to start from the environment"
+            )
+        if not 0 <= process_id < num_processes:  # type: ignore[operator]
+            raise UserError(
+                f"--process_id={process_id}: must be from 0 to num_processes - 1 = "
+                f"{num_processes - 1}"  # type: ignore[operator]
+            )
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif _environment_has_a_cluster():
+        jax.distributed.initialize()
+    elif _on_a_tpu_vm():
+        with contextlib.suppress(ValueError):  # a TPU machine that is no part of a pod
+            jax.distributed.initialize()
+
+
+def _environment_has_a_cluster() -> bool:
+    """True where `jax.distributed.initialize()` with no arguments would find more than one host."""
+    env = os.environ
+    many_tpu_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env
+    coordinator = "JAX_COORDINATOR_ADDRESS" in env or "COORDINATOR_ADDRESS" in env
+    launched = any(
+        int(env.get(tasks, "1") or 1) > 1 and rank in env
+        for tasks, rank in (
+            ("SLURM_NTASKS", "SLURM_PROCID"),
+            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        )
+    )
+    return many_tpu_hosts or many_slices or coordinator or launched
+
+
+def _on_a_tpu_vm() -> bool:
+    """A TPU VM has the chips and libtpu; its metadata names the other hosts."""
+    has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+    if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
+        return False
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
@@ -53,3 +115,13 @@ def keep_compiled(directory: str) -> None:
     if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def device_memory() -> dict[str, float]:
+    """The first local device's memory in GiB, in use and at most so far; empty where it can't tell.
+
+    The CPU can't.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "device_memory_gib", "peak_bytes_in_use": "device_memory_peak_gib"}
+    return {name: stats[key] / 2**30 for key, name in names.items() if key in stats}

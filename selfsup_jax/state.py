@@ -10,7 +10,7 @@ import jax
 
 PyTree = Any
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # scalars; from a whole step also "outputs", see `Outputs`
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -33,19 +33,40 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: PyTree
 
 
+class Outputs(NamedTuple):
+    """What a step computed of a device's b examples in V views, for the diagnostics.
+
+    Attributes:
+        representation: `[V, b, F]` float32, the online encoder's.
+        projection: `[V, b, D]`, the online projector's.
+        prediction: `[V, b, D]`, what the loss compares with the target (the projection, where
+            there is no predictor).
+        target: `[V, b, D]`; row `[v, i]` is what the loss compares `prediction[v, i]` with.
+    """
+
+    representation: jax.Array
+    projection: jax.Array
+    prediction: jax.Array
+    target: jax.Array
+
+
 class Method(NamedTuple):
     """A method, ready to run: what `build` of each method's package gives to the loop.
 
     Attributes:
         init_state: `rng -> TrainState`.
-        train_step: `(state, batch, *, axis_name) -> (state, metrics)`, pure.
+        train_step: `(state, batch, *, axis_name) -> (state, metrics)`, pure. The metrics are
+            scalars, equal on every device, and "outputs", this device's `Outputs`.
         represent: `({"params", "batch_stats"} of the encoder, images [B, H, W, C] float32) ->
             representation [B, D] float32`, in evaluation mode.
+        augment_views: `(rng, batch) -> [V, B, H, W, 3]` float32 in [0, 1], what a step with that
+            key makes of a batch before it is normalised.
     """
 
     init_state: Callable[[jax.Array], TrainState]
     train_step: Callable[..., tuple[TrainState, Metrics]]
     represent: Callable[[PyTree, jax.Array], jax.Array]
+    augment_views: Callable[[jax.Array, Batch], jax.Array]
 
 
 def encoder_variables(state: TrainState) -> PyTree:

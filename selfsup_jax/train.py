@@ -6,300 +6,301 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from absl import logging
-from clu import parameter_overview
+from clu import parameter_overview, periodic_actions
 from ml_collections import ConfigDict
 
-from selfsup_jax import STARTED, checkpoint, metrics, parallel
+from selfsup_jax import (
+    STARTED,
+    checkpoint,
+    endings,
+    inputs,
+    optim,
+    parallel,
+    process,
+    progress,
+    workdir,
+)
 from selfsup_jax import config as config_lib
-from selfsup_jax.data import crops, pipeline, sources
 from selfsup_jax.durations import to_steps
-from selfsup_jax.errors import UserError
-from selfsup_jax.evaluation import final
-from selfsup_jax.metrics import say
+from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.evaluation import features, final
+from selfsup_jax.metrics import Recorder
+from selfsup_jax.monitor import Monitor
+from selfsup_jax.progress import say
 from selfsup_jax.state import Method, TrainState, encoder_variables
 
 # `(config, num_classes or None, total_steps, warmup_steps) -> Method`
 Build = Callable[[ConfigDict, int | None, int, int], Method]
 
 
-class Data(NamedTuple):
-    """The splits of a run."""
+class Run(NamedTuple):
+    """All that the parts of a run share."""
 
-    train: sources.Source
-    test: sources.Source | None  # None where there is nothing to probe
-    undecodable: pipeline.Undecodable
+    config: ConfigDict
+    data: inputs.Data
+    method: Method
+    total_steps: int
+    warmup_steps: int
+    workdir: str
+    checkpoints: checkpoint.Checkpoints
+    identity: dict[str, Any]  # see `workdir.describe_run`
 
 
-def pretrain(config: ConfigDict, workdir: str, build: Build) -> dict[str, Any]:
-    """Trains, goes on where an earlier run in `workdir` stopped, evaluates, writes the results.
+def pretrain(config: ConfigDict, directory: str, build: Build) -> dict[str, Any]:
+    """Trains, goes on where an earlier run in `directory` stopped, evaluates, writes the results.
 
     Args:
         config: see `configs/`.
-        workdir: takes `config.json`, checkpoints, TensorBoard events and `results.json`.
+        directory: the workdir; takes `config.json`, `metrics.jsonl`, checkpoints, TensorBoard
+            events, `plots/` and `results.json`.
         build: the method's `build`.
 
     Returns:
         What `results.json` holds.
 
     Raises:
-        UserError: a mistake in the config, the data or the workdir.
+        UserError: a mistake in the config, the data or the workdir; a loss or gradient that is not
+            finite; a disk that takes no more.
+        Stopped: after SIGTERM or Ctrl-C, once the step just done is saved.
     """
     config = config.copy_and_resolve_references()
     config_lib.validate(config)
-    data = load_data(config)
+    data = inputs.load_data(config)
     config_lib.check_batch_fits(config, data.train.num_examples)
-    total_steps = to_steps(config, data.train.num_examples, config.batch_size)
-    warmup_steps = to_steps(
-        config.optimizer,
-        data.train.num_examples,
-        config.batch_size,
-        prefix="warmup_",
-        path="optimizer.",
-    )
-    if total_steps < 1:
-        raise UserError("config.epochs, .examples and .steps come to no step at all")
-    if warmup_steps >= total_steps:
-        say(f"the warm-up of {warmup_steps} steps is longer than the run of {total_steps}")
-    checkpoints = prepare_workdir(config, data, workdir)
+    total_steps, warmup_steps = _lengths(config, data.train.num_examples)
     method = build(config, data.train.num_classes, total_steps, warmup_steps)
-    initial = jax.device_get(jax.jit(method.init_state)(jax.random.PRNGKey(config.seed)))
-    latest = initial if checkpoints.latest_step is None else checkpoints.restore(initial)
+    identity = workdir.describe_run(config, data)
+    with workdir.opened(config, directory) as checkpoints:
+        run = Run(config, data, method, total_steps, warmup_steps, directory, checkpoints, identity)
+        with endings.disk_errors(directory, lambda: checkpoints.latest_step):
+            return _pretrain(run)
+
+
+def _pretrain(run: Run) -> dict[str, Any]:
+    if run.checkpoints.latest_step is not None:
+        workdir.check_same_run(run.identity, run.checkpoints.meta(), run.workdir)
+    workdir.write_config(run.identity, run.workdir)
+    initial = jax.device_get(jax.jit(run.method.init_state)(jax.random.PRNGKey(run.config.seed)))
+    fresh = run.checkpoints.latest_step is None
+    latest = initial if fresh else run.checkpoints.restore(initial)
     first_step = int(latest.step)
-    _announce(config, data, latest, workdir, first_step, total_steps)
+    _announce(run, latest, first_step)
+
+    recorder = Recorder(run.workdir, first_step)
+    line = progress.Progress(run.total_steps, first_step, run.config.batch_size)
+    extract = features.make_extractor(
+        run.method.represent, tuple(run.config.augment.mean), tuple(run.config.augment.std)
+    )
+    flat = workdir.flat_config(run.identity)
+    monitor = Monitor(run.config, flat, run.data, run.method, extract, recorder, line, run.workdir)
     state = parallel.replicate(lambda s: s, latest)
     try:
-        state, speed = _train(
-            config, data, method, state, checkpoints, workdir, first_step, total_steps
-        )
+        if first_step < run.total_steps:
+            state = _train(run, state, first_step, recorder, line, monitor)
     finally:
-        checkpoints.close()
-
-    results = _evaluate(config, data, method, state, initial) | speed | {"steps": total_steps}
-    return _write_results(config, data, results, workdir)
+        line.close()
+        recorder.close()
+    speed = {"images_per_second": line.images_per_second} if line.images_per_second else {}
+    results = _evaluate(run, state, initial, extract) | monitor.results() | speed
+    steps = max(first_step, run.total_steps)
+    return _write_results(run, results | {"steps": steps} | process.device_memory())
 
 
 # ------------------------------------------------------------------------------- set-up
 
 
-def load_data(config: ConfigDict) -> Data:
-    """The training split and, where there are labels, the held-out one; fills in empty splits."""
-    data = config.data
-    options: dict[str, Any] = {}
-    if data.name not in sources.EMBEDDED:
-        options = {
-            "download": data.download,
-            "cache_gib": data.cache_gib,
-            "shuffle_buffer": data.shuffle_buffer,
-        }
-    if data.download and not parallel.is_writer():
-        parallel.wait_for_all("prepared")  # one host prepares, the others find it done
-    chosen = not data.train_split
-    if not (data.train_split and data.test_split):
-        train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
-        data.train_split = data.train_split or train_split
-        data.test_split = data.test_split or test_split
-    train = sources.load(data.name, data.dir, data.train_split, "data.train_split", **options)
-    if data.download and parallel.is_writer():
-        parallel.wait_for_all("prepared")
-    if chosen and not train.num_classes and data.train_split == "train[:90%]":
-        # Without labels there is nothing to hold images out for.
-        data.train_split, data.test_split = "train", "train[:0]"
-        train = sources.load(data.name, data.dir, "train", "data.train_split", **options)
-    test = None
-    if train.num_classes and config.eval.enabled:
-        test = sources.load(data.name, data.dir, data.test_split, "data.test_split", **options)
-        if not test.num_classes:
-            logging.warning("%s has no labels: no probes", test.name)
-            test = None
-    undecodable = pipeline.Undecodable(train.num_examples, data.max_undecodable)
-    return Data(train, test, undecodable)
+def _lengths(config: ConfigDict, num_examples: int) -> tuple[int, int]:
+    """Steps of the run, and of its warm-up."""
+    batch = config.batch_size
+    total = to_steps(config, num_examples, batch)
+    warmup = to_steps(config.optimizer, num_examples, batch, prefix="warmup_", path="optimizer.")
+    if total < 1:
+        raise UserError("config.epochs, .examples and .steps come to no step at all")
+    if warmup >= total:
+        say(f"the warm-up of {warmup} steps is longer than the run of {total}")
+    profile = config.profile
+    if profile.first_step + profile.num_steps > total and profile.first_step:
+        raise bad_field(
+            "profile.first_step",
+            profile.first_step,
+            f"must leave profile.num_steps={profile.num_steps} of the run's {total} steps",
+        )
+    return total, warmup
 
 
-def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[pipeline.HostBatch]:
-    """This host's part of each global batch from `first_step` on, without end."""
-    spec = crops.CropSpec(
-        config.data.image_size,
-        tuple(config.data.crop_area),
-        tuple(config.data.crop_aspect),
-        config.data.resize_method,
-    )
-    return pipeline.train_batches(
-        data.train,
-        spec,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
-        first_step=first_step,
-        undecodable=data.undecodable,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
-
-
-def prepare_workdir(config: ConfigDict, data: Data, workdir: str) -> checkpoint.Checkpoints:
-    """Makes the workdir and writes `config.json`, or checks that it is this run's."""
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        parallel.wait_for_all("workdir")
-        checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
-        going_on = checkpoints.latest_step is not None
-        if len(set(parallel.gather_hosts(np.asarray([checkpoints.latest_step or 0])))) > 1:
-            raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
-        found = {"train_images": data.train.num_examples, "classes": data.train.num_classes}
-        config_lib.write_or_check(config, workdir, going_on=going_on, found=found)
-        return checkpoints
-    except OSError as e:
-        raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
-
-
-def _announce(
-    config: ConfigDict, data: Data, state: TrainState, workdir: str, first: int, total: int
-) -> None:
+def _announce(run: Run, state: TrainState, first: int) -> None:
+    config, data = run.config, run.data
     params = state.online_params
     sizes = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in params.items()}
     if parallel.is_writer():
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
-        with open(os.path.join(workdir, "parameters.txt"), "w") as f:
+        with open(os.path.join(run.workdir, "parameters.txt"), "w") as f:
             f.write(table + "\n")
     labels = f"{data.train.num_classes} classes" if data.train.num_classes else "no labels"
     kinds = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if jax.process_count() > 1:
         kinds += f" on {jax.process_count()} hosts"
+    epochs = run.total_steps / (data.train.num_examples // config.batch_size)
     say(f"{config.method}: {data.train.name}: {data.train.num_examples:,} images, {labels}")
     say(
-        f"{total:,} steps of {config.batch_size} images on {kinds}; parameters: "
+        f"{run.total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs) on "
+        f"{kinds}; {sum(sizes.values()):,} parameters: "
         + ", ".join(f"{k} {v:,}" for k, v in sizes.items())
     )
+    say(optim.describe(config.optimizer, config.batch_size, run.total_steps, run.warmup_steps))
     if first:
-        say(f"going on from step {first:,} in {workdir}")
+        say(f"going on from step {first:,} in {run.workdir}")
 
 
 # ----------------------------------------------------------------------------- training
 
 
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    diagnose: bool
+    knn: bool
+    draw: bool
+    save: bool
+
+
+def _due(config: ConfigDict, step: int, last: bool) -> Due:
+    def every(interval: int) -> bool:
+        return interval > 0 and (last or step % interval == 0)
+
+    watch = config.monitor
+    due = Due(
+        log=every(config.log_every_steps),
+        diagnose=every(watch.diagnostics_every_steps),
+        knn=every(watch.knn_every_steps),
+        draw=every(watch.plots_every_steps),
+        save=every(config.checkpoint_every_steps) or every(config.keep_every_steps),
+    )
+    return due._replace(log=due.log or due.diagnose or due.knn)
+
+
 def _train(
-    config: ConfigDict,
-    data: Data,
-    method: Method,
+    run: Run,
     state: TrainState,
-    checkpoints: checkpoint.Checkpoints,
-    workdir: str,
     first_step: int,
-    total_steps: int,
-) -> tuple[TrainState, dict[str, float]]:
-    """Steps from `first_step` to `total_steps`. Returns the last state, and how fast it went."""
-    if first_step >= total_steps:
-        return state, {}
-    step_fn = parallel.pmap_step(method.train_step)
-    batches = train_batches(config, data, first_step)
-    writer = metrics.create_writer(workdir)
-    progress = metrics.Progress(total_steps, first_step, config.batch_size)
-    try:
-        for step in range(first_step + 1, total_steps + 1):
-            state, step_metrics = step_fn(state, parallel.shard(next(batches)))
-            last = step == total_steps
+    recorder: Recorder,
+    line: progress.Progress,
+    monitor: Monitor,
+) -> TrainState:
+    """Steps from `first_step` to the last. Returns the state after it, which is saved."""
+    config, checkpoints = run.config, run.checkpoints
+    step_fn = parallel.pmap_step(run.method.train_step)
+    batches = inputs.train_batches(config, run.data, first_step)
+    watch = endings.FiniteWatch(run.workdir)
+    profile = _profiler(run)
+    postponed = False
+    with endings.StopSignals() as signals:
+        for step in range(first_step + 1, run.total_steps + 1):
+            batch = next(batches)
+            names = batch.pop("name")
+            state, metrics = step_fn(state, parallel.shard(batch))
+            checkpoints.write()  # what was taken after the step before: the device is at work now
+            outputs = metrics.pop("outputs")
+            watch.add(step, metrics, names)
+            profile(step)
             if step == first_step + 1:
                 jax.block_until_ready(state.step)
+                signals.catch()
                 say(f"first step done {time.perf_counter() - STARTED:.1f} s after the start")
-                progress.restart(step)
-            log = step % config.log_every_steps == 0 or last
-            save = step % config.checkpoint_every_steps == 0 or last
-            if log or save:
-                values = {k: float(v) for k, v in parallel.unreplicate(step_metrics).items()}
-                if not math.isfinite(values["loss"]):
-                    raise _diverged(values["loss"], step, config, checkpoints.latest_step)
-            if log:
-                rate = progress.show(step, values)
-                writer.write_scalars(step, values | ({"images_per_second": rate} if rate else {}))
-            if save:
-                began = time.perf_counter()
-                checkpoints.save(state)
-                progress.leave_out(time.perf_counter() - began)
-    finally:
-        progress.close()
-        writer.flush()
-        writer.close()
-    return state, {"images_per_second": progress.images_per_second}
+                line.restart(step)
+            elif step == first_step + 12:
+                watch.drain()
+                say(line.expectation(step))
+
+            due = _due(config, step, last=step == run.total_steps)
+            if due.log:
+                watch.drain()
+                values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
+                del values["finite"]
+                if due.diagnose:
+                    values |= monitor.diagnose(outputs)
+                with line.pause():
+                    values |= monitor.knn(step, state) if due.knn else {}
+                rate = line.show(step, values)
+                timings = {"images_per_second": rate} if rate else {}
+                recorder.write(step, values, timings | process.device_memory())
+                monitor.judge()
+            with line.pause():
+                if due.draw:
+                    monitor.draw(step, state, batch)
+                stop = signals.received(step)
+                must = stop or step == run.total_steps or checkpoints.keeps(step)
+                if must or due.save or postponed:
+                    # Waiting for the disk would hold the step up; a little later does as well.
+                    postponed = not must and checkpoints.busy
+                    if not postponed:
+                        watch.drain()
+                        recorder.flush()
+                        checkpoints.take(state, workdir.meta(run.identity, step))
+            if stop:
+                break
+        checkpoints.write()
+        checkpoints.wait()
+        if stop:
+            line.close()
+            raise endings.stopped(stop, step, run.workdir)
+    return state
 
 
-def _diverged(loss: float, step: int, config: ConfigDict, saved: int | None) -> UserError:
-    rate = config.optimizer.learning_rate
-    where = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-    return UserError(
-        f"config.optimizer.learning_rate={rate!r}: the loss is {loss} at step {step}, try a lower "
-        f"one; {where}"
+def _profiler(run: Run) -> Callable[[int], Any]:
+    """Traces `config.profile.num_steps` steps, from `config.profile.first_step` on; 0 for none."""
+    if not run.config.profile.first_step:
+        return lambda step: None
+    return periodic_actions.Profile(
+        logdir=run.workdir,
+        num_profile_steps=run.config.profile.num_steps,
+        profile_duration_ms=None,
+        first_profile=run.config.profile.first_step,
+        every_secs=None,
     )
 
 
 # --------------------------------------------------------------------------- evaluation
 
 
-def _evaluate(
-    config: ConfigDict, data: Data, method: Method, state: TrainState, initial: TrainState
-) -> dict[str, Any]:
+def _evaluate(run: Run, state: TrainState, initial: TrainState, extract: Any) -> dict[str, Any]:
     """Probes of the last step's encoder; nothing where there are no labels to probe with."""
-    if data.test is None:
+    config = run.config
+    if run.data.test is None:
         why = "no labels to probe with" if config.eval.enabled else "config.eval.enabled=False"
         say(f"{why}: no probes; the encoder is in the last checkpoint")
         return {}
-
-    def batches(source: sources.Source, limit: int) -> final.Batches:
-        undecodable = pipeline.Undecodable(source.num_examples, config.data.max_undecodable)
-        return lambda: pipeline.eval_batches(
-            source,
-            resize=config.data.test_resize,
-            size=config.data.image_size,
-            method=config.data.resize_method,
-            batch_size=config.eval.batch_size,
-            limit=limit,
-            undecodable=undecodable,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
-
-    trained = jax.device_get(encoder_variables(parallel.unreplicate(state)))
-    # The encoder exactly as this run's training found it.
-    untrained = encoder_variables(initial) if config.eval.random_init else None
     return final.evaluate(
-        method.represent,
-        trained,
-        untrained,
-        batches(data.train, config.eval.max_train_images),
-        batches(data.test, config.eval.max_test_images),
+        extract,
+        parallel.unreplicate(encoder_variables(state)),
+        # The encoder exactly as this run's training found it.
+        encoder_variables(initial) if config.eval.random_init else None,
+        inputs.eval_batches(config, run.data.train, config.eval.max_train_images),
+        inputs.eval_batches(config, run.data.test, config.eval.max_test_images),
         config.eval,
-        tuple(config.augment.mean),
-        tuple(config.augment.std),
         config.seed,
     )
 
 
-def _write_results(
-    config: ConfigDict, data: Data, results: dict[str, Any], workdir: str
-) -> dict[str, Any]:
-    path = os.path.join(workdir, "results.json")
+def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    path = os.path.join(run.workdir, "results.json")
     if "images_per_second" not in results and os.path.exists(path):
         with open(path) as f:  # nothing was trained this time: the speed is an earlier process's
             results["images_per_second"] = json.load(f).get("images_per_second")
     results |= {
-        "method": config.method,
-        "seed": config.seed,
+        "method": run.config.method,
+        "seed": run.config.seed,
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
-        "undecodable_images": len(data.undecodable.names),
+        "undecodable_images": len(run.data.undecodable.names),
     }
     if parallel.is_writer():
-        with open(path + ".partial", "w") as f:
-            json.dump(results, f, indent=2, sort_keys=True)
-            f.write("\n")
-        os.replace(path + ".partial", path)
+        endings.write_json(path, results)
         if "knn_top1" in results:
             say(f"top-1 on held-out images, encoder of step {results['steps']}:")
             say(final.summary(results))

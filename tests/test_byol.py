@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,9 @@ from conftest import (
 
 from byol_jax import losses, method
 from byol_jax import networks as networks_lib
+from configs import byol
 from selfsup_jax import optim, parallel
+from selfsup_jax.models.norm import BatchNorm
 from selfsup_jax.parallel import BatchLayout
 
 TWO_VIEWS = BatchLayout(num_views=2)
@@ -86,14 +89,14 @@ ONLINE = ("encoder", "projector", "predictor")
 TARGET = ("encoder", "projector")
 
 
-def oracle_gradients(online, target, views, labels):
+def oracle_gradients(online, target, views, labels, parts=ONLINE):
     """Central differences in float64 of the loss, and of the probe's loss for the probe only."""
     projections = oracle_forward(target, views, TARGET)[1]  # constants: the target gets no gradient
 
     def loss():
-        return oracle_loss(*oracle_forward(online, views, ONLINE)[1], *projections)
+        return oracle_loss(*oracle_forward(online, views, parts)[1], *projections)
 
-    features = oracle_forward(online, views, ONLINE)[0][0]  # view 1, constants too
+    features = oracle_forward(online, views, parts)[0][0]  # view 1, constants too
 
     def probe_loss():
         head = online["classifier"]["output"]
@@ -115,7 +118,7 @@ def oracle_gradients(online, target, views, labels):
 
         return jax.tree.map(of_leaf, online[part])
 
-    gradients = {part: differences(part, loss) for part in ONLINE}
+    gradients = {part: differences(part, loss) for part in parts}
     gradients["classifier"] = differences("classifier", probe_loss)
     return loss(), probe_loss(), gradients
 
@@ -143,6 +146,11 @@ def oracle_averages(stats, moments):
 
 def as_float64(tree):
     return jax.tree.map(lambda x: np.array(x, np.float64), tree)
+
+
+def norm_of(*trees):
+    """Of all their numbers as one vector."""
+    return math.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(trees)))
 
 
 # ------------------------------------------------------------------------------ fixtures
@@ -236,12 +244,14 @@ def test_loss_takes_targets_as_constants():
 
 
 @pytest.fixture(scope="module")
-def gradients(networks, initial_state, views, labels):
-    """Of all that `loss_fn` takes as parameters, with labels and without."""
+def losses_and_gradients(networks, initial_state, views, labels):
+    """`loss_fn` whole, and its gradients by all that it takes as parameters, in three settings."""
 
     def of(networks, labels):
+        s = initial_state
+        parts = [name for name in s.online_params if getattr(networks, name) is not None]
+
         def loss(online, target):
-            s = initial_state
             return method.loss_fn(
                 online,
                 target,
@@ -251,23 +261,74 @@ def gradients(networks, initial_state, views, labels):
                 labels,
                 networks_=networks,
                 layout=TWO_VIEWS,
-            )[0]
+            )
 
-        both = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        return jax.device_get(both(initial_state.online_params, initial_state.target_params))
+        both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        return jax.device_get(both({k: s.online_params[k] for k in parts}, s.target_params))
 
-    return {"labels": of(networks, labels), "no labels": of(networks, None)}
+    return {
+        "labels": of(networks, labels),
+        "no labels": of(networks, None),
+        "no predictor": of(networks._replace(predictor=None), labels),
+    }
 
 
-def test_gradient_is_that_of_finite_differences(gradients, initial_state, views, labels):
+@pytest.fixture(scope="module")
+def gradients(losses_and_gradients):
+    """Of the online and of the target parameters, in each setting."""
+    return {setting: gradients for setting, (_, gradients) in losses_and_gradients.items()}
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"), [("labels", ONLINE), ("no labels", ONLINE), ("no predictor", TARGET)]
+)
+def test_outputs_are_what_the_loss_compares(
+    losses_and_gradients, initial_state, views, labels, setting, parts
+):
+    """Each of them against the oracle, and the loss again from the predictions and targets."""
+    (total, (metrics, outputs, _, _)), _ = losses_and_gradients[setting]
     online, target = as_float64((initial_state.online_params, initial_state.target_params))
     both_views = np.split(views.astype(np.float64), 2)
-    expected = oracle_gradients(online, target, both_views, labels)[2]
-    assert_close(gradients["labels"][0], expected, relative=1e-4, floor=0.1)
+    representations, predictions, _ = oracle_forward(online, both_views, parts)
+    projections_1, projections_2 = oracle_forward(target, both_views, TARGET)[1]
+    expected = {
+        "representation": representations,
+        "projection": oracle_forward(online, both_views, TARGET)[1],
+        "prediction": predictions,
+        "target": [projections_2, projections_1],  # of the other view
+    }
+    assert set(outputs._fields) == set(expected)
+    for name, value in expected.items():
+        got = getattr(outputs, name)
+        assert got.dtype == np.float32 and got.shape[:2] == (2, BATCH), name
+        np.testing.assert_allclose(got, np.stack(value), rtol=1e-4, atol=1e-5, err_msg=name)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    cosines = np.sum(unit(as_float64(outputs.prediction)) * unit(as_float64(outputs.target)), -1)
+    np.testing.assert_allclose(metrics["loss"], np.mean(np.sum(2 - 2 * cosines, 0)), rtol=1e-5)
+    loss, probe_loss, _ = oracle_gradients(online, target, both_views, labels, parts)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert ("probe_loss" in metrics) == (setting != "no labels")
+    expected_total = loss + (probe_loss if setting != "no labels" else 0)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-5)
 
 
-def test_no_gradient_reaches_the_target(gradients):
-    for name, gradient in flatten(gradients["labels"][1]).items():
+@pytest.mark.parametrize(("setting", "parts"), [("labels", ONLINE), ("no predictor", TARGET)])
+def test_gradient_is_that_of_finite_differences(
+    gradients, initial_state, views, labels, setting, parts
+):
+    online, target = as_float64((initial_state.online_params, initial_state.target_params))
+    both_views = np.split(views.astype(np.float64), 2)
+    expected = oracle_gradients(online, target, both_views, labels, parts)[2]
+    assert set(expected) == {*parts, "classifier"}
+    assert_close(gradients[setting][0], expected, relative=1e-4, floor=0.1)
+
+
+@pytest.mark.parametrize("setting", ["labels", "no labels", "no predictor"])
+def test_no_gradient_reaches_the_target(gradients, setting):
+    for name, gradient in flatten(gradients[setting][1]).items():
         assert not gradient.any(), name
 
 
@@ -283,7 +344,7 @@ def test_probe_passes_no_gradient_to_the_encoder(gradients):
 
 
 def test_updates_are_the_papers(cosine_run):
-    """Parameters, target, averages and metrics after each of four steps, not the loss alone."""
+    """Parameters, target, averages and every metric after each of four steps."""
     states, metrics, _ = cosine_run
     first = states[0]
     online, target = as_float64((first.online_params, first.target_params))
@@ -309,6 +370,7 @@ def test_updates_are_the_papers(cosine_run):
             grads,
             traces,
         )
+        before = online
         online, traces = jax.tree.transpose(
             jax.tree.structure(online), jax.tree.structure((0, 0)), pairs
         )
@@ -332,10 +394,22 @@ def test_updates_are_the_papers(cosine_run):
             assert_close(change(got, start), change(expected, start), 2e-4, floor=1e-2)
         assert_close(state.online_stats, online_stats, 1e-5, floor=0.1)
         assert_close(state.target_stats, target_stats, 1e-5, floor=0.1)
-        got = metrics[k]
-        expected = {"loss": loss, "probe_loss": probe_loss, "learning_rate": rates[k], "tau": tau}
+        followed = {part: online[part] for part in TARGET}
+        expected = {
+            "loss": loss,
+            "probe_loss": probe_loss,
+            "learning_rate": rates[k],
+            "tau": tau,
+            **{f"grad_norm/{part}": norm_of(tree) for part, tree in grads.items()},
+            "update_norm": norm_of(change(online, before)),
+            "target_distance": norm_of(change(followed, target)) / norm_of(followed),
+            "finite": 1.0,
+        }
+        assert set(metrics[k]) == {*expected, "probe_top1", "outputs"}
         for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(metrics[k][name], value, rtol=2e-4, atol=1e-7, err_msg=name)
+        assert metrics[k]["outputs"].prediction.shape == (2, BATCH, 3)
+    assert norm_of(grads) > 0.1 and norm_of(change(online, before)) > 0.1
 
 
 def test_first_step_of_a_warmup_moves_only_the_target(cosine_run):
@@ -362,11 +436,77 @@ def test_without_labels(step_with_tau, initial_state):
     params = {k: v for k, v in initial_state.online_params.items() if k != "classifier"}
     state = initial_state.replace(online_params=params, opt_state=optimizer.init(params))
     after, metrics = jax.jit(step)(state, random_batch(BATCH, seed=0, labels=False))
-    assert set(metrics) == {"loss", "tau", "learning_rate"}
+    norms = {f"grad_norm/{part}" for part in ONLINE} | {"update_norm", "target_distance"}
+    assert set(metrics) == {"loss", "tau", "learning_rate", "finite", "outputs"} | norms
     assert set(after.online_params) == set(ONLINE)
     # What a run with labels makes of these parts: the probe only watches.
     with_labels = step_with_tau(0.9)[1]
     assert_close(after.online_params, {k: with_labels.online_params[k] for k in ONLINE}, floor=0.1)
+
+
+def test_without_a_predictor(networks, initial_state):
+    """The ablation: a step trains the other parts, and nothing of a predictor is left."""
+    config = byol.get_config("demo,use_predictor=False")
+    built = method.build(config, num_classes=10, total_steps=2, warmup_steps=0)
+    made = jax.eval_shape(built.init_state, jax.random.PRNGKey(0))
+    assert set(made.online_params) == {*TARGET, "classifier"}
+    assert set(made.online_stats) == set(made.target_params) == set(TARGET)
+
+    step, optimizer = tiny_step(networks._replace(predictor=None))
+    params = {k: v for k, v in initial_state.online_params.items() if k != "predictor"}
+    stats = {k: v for k, v in initial_state.online_stats.items() if k != "predictor"}
+    state = initial_state.replace(
+        online_params=params, online_stats=stats, opt_state=optimizer.init(params)
+    )
+    after, metrics = jax.jit(step)(state, random_batch(BATCH, seed=0))
+    assert set(after.online_params) == set(params) and set(after.online_stats) == set(stats)
+    assert {k for k in metrics if k.startswith("grad_norm/")} == {f"grad_norm/{k}" for k in params}
+    assert metrics["finite"] == 1.0
+    assert_same(metrics["outputs"].prediction, metrics["outputs"].projection)
+    for part, layer in (("encoder", "conv"), ("projector", "output"), ("classifier", "output")):
+        old, new = (s.online_params[part][layer]["kernel"] for s in (state, after))
+        assert np.abs(old - new).max() > 1e-4, part
+
+
+# ----------------------------------------------------------------------------- the views
+
+
+class Showing(nn.Module):
+    """An encoder whose representation is its input."""
+
+    num_features: int
+
+    @nn.compact
+    def __call__(self, x, layout=None):
+        BatchNorm(name="bn")(x, layout)  # parameters and averages, as every encoder has
+        return x.reshape(len(x), -1)
+
+
+def test_augment_views_are_what_a_step_sees():
+    """With the step's key, before the normalisation: bit by bit, and other ones at other steps."""
+    size = IMAGE_SHAPE[0]
+    config = byol.get_config("demo,projector.hidden_size=4,predictor.hidden_size=4")
+    config.data.image_size = size
+    config.augment.mean, config.augment.std = (0.0,) * 3, (1.0,) * 3  # nothing is normalised
+    built = method.build(config, num_classes=10, total_steps=9, warmup_steps=0)
+    networks_ = built.train_step.keywords["networks_"]._replace(encoder=Showing(3 * size**2))
+    state = built.init_state(jax.random.PRNGKey(0), networks_=networks_)
+    step = jax.jit(functools.partial(built.train_step, networks_=networks_))
+    batch = random_batch(BATCH, seed=0) | {"index": np.arange(5, 5 + BATCH, dtype=np.int32)}
+
+    views = {}
+    for number in (0, 4):
+        metrics = step(state.replace(step=jnp.int32(number)), batch)[1]
+        key = jax.random.fold_in(state.rng, number)
+        views[number] = np.asarray(jax.jit(built.augment_views)(key, batch))
+        assert views[number].shape == (2, BATCH, *IMAGE_SHAPE)
+        assert views[number].dtype == np.float32
+        assert views[number].min() >= 0 and views[number].max() <= 1
+        seen = np.asarray(metrics["outputs"].representation).reshape(views[number].shape)
+        np.testing.assert_array_equal(seen, views[number])
+    plain = np.stack([batch["view_1"], batch["view_2"]]) / np.float32(255)
+    different = [views[0] != views[4], views[0] != plain, views[4] != plain]
+    assert all(x.any(axis=(2, 3, 4)).mean() > 0.5 for x in different)
 
 
 # ------------------------------------------------------------------------------------ tau

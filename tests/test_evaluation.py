@@ -73,6 +73,18 @@ def test_knn_weighs_the_near_more():
     assert knn.knn_accuracy(train, test, k=3, temperature=10.0) == 0.0
 
 
+def test_knn_takes_a_row_of_zeros():
+    """A representation that ReLUs have emptied is like none of the others, and breaks nothing."""
+    train, test = noise(50, NUM_CLASSES, 0), noise(30, NUM_CLASSES, 1)
+    zeros = np.zeros_like(train.x[:3])
+    bank = Features(np.concatenate([zeros, train.x]), np.append([0, 0, 0], train.labels))
+    expected = knn.knn_accuracy(train, test, k=3, temperature=0.1)
+    assert knn.knn_accuracy(bank, test, k=3, temperature=0.1) == expected
+    queries = Features(np.concatenate([test.x, zeros]), np.append(test.labels, [0, 0, 0]))
+    accuracy = knn.knn_accuracy(train, queries, k=3, temperature=0.1)
+    assert 30 * expected <= 33 * accuracy <= 30 * expected + 3
+
+
 def test_knn_at_a_tiny_temperature_does_not_overflow():
     train, test = blobs(30, 3, 0), blobs(15, 3, 1)
     assert knn.knn_accuracy(train, test, k=5, temperature=1e-3) == 1.0
@@ -245,14 +257,12 @@ def test_evaluate_measures_each_encoder_by_itself():
     shows_class[0], shows_noise[20] = 1, 1
     train, test = split(90), split(60)
     results = final.evaluate(
-        represent,
+        make_extractor(represent, (0.0,) * 3, (1.0,) * 3),
         shows_class,
         shows_noise,
         lambda: train,
         lambda: test,
         config,
-        (0.0,) * 3,
-        (1.0,) * 3,
         seed=0,
     )
     names = ("knn_top1", "linear_probe_top1", "linear_probe_top5", "fewshot_top1")

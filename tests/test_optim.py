@@ -214,6 +214,40 @@ def test_constant_after_a_warmup():
     np.testing.assert_allclose(values, [0, 0.075, 0.3, 0.3], rtol=1e-6)
 
 
+def test_tau_schedules():
+    steps = jnp.asarray([0, 100, 200])
+    cosine = optim.tau_schedule("cosine", 0.996, 200)
+    np.testing.assert_allclose([cosine(step) for step in steps], [0.996, 0.998, 1.0], rtol=1e-6)
+    constant = optim.tau_schedule("constant", 0.97, 200)
+    np.testing.assert_allclose([constant(step) for step in steps], [0.97] * 3, rtol=1e-6)
+    assert constant(steps[0]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {},
+            ("learning rate 3.2 =", "0.2 x 4096 / 256 (linear", "10 steps of warm-up", "90 steps"),
+        ),
+        ({"scaling": "sqrt"}, ("learning rate 12.8 =", "0.2 x sqrt(4096)", "cosine to 0")),
+        ({"scaling": "none"}, ("learning rate 0.2 (not scaled", "LARS")),
+        ({"schedule": "constant", "name": "sgd"}, ("then constant", "SGD")),
+        ({"schedule": "step", "drops": (0.6, 0.8)}, ("x 0.1 at steps 60, 80",)),
+    ],
+)
+def test_the_rate_is_told_with_the_rule_that_it_came_from(changes, words):
+    config = byol.get_config("imagenet").optimizer
+    config.update(changes)
+    told = optim.describe(config, batch_size=4096, total_steps=100, warmup_steps=10)
+    for word in words:
+        assert word in told
+    assert "warm-up" not in optim.describe(config, 4096, total_steps=100, warmup_steps=0)
+    # The rate that is told is the one that is used.
+    peak = max(float(optim.from_config(config, 4096, 100, 10)[0](step)) for step in range(100))
+    assert float(told.split()[2].rstrip(";")) == pytest.approx(peak, rel=1e-3)
+
+
 def test_scaling_rules():
     assert optim.scaled_learning_rate(0.2, 4096, "linear") == pytest.approx(3.2)
     assert optim.scaled_learning_rate(0.075, 4096, "sqrt") == pytest.approx(4.8)

@@ -30,6 +30,7 @@ from byol_jax import method
 from selfsup_jax import parallel
 from selfsup_jax.checkpoint import Checkpoints
 from selfsup_jax.errors import UserError
+from selfsup_jax.metrics import read_history
 from selfsup_jax.parallel import BatchLayout
 
 BATCH = 16
@@ -52,7 +53,10 @@ def spread(batch, devices, accumulate_steps):
 
 @functools.cache
 def two_updates(networks, devices, bn_groups, accumulate_steps=1):
-    """State and metrics after two updates; `devices` 0 is plain `jax.jit` without an axis."""
+    """State, metrics and outputs after two updates; `devices` 0 is plain `jax.jit` without an axis.
+
+    The outputs are of the global batch, `[2, B, ...]`, in its order.
+    """
     step, optimizer = tiny_step(
         networks,
         schedule=optax.constant_schedule(0.05),  # small: far steps would blow up the rounding
@@ -68,7 +72,8 @@ def two_updates(networks, devices, bn_groups, accumulate_steps=1):
         run = jax.jit(step)
         for batch in batches:
             state, metrics = run(state, batch)
-        return jax.device_get((state, metrics))
+        outputs = metrics.pop("outputs")
+        return jax.device_get((state, metrics, outputs))
 
     run = jax.pmap(
         functools.partial(step, axis_name="d"), axis_name="d", devices=jax.devices()[:devices]
@@ -76,16 +81,21 @@ def two_updates(networks, devices, bn_groups, accumulate_steps=1):
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), state)
     for batch in batches:
         state, metrics = run(state, spread(batch, devices, accumulate_steps))
+    rows = parallel.gather_rows(metrics.pop("outputs"))
+    order = spread(np.arange(BATCH), devices, accumulate_steps).reshape(-1)
+    outputs = jax.tree.map(lambda x: x[:, np.argsort(order)], rows)
     per_device = jax.device_get((state, metrics))
     first = jax.tree.map(lambda x: x[0], per_device)
     for device in range(1, devices):  # replicas never drift apart
         assert_same(jax.tree.map(lambda x, d=device: x[d], per_device), first)
-    return first
+    return *first, outputs
 
 
 def assert_states_agree(got, expected, stats=True):
-    (a, a_metrics), (b, b_metrics) = got, expected
+    (a, a_metrics, a_outputs), (b, b_metrics, b_outputs) = got, expected
     assert_close(a_metrics, b_metrics, floor=1e-2)
+    assert all(x.shape[:2] == (2, BATCH) for x in a_outputs)
+    assert_close(a_outputs, b_outputs, floor=0.1)
     for field in ("online_params", "target_params"):
         assert_close(getattr(a, field), getattr(b, field), floor=0.1)
     assert_close(a.opt_state, b.opt_state, floor=1.0)  # sums of gradients of that size
@@ -98,7 +108,7 @@ def assert_states_agree(got, expected, stats=True):
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("bn_groups", [1, 4])
 def test_devices_do_not_change_the_update(networks, devices, bn_groups):
-    """Loss, parameters, target, averages and momentum after two updates of one global batch."""
+    """Metrics, outputs, parameters, target, averages and momentum after two global batches."""
     assert_states_agree(
         two_updates(networks, devices, bn_groups), two_updates(networks, 0, bn_groups)
     )
@@ -145,17 +155,32 @@ def test_microbatches_move_the_averages_in_turn(networks, initial_state):
     assert_close(accumulated.target_stats, state.target_stats, floor=0.1)
 
 
-def test_accumulate_means_outputs_and_carries_on():
+def test_accumulate_means_and_carries_on():
     def step(carry, part):
-        return carry + part.sum(), {"mean": part.mean(), "carry": carry}
+        return carry + part.sum(), {"mean": part.mean(), "carry": carry}, {}
 
     rows = jnp.arange(8.0)
-    carry, outputs = parallel.accumulate(step, jnp.float32(1), rows, 4)
+    carry, means, _ = parallel.accumulate(step, jnp.float32(1), rows, 4)
     assert carry == 1 + 28
-    assert outputs["mean"] == 3.5
-    assert outputs["carry"] == np.mean([1, 2, 7, 16])  # before each pair of rows
-    carry, outputs = parallel.accumulate(step, jnp.float32(1), rows, 1)
-    assert (carry, outputs["mean"], outputs["carry"]) == (29, 3.5, 1)
+    assert means["mean"] == 3.5
+    assert means["carry"] == np.mean([1, 2, 7, 16])  # before each pair of rows
+    carry, means, _ = parallel.accumulate(step, jnp.float32(1), rows, 1)
+    assert (carry, means["mean"], means["carry"]) == (29, 3.5, 1)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
+def test_accumulate_keeps_the_order_of_rows(microbatches):
+    """Row i of every view is that of the batch's example i, however it was cut."""
+
+    def step(carry, part):
+        views = jnp.stack([part, 100 + part, 200 + part])  # [V, b, 2]
+        return carry, {}, {"views": views, "sums": views.sum(-1)}
+
+    batch = jnp.arange(16.0).reshape(8, 2)
+    rows = parallel.accumulate(step, (), batch, microbatches)[2]
+    expected = np.stack([batch, 100 + batch, 200 + batch])
+    np.testing.assert_array_equal(rows["views"], expected)
+    np.testing.assert_array_equal(rows["sums"], expected.sum(-1))
 
 
 # ----------------------------------------------------------------------- the global batch
@@ -222,7 +247,39 @@ def test_replicate_and_unreplicate(initial_state):
     ):
         assert leaf.shape == (8, *single.shape)
         assert {s.device for s in leaf.addressable_shards} == set(jax.devices())
-    assert_same(jax.device_get(parallel.unreplicate(replicated)), initial_state)
+    single = parallel.unreplicate(replicated)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(single))
+    assert_same(single, initial_state)
+
+
+def test_what_was_unreplicated_outlives_a_donated_state():
+    replicated = parallel.replicate(lambda: {"x": jnp.arange(6.0), "step": jnp.int32(3)})
+    single = parallel.unreplicate(replicated)
+    add = parallel.pmap_step(lambda state, x, axis_name: jax.tree.map(lambda s: s + x[0], state))
+    for _ in range(3):
+        replicated = add(replicated, np.full((8, 1), 7, np.int32))
+    assert parallel.unreplicate(replicated)["step"] == 3 + 3 * 7
+    np.testing.assert_array_equal(single["x"], np.arange(6))
+    assert single["step"] == 3
+    single["x"][:] = 0  # and is the caller's own
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_gathered_rows_are_those_of_the_devices_in_turn(devices):
+    batch = np.arange(16, dtype=np.float32).reshape(devices, -1)
+
+    def outputs(x):
+        return {
+            "scalars": jnp.stack([x, -x]),
+            "vectors": jnp.stack([x, -x])[..., None] * np.ones(3),
+        }
+
+    mapped = jax.pmap(outputs, devices=jax.devices()[:devices])
+    rows = parallel.gather_rows(mapped(batch))
+    expected = np.stack([np.arange(16), -np.arange(16)])
+    assert all(type(x) is np.ndarray for x in rows.values())
+    np.testing.assert_array_equal(rows["scalars"], expected)
+    np.testing.assert_array_equal(rows["vectors"], np.repeat(expected[..., None], 3, axis=-1))
 
 
 def test_replicate_makes_in_place():
@@ -260,19 +317,7 @@ def test_one_host_needs_no_others():
     assert parallel.gather_hosts(tree) is tree
     parallel.wait_for_all("nobody")
     assert parallel.is_writer()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("127.0.0.1:1", 2, None), "all three"),
-        ((None, 2, 0), "all three"),
-        (("127.0.0.1:1", 2, 2), "--process_id=2.*num_processes - 1 = 1"),
-    ],
-)
-def test_start_refuses_half_a_job(arguments, message):
-    with pytest.raises(UserError, match=message):
-        parallel.start(*arguments)
+    assert not parallel.reached_preemption(1)
 
 
 # ------------------------------------------------------------------------------ processes
@@ -295,6 +340,11 @@ def start_run(workdir, process_id=None, port=None, devices=1):
         "--config.predictor.hidden_size=16",
         "--config.eval.enabled=False",
         "--config.log_every_steps=1",
+        "--config.monitor.diagnostics_every_steps=1",
+        "--config.monitor.knn_every_steps=2",
+        "--config.monitor.plots_every_steps=3",
+        "--config.monitor.knn_train_images=48",
+        "--config.monitor.map_images=24",
     ]
     if process_id is not None:
         command += [
@@ -352,6 +402,15 @@ def test_two_processes_are_one_run(tmp_path):
     assert sorted(alone) == sorted(together) == [1, 2, 3]
     for step, loss in alone.items():
         np.testing.assert_allclose(together[step], loss, rtol=1e-5)
+
+    # So are all the others, and what was measured of the global batch on the host.
+    alone, together = (read_history(tmp_path / name) for name in ("one", "two"))
+    assert alone.keys() == together.keys() > {"grad_norm/encoder", "effective_rank", "uniformity"}
+    for name, (steps, values) in alone.items():
+        assert together[name][0] == steps == [1, 2, 3]
+        np.testing.assert_allclose(together[name][1], values, rtol=1e-4, atol=1e-6, err_msg=name)
+    pictures = [sorted(p.name for p in tmp_path.glob(f"{n}/plots/*.png")) for n in ("one", "two")]
+    assert pictures[0] == pictures[1] and "representation_map.png" in pictures[0]
 
     # The checkpoints are read back by what the run wrote of its config.
     config = ConfigDict(json.loads((tmp_path / "two" / "config.json").read_text()))

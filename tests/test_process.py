@@ -1,3 +1,5 @@
+"""How a process joins its job and uses its machine."""
+
 import os
 
 import jax
@@ -39,3 +41,58 @@ def test_a_negative_count_is_refused(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     with pytest.raises(UserError, match="--cpu_devices=-1"):
         process.use_cpu_devices(-1, 64, 1, 1)
+
+
+# --------------------------------------------------------------------------------- the job
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments of each `jax.distributed.initialize`, with nothing in the environment."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_")) or "COORDINATOR" in name:
+            monkeypatch.delenv(name)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", 2, None), "all three"),
+        ((None, 2, 0), "all three"),
+        (("127.0.0.1:1", 2, 2), "--process_id=2.*num_processes - 1 = 1"),
+    ],
+)
+def test_start_refuses_half_a_job(joined, arguments, message):
+    with pytest.raises(UserError, match=message):
+        process.start(*arguments)
+    assert not joined
+
+
+def test_start_takes_its_arguments(joined):
+    process.start("127.0.0.1:1", 2, 1)
+    assert joined == [("127.0.0.1:1", 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "others"),
+    [
+        ({}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # a shell within an allocation, not one of its tasks
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, True),
+    ],
+)
+def test_start_joins_others_where_the_environment_names_them(
+    joined, monkeypatch, environment, others
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    process.start()
+    assert joined == ([()] if others else [])

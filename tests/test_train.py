@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
+import os
 import shutil
+import signal
 import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY, assert_same, flatten, tiny_networks, tiny_step
+import tiny_runs
+from conftest import REPOSITORY, TinyEncoder, assert_same, flatten, tiny_networks
 from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
+from tiny_runs import build, recorded, write_images
 
 from byol_jax import method
-from configs import byol
-from selfsup_jax import checkpoint, optim, parallel, train
-from selfsup_jax.augment import ViewAugmentation
-from selfsup_jax.errors import UserError
-from selfsup_jax.state import Method
+from selfsup_jax import checkpoint, inputs, parallel, train
+from selfsup_jax.data import pipeline, sources
+from selfsup_jax.errors import Stopped, UserError
+from selfsup_jax.state import Method, TrainState
 
 STEPS = 6
 
@@ -26,40 +34,72 @@ STEPS = 6
 # -------------------------------------------------------------------------------- tiny runs
 
 
-def build(config, num_classes, total_steps, warmup_steps):
-    """`byol_jax.method.build` with an encoder that compiles in a second."""
-    networks = tiny_networks(num_classes)
-    schedule, optimizer = optim.from_config(
-        config.optimizer, config.batch_size, total_steps, warmup_steps
-    )
-    step, _ = tiny_step(
-        networks,
-        optimizer=optimizer,
-        schedule=schedule,
-        tau=lambda step: optim.cosine_tau(step, total_steps, config.tau_base),
-        augment=tuple(ViewAugmentation(**config.augment[view]) for view in ("view_1", "view_2")),
-        bn_groups=config.bn_groups,
-    )
+class Brittle(nn.Module):
+    """An encoder with a parameter that, at 0, leaves the outputs finite and no gradient."""
 
-    def init_state(rng):
+    num_features: int = 4
+
+    @nn.compact
+    def __call__(self, x, layout=None):
+        brittle = self.param("brittle", nn.initializers.ones, (1,))
+        return TinyEncoder(self.num_features, name="tiny")(x, layout) + 0 * jnp.sqrt(brittle)
+
+
+def breaking_build(what, step):
+    """`build` with a step `step` whose loss, or a gradient alone, is not finite."""
+
+    def make(config, *args):
+        built = build(config, *args)
+        bound = built.train_step.keywords
+        networks = bound["networks_"]._replace(encoder=Brittle())
         size = config.data.image_size
-        return method.init_state(
-            rng, networks_=networks, optimizer=optimizer, image_shape=(size, size, 3)
+        init_state = functools.partial(
+            method.init_state,
+            networks_=networks,
+            optimizer=bound["optimizer"],
+            image_shape=(size, size, 3),
         )
 
-    return Method(init_state, step, lambda v, x: networks.encoder.apply(v, x))
+        def train_step(state, batch, *, axis_name):
+            params = jax.tree.map(lambda x: x, state.online_params)
+            now = state.step == step - 1
+            if what == "loss":
+                params["projector"]["output"]["kernel"] *= jnp.where(now, jnp.nan, 1)
+            elif what == "gradient":
+                params["encoder"]["brittle"] *= jnp.where(now, 0, 1)
+            return built.train_step(
+                state.replace(online_params=params),
+                batch,
+                axis_name=axis_name,
+                networks_=networks,
+            )
+
+        return built._replace(init_state=init_state, train_step=train_step)
+
+    return make
 
 
-def write_images(folder, classes, rows):
-    """Small images of a colour of their own, whose brightness tells the class."""
-    rng = np.random.default_rng(0)
-    for i in range(rows):
-        label = i % max(1, classes)
-        parent = folder / f"class_{label}" if classes else folder
-        parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 60, (10, 10, 3)) + rng.integers(0, 30, 3) + 80 * label
-        Image.fromarray(pixels.astype(np.uint8)).save(parent / f"{i}.png")
-    return folder
+def counting_build(*_, infinite_at=None):
+    """A method whose steps do nothing but count: for what the loop does around them."""
+
+    def init_state(rng):
+        params = {"encoder": {"w": jnp.zeros(2)}}
+        return TrainState(jnp.int32(0), rng, params, params, params, params, (jnp.zeros(1),))
+
+    def train_step(state, batch, *, axis_name):
+        step = state.step + 1
+        params = jax.tree.map(lambda x: x + 1, state.online_params)
+        loss = jnp.where(step == infinite_at, jnp.inf, step.astype(jnp.float32))
+        metrics = {"loss": loss, "finite": jnp.isfinite(loss) * 1.0, "outputs": ()}
+        return state.replace(step=step, online_params=params), metrics
+
+    return Method(init_state, train_step, lambda v, x: x, lambda rng, batch: batch)
+
+
+def counting_config(folder, **changes):
+    """Without what looks at an encoder; changes go before."""
+    off = {"eval.enabled": False, "monitor.diagnostics_every_steps": 0, "keep_every_steps": 0}
+    return tiny_config(folder, **(off | changes))
 
 
 @pytest.fixture(scope="module")
@@ -72,27 +112,21 @@ def folders(tmp_path_factory):
 
 
 def tiny_config(folder, **changes):
-    config = byol.get_config("folder")
-    config.data.dir = str(folder)
-    config.data.image_size = 8
-    config.data.test_resize = 8
-    config.batch_size = 16
+    """Of a run that logs each step, saves every second one, and is probed at its end."""
+    config = tiny_runs.tiny_config(folder)
     config.steps = STEPS
-    config.optimizer.warmup_steps = 2
     config.log_every_steps = 1
     config.checkpoint_every_steps = 2
     config.keep_checkpoints = 9
-    config.eval.knn_k = 5
-    config.eval.fewshot_labels = 2
-    config.eval.fewshot_draws = 2
-    for view in (config.augment.view_1, config.augment.view_2):  # cheap to compile, still random
-        view.update(jitter_prob=0.0, blur_prob=0.0)
+    config.keep_every_steps = 2  # so that none is put off while another is being written
+    config.monitor.diagnostics_every_steps = 2
+    config.eval.enabled = True
     config.update_from_flattened_dict(changes)
     return config
 
 
 def restore(config, workdir, step=None):
-    """(every leaf of the checkpoint by its name, the steps that have checkpoints)."""
+    """The state at a step, the newest one by default."""
     like = build(config, 3, STEPS, 2).init_state(jax.random.PRNGKey(config.seed))
     checkpoints = checkpoint.Checkpoints(str(workdir), config.keep_checkpoints)
     state = checkpoints.restore(like, step)
@@ -100,8 +134,30 @@ def restore(config, workdir, step=None):
     return state
 
 
-class Stopped(Exception):
-    """In place of whatever ends a process."""
+class Killed(Exception):
+    """In place of whatever ends a process at once."""
+
+
+def events(workdir):
+    """{(tag, step): value} of all of TensorBoard's files, where each is there once."""
+    found = {}
+    for path in workdir.glob("events.*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in found
+                found[value.tag, event.step] = make_ndarray(value.tensor).item()
+    return found
+
+
+def check_events(workdir):
+    """They hold what `metrics.jsonl` does, and the speed beside it."""
+    values = {k: v for k, v in events(workdir).items() if k[0] != "images_per_second"}
+    assert not [tag for tag, _ in values if tag.startswith("device_memory")]  # the CPU can't tell
+    lines = recorded(workdir)
+    expected = {(k, r["step"]): v for r in lines for k, v in r.items() if k != "step"}
+    assert values.keys() == expected.keys()
+    for key, value in expected.items():
+        assert values[key] == np.float32(value), key
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +168,9 @@ def whole_run(folders, tmp_path_factory):
     probed = []
     evaluate = train.final.evaluate
 
-    def spy(represent, trained, *args, **kwargs):
+    def spy(extract, trained, *args, **kwargs):
         before = jax.tree.map(np.copy, trained)
-        results = evaluate(represent, trained, *args, **kwargs)
+        results = evaluate(extract, trained, *args, **kwargs)
         probed.append((before, jax.tree.map(np.asarray, trained)))
         return results
 
@@ -124,28 +180,82 @@ def whole_run(folders, tmp_path_factory):
     return config, workdir, results, probed[0]
 
 
-def test_stopping_and_going_on_changes_nothing(whole_run, folders, tmp_path, monkeypatch):
-    """Stopped in the second epoch and continued: every bit of the last state is the same."""
+@pytest.fixture
+def interrupt(monkeypatch):
+    """`interrupt[k] = f`: f is called once, when the loop asks for the batch of step k."""
+    calls = {}
+    train_batches = inputs.train_batches
+
+    def interrupted(config, data, first_step):
+        for step, batch in enumerate(train_batches(config, data, first_step), first_step + 1):
+            calls.pop(step, lambda: None)()
+            yield batch
+
+    monkeypatch.setattr(inputs, "train_batches", interrupted)
+    return calls
+
+
+@pytest.fixture
+def unhandled_signals():
+    """A signal that the run does not take fails the test; the run must put these back."""
+
+    def fail(number, frame):
+        raise AssertionError(signal.Signals(number))
+
+    before = {s: signal.signal(s, fail) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    after = {s: signal.signal(s, handler) for s, handler in before.items()}
+    assert set(after.values()) == {fail}
+
+
+def test_stopping_and_going_on_changes_nothing(
+    whole_run, folders, tmp_path, monkeypatch, interrupt, unhandled_signals
+):
+    """Told to stop in the first epoch, killed in the second and continued: the same in every bit.
+
+    The last state, its numbers, and all that was recorded on the way.
+    """
     config, workdir, results, _ = whole_run
-    save = checkpoint.Checkpoints.save
-    first_states = []
+    taken = []
+    take = checkpoint.Checkpoints.take
 
-    def save_and_stop(self, state):
-        save(self, state)
-        first_states.append(int(parallel.unreplicate(state).step))
-        if first_states[-1] == 4:
-            raise Stopped
+    def spy(self, state, meta):
+        taken.append(int(parallel.unreplicate(state).step))
+        take(self, state, meta)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
-    with pytest.raises(Stopped):
+    monkeypatch.setattr(checkpoint.Checkpoints, "take", spy)
+    interrupt[3] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"SIGTERM: .* step 3.*{tmp_path}") as stopped:
         train.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
-    assert first_states == [2, 4]
+    assert stopped.value.status == 143
+    assert taken == [2, 3]  # the step that was being done, though no checkpoint was due
+
+    def kill():
+        raise Killed
+
+    interrupt[6] = kill
+    with pytest.raises(Killed):
+        train.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
+    assert taken == [2, 3, 4]
     assert not (tmp_path / "results.json").exists()
+    # Step 5 was recorded, and not saved. Such a process may leave half of what it was writing.
+    assert [line["step"] for line in recorded(tmp_path)] == [1, 2, 3, 4, 5]
+    assert ("loss", 5) in events(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "los')
+    last_events = max(tmp_path.glob("events.*"), key=lambda path: path.stat().st_mtime_ns)
+    with open(last_events, "ab") as f:
+        f.write(last_events.read_bytes()[-20:-3])
+
     resumed = train.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
-    assert first_states == [2, 4, 6]  # steps 5 and 6 only, none of them twice
+    assert taken == [2, 3, 4, 6]  # steps 5 and 6 only, none of them twice
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    check_events(tmp_path)
+    check_events(workdir)
 
     for step in (4, 6):
         assert_same(restore(config, tmp_path, step), restore(config, workdir, step))
+    assert resumed.keys() == results.keys()
     for name, value in results.items():
         if name != "images_per_second":
             assert resumed[name] == value, name
@@ -172,6 +282,11 @@ def test_a_finished_run_only_evaluates_again(whole_run, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "pmap_step", None)  # nothing is left to train
     assert train.pretrain(tiny_config(config.data.dir), str(copy), build) == results
     assert_same(restore(config, copy), restore(config, workdir))
+    assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    check_events(copy)
+    # With what may change: the config that is written is the new one.
+    train.pretrain(tiny_config(config.data.dir, **{"eval.fewshot_draws": 3}), str(copy), build)
+    assert json.loads((copy / "config.json").read_text())["eval"]["fewshot_draws"] == 3
 
 
 def test_results(whole_run):
@@ -189,6 +304,12 @@ def test_results(whole_run):
     assert results["images_per_second"] > 0
     assert results["device_count"] == 8 and results["device_kind"] == "cpu"
     assert results["undecodable_images"] == 0
+    assert isinstance(results["collapsed"], bool)
+    assert ("collapsed_at_step" in results) == results["collapsed"]
+    last = recorded(workdir)[-1]
+    assert last["step"] == STEPS
+    for name in ("projection_std", "effective_rank", "loss"):
+        assert results[name] == last[name], name
 
 
 def test_what_a_run_leaves_behind(whole_run):
@@ -202,6 +323,35 @@ def test_what_a_run_leaves_behind(whole_run):
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [2, 4, 6]
     assert list(workdir.glob("events.*"))
     assert not list(workdir.rglob("*.partial"))
+    assert "conv/kernel" in (workdir / "parameters.txt").read_text()
+    assert not (workdir / "plots").exists()  # they are off in this run
+
+    lines = recorded(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    always = {"step", "loss", "probe_loss", "probe_top1", "tau", "learning_rate", "update_norm"}
+    always |= {"target_distance", *(f"grad_norm/{part}" for part in tiny_networks()._fields)}
+    looks = {"projection_std", "effective_rank", "prediction_target_cosine", "alignment"}
+    looks |= {"uniformity"}
+    for line in lines:
+        assert set(line) == (always if line["step"] % 2 else always | looks)
+        assert all(np.isfinite(value) for value in line.values())
+    # The cosine is that of the loss, which the device computed.
+    for line in lines[1::2]:
+        np.testing.assert_allclose(4 - 4 * line["prediction_target_cosine"], line["loss"], 1e-4)
+
+
+def test_a_checkpoint_says_what_it_belongs_to(whole_run):
+    workdir = whole_run[1]
+    checkpoints = checkpoint.Checkpoints(str(workdir))
+    meta = checkpoints.meta()
+    checkpoints.close()
+    assert meta["step"] == STEPS
+    written = json.loads((workdir / "config.json").read_text())
+    assert written == meta["config"] | {"found": meta["found"]}
+    assert meta["found"] == {"train_images": 54, "classes": 3}
+    # Three batches in an epoch: the next one is the first of the third epoch.
+    assert meta["data_position"] == {"epoch": 2, "batch": 0, "steps_per_epoch": 3}
+    assert meta["versions"]["jax"] == jax.__version__
 
 
 def test_probes_leave_the_encoder_alone(whole_run):
@@ -213,13 +363,28 @@ def test_probes_leave_the_encoder_alone(whole_run):
     assert_same(before["batch_stats"], state.online_stats["encoder"])
 
 
-def test_old_checkpoints_make_room(initial_state, tmp_path):
-    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=2)
-    for step in (1, 2, 3):
-        state = initial_state.replace(step=np.int32(step))
-        checkpoints.save(parallel.replicate(lambda s: s, state))
+def save(checkpoints, state, step=None):
+    """Takes the state and waits until it is written."""
+    state = state if step is None else state.replace(step=np.int32(step))
+    checkpoints.take(parallel.replicate(lambda s: s, state), {"config": {}})
+    checkpoints.write()
+    checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [(2, 0, [4, 5]), (1, 2, [2, 4, 5]), (2, 3, [3, 4, 5]), (9, 2, [1, 2, 3, 4, 5])],
+)
+def test_old_checkpoints_make_room(initial_state, tmp_path, keep, keep_every, left):
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep, keep_every)
+    for step in range(1, 6):
+        save(checkpoints, initial_state, step)
+    assert checkpoints.latest_step == 5
+    assert [checkpoints.keeps(step) for step in (2, 3, 4)] == [
+        bool(keep_every) and step % keep_every == 0 for step in (2, 3, 4)
+    ]
     checkpoints.close()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == left
 
 
 def test_checkpoint_restores_every_field(initial_state, tmp_path):
@@ -230,31 +395,290 @@ def test_checkpoint_restores_every_field(initial_state, tmp_path):
         lambda x: np.full_like(x, next(numbers)), initial_state.replace(opt_state=opt_state)
     )
     checkpoints = checkpoint.Checkpoints(str(tmp_path))
-    checkpoints.save(parallel.replicate(lambda s: s, marked))
+    save(checkpoints, marked)
     restored = checkpoints.restore(jax.eval_shape(lambda: marked))
     checkpoints.close()
     assert_same(restored, marked)
 
 
+def test_a_checkpoint_is_of_the_state_when_it_was_taken(initial_state, tmp_path):
+    """The next step may overwrite the state before the writing has begun."""
+    state = parallel.replicate(lambda s: s, initial_state.replace(step=np.int32(7)))
+    bump = parallel.pmap_step(
+        lambda s, _, axis_name: s.replace(
+            step=s.step + 1, online_params=jax.tree.map(lambda x: x + 1, s.online_params)
+        )
+    )
+    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    checkpoints.take(state, {"config": {"a": [1, None]}})
+    state = bump(state, np.zeros(8))
+    checkpoints.write()
+    state = bump(state, np.zeros(8))
+    checkpoints.write()  # nothing was taken since
+    checkpoints.wait()
+    assert checkpoints.latest_step == 7 and not checkpoints.busy
+    assert_same(checkpoints.restore(initial_state).online_params, initial_state.online_params)
+    meta = checkpoints.meta()
+    assert meta["config"] == {"a": [1, None]} and meta["step"] == 7
+    checkpoints.close()
+
+
+def test_a_state_that_is_not_finite_is_not_saved(initial_state, tmp_path):
+    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    save(checkpoints, initial_state, 1)
+    params = jax.tree.map(np.copy, initial_state.online_params)
+    params["projector"]["output"]["kernel"][0, 0] = np.inf
+    with pytest.raises(UserError, match=r"step 2 are not finite.*last checkpoint is of step 1"):
+        save(checkpoints, initial_state.replace(online_params=params), 2)
+    checkpoints.write()
+    assert checkpoints.latest_step == 1
+    checkpoints.close()
+
+
+def damage_files(folder, how):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        if how == "deleted":
+            path.unlink()
+        elif how == "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        elif how == "emptied":
+            os.truncate(path, 0)
+    if how == "largest cut":
+        largest = max(files, key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size - 10)
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut", "emptied", "largest cut"])
+@pytest.mark.parametrize("item", ["state", "meta"])
+def test_a_broken_checkpoint_is_named_and_the_next_older_one(initial_state, tmp_path, item, how):
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
+    for step in (1, 2, 3):
+        save(checkpoints, initial_state, step)
+    checkpoints.close()
+    newest = tmp_path / "checkpoints" / "3"
+    damage_files(newest / item, how)
+
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
+    with pytest.raises(UserError) as error:
+        checkpoints.meta()
+        checkpoints.restore(initial_state)
+    checkpoints.close()
+    message = str(error.value)
+    assert message.startswith(f"the checkpoint {newest} cannot be read: ") and "\n" not in message
+    assert message.endswith("move it away to go on from step 2")
+
+    newest.rename(tmp_path / "away")
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
+    assert checkpoints.latest_step == checkpoints.meta()["step"] == 2
+    assert_same(checkpoints.restore(initial_state), initial_state.replace(step=np.int32(2)))
+    checkpoints.close()
+
+
+PICTURES = ("learning_curves", "nearest_neighbours", "representation_map", "view_pairs")
+
+
+def test_a_watched_run(whole_run, folders, tmp_path, capfd):
+    """kNN and pictures on the way change nothing; what looks like a collapse is told once."""
+    changes = {"monitor.knn_every_steps": 3, "monitor.plots_every_steps": 3}
+    changes |= {"monitor.collapse_std": 1e9, "monitor.map_images": 4}  # anything looks like one
+    config = tiny_config(folders["labels"], **changes)
+    results = train.pretrain(config, str(tmp_path), build)
+    assert capfd.readouterr().err.count("WARNING: the run has collapsed by step 4") == 1
+    assert results["collapsed"] is True and results["collapsed_at_step"] == 4
+    assert_same(restore(config, tmp_path), restore(config, whole_run[1]))
+
+    lines = recorded(tmp_path)
+    assert [line["step"] for line in lines if "knn_top1" in line] == [3, 6]
+    # The last look is at the encoder that the probes have, with the same neighbours.
+    assert lines[-1]["knn_top1"] == results["knn_top1"] == whole_run[2]["knn_top1"]
+    unwatched = recorded(whole_run[1])
+    assert [{k: v for k, v in line.items() if k != "knn_top1"} for line in lines] == unwatched
+    pictures = {path.stem: path for path in (tmp_path / "plots").iterdir()}
+    assert sorted(pictures) == sorted(PICTURES)
+    for path in pictures.values():
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100
+
+    again = train.pretrain(config, str(tmp_path), build)
+    assert again == results
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_a_run_without_labels(folders, tmp_path):
-    results = train.pretrain(tiny_config(folders["no labels"], steps=2), str(tmp_path), build)
+    changes = {"steps": 2, "monitor.knn_every_steps": 1, "monitor.plots_every_steps": 2}
+    config = tiny_config(folders["no labels"], **changes)
+    results = train.pretrain(config, str(tmp_path), build)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["steps"] == 2 and results["images_per_second"] > 0
     assert not [name for name in results if "top1" in name or "top5" in name]
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["data"]["train_split"] == "train"  # all of it: nothing is held out
+    assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == sorted(PICTURES)
+    assert not [name for line in recorded(tmp_path) for name in line if "top1" in name]
 
 
-def test_a_diverging_run_stops(folders, tmp_path):
-    config = tiny_config(
-        folders["labels"], **{"optimizer.learning_rate": 1e38, "optimizer.schedule": "constant"}
-    )
-    with pytest.raises(
-        UserError,
-        match=r"config\.optimizer\.learning_rate=1e\+38",
-    ):
-        train.pretrain(config, str(tmp_path), build)
+def files_of_step(config, step):
+    """What the pipeline's order gives to a step: the paths of its batch, in their places."""
+    source = sources.load("folder", config.data.dir, "train[:90%]", "data.train_split")
+    epoch, place = divmod(step - 1, source.num_examples // config.batch_size)
+    order = pipeline.epoch_order(source.num_examples, config.seed, epoch)
+    rows = order[place * config.batch_size :][: config.batch_size]
+    return [source.images.numpy()[i].decode() for i in rows]
+
+
+RATE = {"optimizer.learning_rate": 1e38, "optimizer.schedule": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("broken_build", "changes", "step", "broken", "whole"),
+    [
+        # The warm-up's first step has rate 0, the second one of 3e36: its square is infinite.
+        (build, RATE, 2, {"update_norm"}, {"loss", "grad_norm/encoder"}),
+        # Never logged, and looked at only when step 6 is to be saved.
+        (
+            breaking_build("loss", 5),
+            {"log_every_steps": 100, "monitor.diagnostics_every_steps": 0},
+            5,
+            {"loss", "grad_norm/encoder", "grad_norm/projector", "update_norm"},
+            {"learning_rate", "tau", "probe_loss"},
+        ),
+        (
+            breaking_build("gradient", 5),
+            {},
+            5,
+            {"grad_norm/encoder", "update_norm"},
+            {"loss", "probe_loss", "grad_norm/projector", "grad_norm/predictor"},
+        ),
+    ],
+    ids=["rate", "loss", "gradient"],
+)
+def test_a_diverging_run_stops(
+    folders, tmp_path, monkeypatch, broken_build, changes, step, broken, whole
+):
+    """At the very step, which is named with its images; what was saved before it stays."""
+    config = tiny_config(folders["labels"], **changes)
+    taken = {}
+    take = checkpoint.Checkpoints.take
+
+    def spy(self, state, meta):
+        taken[int(parallel.unreplicate(state).step)] = parallel.unreplicate(state)
+        take(self, state, meta)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "take", spy)
+    with pytest.raises(UserError) as error:
+        train.pretrain(config, str(tmp_path), broken_build)
+    message = str(error.value)
+    assert message.startswith(f"step {step} is not finite: ") and "\n" not in message
+    assert str(tmp_path / "non_finite.json") in message
+    assert "config.optimizer.learning_rate" in message
     assert not (tmp_path / "results.json").exists()
+
+    found = json.loads((tmp_path / "non_finite.json").read_text())
+    assert found["step"] == step
+    assert broken <= set(found["non_finite"]) and not whole & set(found["non_finite"])
+    assert all(f"{name} " in message.partition(";")[0] for name in found["non_finite"])
+    assert not any(f"{name} " in message.partition(";")[0] for name in whole)
+    for name, value in found["metrics"].items():
+        assert np.isfinite(float(value)) == (name not in found["non_finite"]), name
+    assert found["images"] == files_of_step(config, step)
+    assert found["images"] != files_of_step(config, step - 1)
+    lines = recorded(tmp_path)
+    assert [line["step"] for line in lines] == [
+        k for k in range(1, step) if "log_every_steps" not in changes
+    ]
+
+    saved = [k for k in (2, 4) if k < step]
+    assert list(taken) == saved
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), 9)
+    assert checkpoints.latest_step == (saved[-1] if saved else None)
+    for k in saved:
+        assert_same(checkpoints.restore(taken[k], k), taken[k])
+    checkpoints.close()
+
+
+def test_a_step_that_is_not_finite_is_found_two_steps_later(folders, tmp_path, interrupt):
+    """Even where nothing is logged or saved for long; and the step itself is named."""
+    config = counting_config(
+        folders["labels"], log_every_steps=100, checkpoint_every_steps=100, steps=50
+    )
+    begun = []
+    for step in range(1, 51):
+        interrupt[step] = functools.partial(begun.append, step)
+    with pytest.raises(UserError, match=r"^step 31 is not finite: loss inf;"):
+        train.pretrain(config, str(tmp_path), functools.partial(counting_build, infinite_at=31))
+    assert begun[-1] == 33
+    found = json.loads((tmp_path / "non_finite.json").read_text())
+    assert found["step"] == 31 and found["metrics"] == {"finite": 0.0, "loss": "inf"}
+    assert found["images"] == files_of_step(config, 31)
+
+
+# ------------------------------------------------------------------------------- the loop
+
+
+def test_a_checkpoint_waits_while_another_is_being_written(folders, tmp_path, monkeypatch):
+    """Rather than hold a step up; those that are kept for good, and the last one, do not."""
+    config = counting_config(folders["labels"], keep_every_steps=5, steps=8)
+    answers = iter([True, True, False])  # asked at 2, where one is due, and at 3 and 4 again
+    busy = property(lambda self: next(answers, True))
+    monkeypatch.setattr(checkpoint.Checkpoints, "busy", busy)
+    train.pretrain(config, str(tmp_path), counting_build)
+    saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert saved == {4, 5, 8}
+
+
+def test_a_run_becomes_longer(folders, tmp_path):
+    """Where no schedule depends on its length; a finished run that is longer already stays."""
+    constant = {"optimizer.schedule": "constant", "tau_schedule": "constant"}
+    for steps, done in ((3, 3), (6, 6), (4, 6)):
+        config = counting_config(folders["labels"], steps=steps, **constant)
+        assert train.pretrain(config, str(tmp_path), counting_build)["steps"] == done
+        assert [line["step"] for line in recorded(tmp_path)] == list(range(1, done + 1))
+        assert json.loads((tmp_path / "config.json").read_text())["steps"] == steps
+    with pytest.raises(UserError, match=r"config.tau_schedule='cosine'"):
+        train.pretrain(
+            counting_config(folders["labels"], **constant | {"tau_schedule": "cosine"}),
+            str(tmp_path),
+            counting_build,
+        )
+
+
+def test_without_a_checkpoint_there_is_no_run_to_keep_to(folders, tmp_path):
+    """A mistake that is found after the config was written must not lock the workdir."""
+
+    def mistaken(*args):
+        def init_state(rng):
+            raise Killed
+
+        return counting_build(*args)._replace(init_state=init_state)
+
+    with pytest.raises(Killed):
+        train.pretrain(counting_config(folders["labels"]), str(tmp_path), mistaken)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["batch_size"] == 16
+    config = counting_config(folders["labels"], batch_size=8, seed=3)
+    train.pretrain(config, str(tmp_path), counting_build)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 8
+
+
+def test_some_steps_are_profiled(folders, tmp_path):
+    profile = {"profile.first_step": 3, "profile.num_steps": 2}
+    config = counting_config(folders["labels"], **profile)
+    train.pretrain(config, str(tmp_path), counting_build)
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    for changes in ({"steps": 4}, {"profile.first_step": 6}):
+        config = counting_config(folders["labels"], **profile | changes)
+        with pytest.raises(UserError, match=r"config.profile.first_step=.*run's"):
+            train.pretrain(config, str(tmp_path / "another"), counting_build)
+    assert not (tmp_path / "another").exists()
+
+
+def test_an_unknown_reference_is_named(folders, tmp_path):
+    config = counting_config(folders["labels"], **{"monitor.reference": "no such"})
+    with pytest.raises(UserError, match=r"config.monitor.reference='no such'"):
+        train.pretrain(config, str(tmp_path), counting_build)
 
 
 def test_another_runs_workdir_is_refused(whole_run):

@@ -79,8 +79,8 @@ def train_batches(
         host, hosts: which host this is, for streamed splits.
 
     Yields:
-        `view_1`, `view_2` `[b, size, size, 3]` uint8, `index` `[b]` int32 and, with labels,
-        `label` `[b]` int32.
+        `view_1`, `view_2` `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str (each
+        image's file, or its id in the data set) and, with labels, `label` `[b]` int32.
     """
     raw = _raw_batches if source.images is not None else _raw_stream
     for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):
@@ -193,18 +193,21 @@ def _fill_gaps(
 ) -> HostBatch:
     """Names what is missing and puts the next image that is there in its place."""
     ids, step = batch.pop("ids"), batch.pop("step")
+    streamed = source.stream is not None
+    names = np.array([i.decode() if streamed else source.describe(int(i)) for i in ids])
     if len(batch["index"]) < len(positions):
         missing = ~np.isin(positions, batch["index"])
-        for name in ids[missing]:
-            undecodable.add(source.describe(int(name)) if not source.stream else name.decode())
+        for name in names[missing]:
+            undecodable.add(str(name))
         if not len(batch["index"]):
             raise UserError(f"config.data.dir: no image of the batch of step {step} decodes")
         place: np.ndarray = np.cumsum(~missing) - (~missing)  # rows present before each position
         rows = place % len(batch["index"])
         batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
+        names = names[~missing][rows]
     if source.num_classes is None:
         del batch["label"]
-    return batch
+    return batch | {"name": names}
 
 
 def eval_batches(

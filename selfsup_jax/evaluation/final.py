@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from selfsup_jax import parallel
-from selfsup_jax.evaluation.features import Features, make_extractor, pixels
+from selfsup_jax.evaluation.features import Features, pixels
 from selfsup_jax.evaluation.knn import knn_accuracy
 from selfsup_jax.evaluation.linear_probe import few_shot, linear_probe
-from selfsup_jax.metrics import say
+from selfsup_jax.progress import say
 
 Batches = Callable[[], Iterable[dict[str, np.ndarray]]]
 
@@ -44,32 +44,28 @@ def probe(train: Features, test: Features, config: Any, seed: int) -> dict[str, 
 
 
 def evaluate(
-    represent: Callable[..., Any],
+    extract: Callable[..., Features],
     trained: Any,
     random_init: Any | None,
     train_batches: Batches,
     test_batches: Batches,
     config: Any,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     seed: int,
 ) -> dict[str, float]:
     """Probes the trained encoder and what it is compared with, on the same images.
 
     Args:
-        represent: see `Method`.
+        extract: of `features.make_extractor`.
         trained: the trained encoder's variables.
         random_init: an untrained encoder's, or None.
         train_batches, test_batches: each call gives the split's labelled images once.
         config: the `eval` section.
-        mean, std: of the channels.
         seed: of the probes.
 
     Returns:
         `probe`'s numbers, and the same behind `random_init_` and `pixels_`. On hosts other than
         the one that writes: nothing, since probes are not shared work.
     """
-    extract = make_extractor(represent, mean, std)
 
     def measure(name: str, features: Callable[[Batches], Features]) -> dict[str, float]:
         train, test = features(train_batches), features(test_batches)

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.preprocessing import normalize
 
 from selfsup_jax.evaluation.features import Features
 
@@ -44,10 +45,10 @@ def knn_accuracy(
     Returns:
         A fraction in [0, 1].
     """
-    bank = jnp.asarray(_unit(train.x))
+    bank = jnp.asarray(normalize(train.x))
     labels = jnp.asarray(train.labels)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    queries = _unit(test.x)
+    queries = normalize(test.x)
     hits = 0
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
@@ -58,7 +59,3 @@ def knn_accuracy(
         predicted = np.asarray(votes).argmax(axis=1)[: len(part)]
         hits += int(np.sum(predicted == test.labels[start : start + chunk]))
     return hits / len(queries)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

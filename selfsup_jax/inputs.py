@@ -1,0 +1,94 @@
+"""What a run reads: the splits that its config names, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from selfsup_jax import parallel
+from selfsup_jax.data import crops, pipeline, sources
+
+
+class Data(NamedTuple):
+    """The splits of a run."""
+
+    train: sources.Source
+    test: sources.Source | None  # None where there is nothing to probe
+    undecodable: pipeline.Undecodable
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The training split and, where there are labels, the held-out one; fills in empty splits."""
+    data = config.data
+    options: dict[str, Any] = {}
+    if data.name not in sources.EMBEDDED:
+        options = {
+            "download": data.download,
+            "cache_gib": data.cache_gib,
+            "shuffle_buffer": data.shuffle_buffer,
+        }
+    if data.download and not parallel.is_writer():
+        parallel.wait_for_all("prepared")  # one host prepares, the others find it done
+    chosen = not data.train_split
+    if not (data.train_split and data.test_split):
+        train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
+        data.train_split = data.train_split or train_split
+        data.test_split = data.test_split or test_split
+    train = sources.load(data.name, data.dir, data.train_split, "data.train_split", **options)
+    if data.download and parallel.is_writer():
+        parallel.wait_for_all("prepared")
+    if chosen and not train.num_classes and data.train_split == "train[:90%]":
+        # Without labels there is nothing to hold images out for.
+        data.train_split, data.test_split = "train", "train[:0]"
+        train = sources.load(data.name, data.dir, "train", "data.train_split", **options)
+    test = None
+    if train.num_classes and config.eval.enabled:
+        test = sources.load(data.name, data.dir, data.test_split, "data.test_split", **options)
+        if not test.num_classes:
+            logging.warning("%s has no labels: no probes", test.name)
+            test = None
+    undecodable = pipeline.Undecodable(train.num_examples, data.max_undecodable)
+    return Data(train, test, undecodable)
+
+
+def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[pipeline.HostBatch]:
+    """This host's part of each global batch from `first_step` on, without end."""
+    spec = crops.CropSpec(
+        config.data.image_size,
+        tuple(config.data.crop_area),
+        tuple(config.data.crop_aspect),
+        config.data.resize_method,
+    )
+    return pipeline.train_batches(
+        data.train,
+        spec,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
+        first_step=first_step,
+        undecodable=data.undecodable,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+
+
+def eval_batches(
+    config: ConfigDict, source: sources.Source, limit: int
+) -> Callable[[], Iterable[pipeline.HostBatch]]:
+    """Each call gives this host's part of a split's test images once, at most `limit` in all."""
+    undecodable = pipeline.Undecodable(source.num_examples, config.data.max_undecodable)
+    return lambda: pipeline.eval_batches(
+        source,
+        resize=config.data.test_resize,
+        size=config.data.image_size,
+        method=config.data.resize_method,
+        batch_size=config.eval.batch_size,
+        limit=limit,
+        undecodable=undecodable,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )

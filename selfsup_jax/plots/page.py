@@ -1,0 +1,108 @@
+"""The sheet of a picture: where things stand on it, and how it becomes a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DPI = 100
+MARGIN, TOP = 16, 58  # pixels: around a page; down to where the picture itself begins
+SMALL = 8  # points
+INK, GREY, PALE, RED = "#222222", "#777777", "#c4c4c4", "#d61e28"
+FRAME, SAME, OTHER = (170, 170, 170), (0, 150, 70), (214, 30, 40)
+CURVES = ("#1f6fb4", "#d95f02", "#2a9d5c", "#8e4ec6", "#8c6d31", "#444444")
+
+
+class Page:
+    """A white figure with a title. Places are pixels from its top left corner."""
+
+    def __init__(self, width: int, height: int, title: str, note: str):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.width, self.height = max(width, 480), height
+        size = (self.width / DPI, height / DPI)
+        self.figure = Figure(figsize=size, dpi=DPI, facecolor="white")
+        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
+        self.sheet = np.full((self.height, self.width, 3), 255, np.uint8)
+        room = self.width - 2 * MARGIN
+        self.write(MARGIN, 12, title, room, size=11, weight="bold", ha="left")
+        self.write(MARGIN, 34, note, room, color=GREY, ha="left")
+
+    def cut(self, text: str, room: float, size: float = SMALL, weight: str = "normal") -> str:
+        """`text`, or as much of it as `room` pixels hold, with an ellipsis."""
+        from matplotlib.font_manager import FontProperties
+
+        font = FontProperties(size=size, weight=weight)
+        text = kept = " ".join(text.split())
+        while kept:
+            width = self._renderer.get_text_width_height_descent(text, font, False)[0]
+            if width <= room:
+                break
+            # Letters differ in width, so that the first guess may be a little too long.
+            kept = kept[: min(len(kept) - 1, int(len(text) * room / width))]
+            text = kept.rstrip(" ,") + "…"
+        return text
+
+    def write(self, x: float, y: float, text: str, room: float, **style: Any) -> None:
+        """One line of text below (x, y), at most `room` pixels of it."""
+        text = self.cut(text, room, style.get("size", SMALL), style.get("weight", "normal"))
+        style = {"size": SMALL, "color": INK, "ha": "center", "va": "top", **style}
+        written = self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+        written.set_parse_math(False)  # a `$` means itself
+
+    def paste(self, x: int, y: int, image: np.ndarray, frame: Sequence[int], border: int) -> None:
+        """An image `[H, W, 3]` uint8, pixel by pixel, and a frame around it."""
+        height, width = image.shape[:2]
+        self.sheet[y - border : y + height + border, x - border : x + width + border] = frame
+        self.sheet[y : y + height, x : x + width] = image
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes whose inside is so large and has its top left corner at (x, y)."""
+        bottom = 1 - (y + height) / self.height
+        box = (x / self.width, bottom, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
+
+    def legend(self, x: float, y: float, entries: list[tuple[Any, str]], columns: int = 1) -> None:
+        """A legend of (handle, name) whose top left corner is at (x, y)."""
+        legend = self.figure.legend(
+            [handle for handle, _ in entries],
+            [name for _, name in entries],
+            ncols=columns,
+            loc="upper left",
+            bbox_to_anchor=(x / self.width, 1 - y / self.height),
+            fontsize=SMALL,
+            labelcolor=INK,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+
+
+@contextlib.contextmanager
+def open_page(path: str, width: int, height: int, title: str, note: str = "") -> Iterator[Page]:
+    """A page that is written when the block ends: whole or not at all."""
+    with warnings.catch_warnings():
+        # A class name in a script that the font lacks comes out as boxes; that will do.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        page = Page(width, height, title, note)
+        yield page
+        page.figure.figimage(page.sheet, origin="upper", zorder=-1)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        partial = path + ".partial"
+        try:
+            page.figure.savefig(partial, format="png", dpi=DPI)
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)

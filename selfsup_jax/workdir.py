@@ -1,0 +1,174 @@
+"""A run's own directory: whose it is, what it holds, and that only one process writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from selfsup_jax import checkpoint, parallel
+from selfsup_jax.endings import write_json
+from selfsup_jax.errors import UserError
+from selfsup_jax.inputs import Data
+from selfsup_jax.progress import say
+
+# Fields that may change when a run goes on: they don't touch the mathematics of its steps.
+_FREE_FIELDS = (
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "keep_every_steps",
+    "eval.",
+    "monitor.",
+    "profile.",
+    "data.dir",
+    "data.download",
+    "data.test_split",
+    "data.max_undecodable",
+)
+_LENGTH_FIELDS = ("steps", "examples", "epochs")
+
+
+@contextlib.contextmanager
+def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
+    """Makes the workdir and its checkpoints ready, for one run at a time.
+
+    Raises:
+        UserError: the workdir can't be written to, another process trains in it, or hosts see
+            different checkpoints there.
+    """
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        lock = _lock(workdir)
+        parallel.wait_for_all("workdir")
+        checkpoints = checkpoint.Checkpoints(
+            workdir, config.keep_checkpoints, config.keep_every_steps
+        )
+    except OSError as e:
+        raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
+    if len(set(parallel.gather_hosts(np.asarray([checkpoints.latest_step or 0])))) > 1:
+        raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
+    try:
+        yield checkpoints
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            checkpoints.close()
+        raise
+    else:
+        checkpoints.close()
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(workdir: str) -> int | None:
+    """Takes the workdir for this process; the system lets go of it however the process ends."""
+    if not parallel.is_writer():
+        return None
+    lock = os.open(os.path.join(workdir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        owner = os.read(lock, 32).decode().strip()
+        os.close(lock)
+        raise UserError(
+            f"--workdir={workdir}: process {owner} is training there; wait for it, stop it, or "
+            "take another"
+        ) from e
+    except OSError:  # a file system without locks
+        return lock
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    return lock
+
+
+def describe_run(config: ConfigDict, data: Data) -> dict[str, Any]:
+    """What makes a run this one and no other: its config, and what its data turned out to be."""
+    found = {"train_images": data.train.num_examples, "classes": data.train.num_classes}
+    return {"config": json.loads(config.to_json()), "found": found}
+
+
+def flat_config(run: dict[str, Any]) -> dict[str, Any]:
+    """`{"optimizer.name": ..., "found.classes": ...}` of what `describe_run` gave."""
+    return flatten_dict(run["config"] | {"found": run["found"]}, sep=".")
+
+
+def meta(run: dict[str, Any], step: int) -> dict[str, Any]:
+    """What a checkpoint of step `step` says of itself, beside its state.
+
+    The next example is the one at `batch` of the order of `epoch`: it follows from the step, so
+    that no reader's position can be lost.
+    """
+    steps_per_epoch = run["found"]["train_images"] // run["config"]["batch_size"]
+    epoch, batch = divmod(step, steps_per_epoch)
+    position = {"epoch": epoch, "batch": batch, "steps_per_epoch": steps_per_epoch}
+    devices = {"devices": jax.device_count(), "hosts": jax.process_count()}
+    return run | {"data_position": position} | devices
+
+
+def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> None:
+    """Checks that a run may go on from a checkpoint: nothing that its steps depend on differs.
+
+    Args:
+        run: see `describe_run`.
+        saved: the checkpoint's `meta`.
+        workdir: for messages.
+
+    Raises:
+        UserError: naming the first field that differs, and both values.
+    """
+    before = flat_config(saved)
+    now = flat_config(run)
+    free: tuple[str, ...] = _FREE_FIELDS
+    if not _length_matters(run["config"]) and not _length_matters(saved["config"]):
+        free += _LENGTH_FIELDS
+    different = [
+        field
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field) and not _is_one_of(field, free)
+    ]
+    if different:
+        told = "; ".join(
+            f"{field if field.startswith('found.') else f'config.{field}'}={now.get(field)!r}: the "
+            f"run in {workdir} has {before.get(field)!r}"
+            for field in different
+        )
+        length = any(field in _LENGTH_FIELDS for field in different)
+        why = " (its schedules depend on its length)" if length else ""
+        raise UserError(f"{told}{why}; take what it has, or another --workdir")
+    then, here = saved["versions"], checkpoint.versions()
+    moved = [f"{k} {then[k]} -> {here.get(k)}" for k in then if then[k] != here.get(k)]
+    if moved:
+        say(f"other versions than the run began with, so its last bits may differ: {moved}")
+
+
+def _length_matters(config: dict[str, Any]) -> bool:
+    """Whether a step's mathematics depends on how many are to come."""
+    schedules = {config["optimizer"]["schedule"], config.get("tau_schedule", "constant")}
+    return schedules != {"constant"}
+
+
+def write_config(run: dict[str, Any], workdir: str) -> None:
+    """Writes `config.json`: the resolved config, and what the data turned out to be."""
+    if parallel.is_writer():
+        try:
+            write_json(
+                os.path.join(workdir, "config.json"), run["config"] | {"found": run["found"]}
+            )
+        except OSError as e:
+            raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
+
+
+def _is_one_of(field: str, names: tuple[str, ...]) -> bool:
+    """`names` are fields, or sections with their dot."""
+    return any(field.startswith(n) if n.endswith(".") else field == n for n in names)
