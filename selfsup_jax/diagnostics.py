@@ -1,11 +1,13 @@
 """Is it learning? What tells a run that has collapsed from one that has converged.
 
 `norms` is part of a training step, on the device. `of_outputs` looks at a step's outputs on the
-host, every so many steps: these are a few matrices, so that the step itself pays nothing for it.
+host, every so many steps: these are a few matrices, so that the step itself pays nothing for it;
+`target_distance` then looks at its parameters.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from threadpoolctl import ThreadpoolController
 
 from selfsup_jax.state import Outputs
 
@@ -20,25 +23,26 @@ from selfsup_jax.state import Outputs
 History = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 
-def norms(grads: dict, updates: Any, online_params: dict, target_params: dict) -> dict[str, Any]:
-    """Norms of a step's gradients and updates, and how far the target lags behind.
-
-    Args:
-        grads, updates: of the online parameters.
-        online_params, target_params: after the update and the EMA.
+def norms(grads: dict, updates: Any) -> dict[str, Any]:
+    """Norms of a step's gradients and updates of the online parameters.
 
     Returns:
-        float32 scalars: `grad_norm/PART` of each part of the online network (not finite as soon as
-        one of its gradients isn't), `update_norm`, and `target_distance`, the norm of online less
-        target over that of online, of the parts that the target has.
+        float32 scalars: `grad_norm/PART` of each part of the online network, not finite as soon as
+        one of its gradients isn't, and `update_norm`.
+    """
+    by_part = {f"grad_norm/{part}": optax.tree.norm(tree) for part, tree in grads.items()}
+    return {**by_part, "update_norm": optax.tree.norm(updates)}
+
+
+@jax.jit
+def target_distance(online_params: dict, target_params: dict) -> jax.Array:
+    """How far the target lags behind: the norm of online less target over that of online.
+
+    Of the parts that the target has. Three passes over all parameters, so not part of a step.
     """
     followed = {part: online_params[part] for part in target_params}
     apart = jax.tree.map(jnp.subtract, followed, target_params)
-    return {
-        **{f"grad_norm/{part}": optax.tree.norm(tree) for part, tree in grads.items()},
-        "update_norm": optax.tree.norm(updates),
-        "target_distance": optax.tree.norm(apart) / optax.tree.norm(followed),
-    }
+    return optax.tree.norm(apart) / optax.tree.norm(followed)
 
 
 def finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
@@ -57,21 +61,28 @@ def of_outputs(outputs: Outputs, max_rows: int) -> dict[str, float]:
         `projection_std`: the standard deviation over the batch of each dimension of the normalised
             projection, mean over dimensions, times sqrt(D): 1 for vectors all over the sphere, 0
             for a single point (SimSiam, arXiv 2011.10566, section 4.1).
-        `effective_rank`: of the representation, see `effective_rank`.
+        `effective_rank`: of the representation of view 1, see `effective_rank`.
         `prediction_target_cosine`: mean over views and examples.
         `alignment`: mean squared distance of an image's two normalised projections, in [0, 4];
             `uniformity`: log of the mean of exp(-2 d^2) over the pairs of different images; lower
             is more uniform (Wang and Isola, arXiv 2005.10242, section 4).
     """
-    representation, projection, prediction, target = (
-        np.asarray(x[:, :max_rows], np.float32) for x in outputs
-    )
+    # One thread: these matrices are small, and beside a step several would wait for each other.
+    with _blas_threads().limit(limits=1):
+        return _of_outputs([np.asarray(x[:, :max_rows], np.float32) for x in outputs])
+
+
+_blas_threads = functools.cache(ThreadpoolController)
+
+
+def _of_outputs(outputs: Sequence[np.ndarray]) -> dict[str, float]:
+    representation, projection, prediction, target = outputs
     z = _unit(projection)
     std = z.reshape(-1, z.shape[-1]).std(axis=0).mean() * np.sqrt(z.shape[-1])
     cosine = np.mean(np.sum(_unit(prediction) * _unit(target), axis=-1))
     found = {
         "projection_std": float(std),
-        "effective_rank": effective_rank(representation.reshape(-1, representation.shape[-1])),
+        "effective_rank": effective_rank(representation[0]),
         "prediction_target_cosine": float(cosine),
     }
     if len(z) > 1:

@@ -19,16 +19,8 @@ import numpy as np
 from selfsup_jax import parallel
 from selfsup_jax.errors import Stopped, UserError
 
-_DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EIO,
-    errno.ENOENT,  # the workdir was removed or unmounted under the run
-)
+_FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_OF_A_FILE = (errno.EACCES, errno.EPERM, errno.ENOENT)  # such as of a workdir that was removed
 
 
 class StopSignals:
@@ -143,7 +135,7 @@ def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator
     except (UserError, Stopped):
         raise
     except Exception as e:
-        reason = _disk_reason(e)
+        reason = _disk_reason(e, workdir)
         if reason is None:
             raise
         saved = latest_step()
@@ -151,16 +143,19 @@ def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator
         raise UserError(f"--workdir={workdir}: cannot be written to: {reason}; {there}") from e
 
 
-def _disk_reason(e: BaseException) -> str | None:
-    """The system's words for what the disk did, where that is what went wrong."""
-    if isinstance(e, OSError) and e.errno in _DISK_ERRORS:
+def _disk_reason(e: BaseException, workdir: str) -> str | None:
+    """The system's words for what the workdir's disk did, where that is what went wrong."""
+    if isinstance(e, OSError) and e.errno in _FULL_OR_BROKEN:
         return os.strerror(e.errno)
+    if isinstance(e, OSError) and e.errno in _OF_A_FILE and e.filename:
+        inside = os.path.abspath(os.fspath(e.filename)).startswith(os.path.abspath(workdir))
+        return os.strerror(e.errno) if inside else None
     # TensorStore and TensorFlow wrap the system's error in their own.
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+    for number in _FULL_OR_BROKEN:
         if os.strerror(number) in str(e):
             return os.strerror(number)
     inner = e.__cause__ or e.__context__
-    return _disk_reason(inner) if inner is not None else None
+    return _disk_reason(inner, workdir) if inner is not None else None
 
 
 def write_json(path: str, tree: dict[str, Any]) -> None:

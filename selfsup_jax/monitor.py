@@ -74,11 +74,21 @@ class Monitor:
 
     # ------------------------------------------------------------------------- measuring
 
-    def diagnose(self, outputs: Outputs) -> dict[str, float]:
-        """Diagnostics of a step's global batch; all hosts must call it."""
-        return diagnostics.of_outputs(
-            Outputs(*parallel.gather_rows(tuple(outputs))), self._config.monitor.max_rows
-        )
+    def diagnose(
+        self, outputs: Outputs, state: TrainState, batch: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Diagnostics of what a step made of a batch; all hosts must call it.
+
+        Args:
+            outputs: of the step, on the devices.
+            state: after it, replicated.
+            batch: what this host gave to it.
+        """
+        rows = Outputs(*parallel.gather_rows(tuple(outputs), batch["index"]))
+        params = parallel.local_copy((state.online_params, state.target_params))
+        return diagnostics.of_outputs(rows, self._config.monitor.max_rows) | {
+            "target_distance": float(diagnostics.target_distance(*params))
+        }
 
     def knn(self, step: int, state: TrainState) -> dict[str, float]:
         """kNN of the encoder on held-out images, where there are labels; all hosts must call it."""

@@ -139,15 +139,25 @@ def unreplicate(tree: Any) -> Any:
     Reads the shard in place, since `x[0]` on such an array would gather it first, and starts all
     transfers before it waits for one. The copies stay valid when the tree is donated.
     """
-    shards = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+    shards = local_copy(tree)
     jax.tree.map(lambda shard: shard.copy_to_host_async(), shards)
     return jax.tree.map(lambda shard: np.array(np.asarray(shard)[0]), shards)
 
 
-def gather_rows(tree: Any) -> Any:
+def local_copy(tree: Any) -> Any:
+    """The first local device's copy of a replicated tree, there, with a leading axis of 1."""
+    return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+
+
+def gather_rows(tree: Any, index: np.ndarray) -> Any:
     """`[devices, V, b, ...]` outputs of a step to the rows of the global batch, `[V, B, ...]`.
 
-    The rows come in the order of the devices; the same on every host, as host arrays.
+    Args:
+        tree: a step's outputs.
+        index: `[host batch]`, the places in the global batch of the rows that this host gave in.
+
+    Returns:
+        Host arrays, in the order of the global batch, the same on every host.
     """
     shards = jax.tree.map(lambda x: [shard.data for shard in x.addressable_shards], tree)
     jax.tree.map(lambda shard: shard.copy_to_host_async(), shards)
@@ -156,7 +166,9 @@ def gather_rows(tree: Any) -> Any:
         return np.concatenate([np.asarray(part)[0].swapaxes(0, 1) for part in parts])
 
     rows = jax.tree.map(rows_first, shards, is_leaf=lambda x: isinstance(x, list))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), gather_hosts(rows))
+    rows, index = gather_hosts((rows, index))
+    order = np.argsort(index)
+    return jax.tree.map(lambda x: x[order].swapaxes(0, 1), rows)
 
 
 def pmap_step(train_step: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from flax.traverse_util import flatten_dict
 
 from selfsup_jax import metrics
 from selfsup_jax.diagnostics import History
-from selfsup_jax.endings import write_json
 from selfsup_jax.errors import UserError, nearest
 
 QUANTITIES = ("loss", "projection_std", "effective_rank", "knn_top1", "probe_top1")
@@ -162,7 +162,11 @@ def main() -> None:
         f"{results['device_count']} x {results['device_kind']}, {datetime.date.today()}"
     )
     path = str(resources.files("selfsup_jax") / "references" / f"{args.name}.json")
-    write_json(path, make(runs, made))
+    text = json.dumps(make(runs, made), indent=1, sort_keys=True)
+    # A list to a line.
+    text = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    with open(path, "w") as f:
+        f.write(text + "\n")
     print(f"wrote {path}: {made}")
 
 

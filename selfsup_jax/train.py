@@ -22,6 +22,7 @@ from selfsup_jax import (
     parallel,
     process,
     progress,
+    reference,
     workdir,
 )
 from selfsup_jax import config as config_lib
@@ -69,6 +70,7 @@ def pretrain(config: ConfigDict, directory: str, build: Build) -> dict[str, Any]
     """
     config = config.copy_and_resolve_references()
     config_lib.validate(config)
+    reference.load(config.monitor.reference)  # that there is one of that name
     data = inputs.load_data(config)
     config_lib.check_batch_fits(config, data.train.num_examples)
     total_steps, warmup_steps = _lengths(config, data.train.num_examples)
@@ -96,9 +98,11 @@ def _pretrain(run: Run) -> dict[str, Any]:
         run.method.represent, tuple(run.config.augment.mean), tuple(run.config.augment.std)
     )
     flat = workdir.flat_config(run.identity)
-    monitor = Monitor(run.config, flat, run.data, run.method, extract, recorder, line, run.workdir)
-    state = parallel.replicate(lambda s: s, latest)
     try:
+        monitor = Monitor(
+            run.config, flat, run.data, run.method, extract, recorder, line, run.workdir
+        )
+        state = parallel.replicate(lambda s: s, latest)
         if first_step < run.total_steps:
             state = _train(run, state, first_step, recorder, line, monitor)
     finally:
@@ -223,7 +227,7 @@ def _train(
                 values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
                 del values["finite"]
                 if due.diagnose:
-                    values |= monitor.diagnose(outputs)
+                    values |= monitor.diagnose(outputs, state, batch)
                 with line.pause():
                     values |= monitor.knn(step, state) if due.knn else {}
                 rate = line.show(step, values)
@@ -291,7 +295,8 @@ def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     path = os.path.join(run.workdir, "results.json")
     if "images_per_second" not in results and os.path.exists(path):
         with open(path) as f:  # nothing was trained this time: the speed is an earlier process's
-            results["images_per_second"] = json.load(f).get("images_per_second")
+            earlier = json.load(f)
+        results |= {k: v for k, v in earlier.items() if k == "images_per_second"}
     results |= {
         "method": run.config.method,
         "seed": run.config.seed,

@@ -47,49 +47,49 @@ def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]
     """
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        lock = _lock(workdir)
-        parallel.wait_for_all("workdir")
-        checkpoints = checkpoint.Checkpoints(
-            workdir, config.keep_checkpoints, config.keep_every_steps
-        )
-    except OSError as e:
-        raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
-    if len(set(parallel.gather_hosts(np.asarray([checkpoints.latest_step or 0])))) > 1:
-        raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
-    try:
-        yield checkpoints
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            checkpoints.close()
-        raise
-    else:
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(workdir, exist_ok=True)
+            stack.enter_context(_locked(workdir))
+            parallel.wait_for_all("workdir")
+            checkpoints = checkpoint.Checkpoints(
+                workdir, config.keep_checkpoints, config.keep_every_steps
+            )
+        except OSError as e:
+            raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
+        latest = parallel.gather_hosts(np.asarray([checkpoints.latest_step or 0]))
+        if len(set(latest)) > 1:
+            raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
+        try:
+            yield checkpoints
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                checkpoints.close()
+            raise
         checkpoints.close()
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
-def _lock(workdir: str) -> int | None:
+@contextlib.contextmanager
+def _locked(workdir: str) -> Iterator[None]:
     """Takes the workdir for this process; the system lets go of it however the process ends."""
     if not parallel.is_writer():
-        return None
-    lock = os.open(os.path.join(workdir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        owner = os.read(lock, 32).decode().strip()
-        os.close(lock)
-        raise UserError(
-            f"--workdir={workdir}: process {owner} is training there; wait for it, stop it, or "
-            "take another"
-        ) from e
-    except OSError:  # a file system without locks
-        return lock
-    os.ftruncate(lock, 0)
-    os.write(lock, str(os.getpid()).encode())
-    return lock
+        yield
+        return
+    with open(os.path.join(workdir, ".lock"), "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            lock.seek(0)
+            raise UserError(
+                f"--workdir={workdir}: process {lock.read().strip()} is training there; wait for "
+                "it, stop it, or take another"
+            ) from e
+        except OSError:  # a file system without locks: then nobody is kept out
+            pass
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def describe_run(config: ConfigDict, data: Data) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def meta(run: dict[str, Any], step: int) -> dict[str, Any]:
     steps_per_epoch = run["found"]["train_images"] // run["config"]["batch_size"]
     epoch, batch = divmod(step, steps_per_epoch)
     position = {"epoch": epoch, "batch": batch, "steps_per_epoch": steps_per_epoch}
-    devices = {"devices": jax.device_count(), "hosts": jax.process_count()}
-    return run | {"data_position": position} | devices
+    written_on = {"device_count": jax.device_count(), "host_count": jax.process_count()}
+    return run | {"data_position": position} | written_on
 
 
 def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> None:

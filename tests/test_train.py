@@ -23,7 +23,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from tiny_runs import build, recorded, write_images
 
 from byol_jax import method
-from selfsup_jax import checkpoint, inputs, parallel, train
+from selfsup_jax import checkpoint, inputs, parallel, plots, train
 from selfsup_jax.data import pipeline, sources
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.state import Method, TrainState
@@ -220,7 +220,10 @@ def test_stopping_and_going_on_changes_nothing(
     take = checkpoint.Checkpoints.take
 
     def spy(self, state, meta):
-        taken.append(int(parallel.unreplicate(state).step))
+        step = int(parallel.unreplicate(state).step)
+        taken.append(step)
+        # A checkpoint says that its steps are done: what they were is on the disk by then.
+        assert recorded(tmp_path)[-1]["step"] == step and ("loss", step) in events(tmp_path)
         take(self, state, meta)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "take", spy)
@@ -329,15 +332,23 @@ def test_what_a_run_leaves_behind(whole_run):
     lines = recorded(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     always = {"step", "loss", "probe_loss", "probe_top1", "tau", "learning_rate", "update_norm"}
-    always |= {"target_distance", *(f"grad_norm/{part}" for part in tiny_networks()._fields)}
+    always |= {f"grad_norm/{part}" for part in tiny_networks()._fields}
     looks = {"projection_std", "effective_rank", "prediction_target_cosine", "alignment"}
-    looks |= {"uniformity"}
+    looks |= {"uniformity", "target_distance"}
     for line in lines:
         assert set(line) == (always if line["step"] % 2 else always | looks)
         assert all(np.isfinite(value) for value in line.values())
     # The cosine is that of the loss, which the device computed.
     for line in lines[1::2]:
         np.testing.assert_allclose(4 - 4 * line["prediction_target_cosine"], line["loss"], 1e-4)
+        # And the distance is that of the networks that were saved after the step.
+        state = restore(config, workdir, line["step"])
+        online, target = (flatten(x) for x in (state.online_params, state.target_params))
+        apart, size = (
+            np.sqrt(sum(np.sum((online[k] - other * target[k]) ** 2) for k in target))
+            for other in (1, 0)
+        )
+        np.testing.assert_allclose(line["target_distance"], apart / size, 1e-5)
 
 
 def test_a_checkpoint_says_what_it_belongs_to(whole_run):
@@ -479,11 +490,19 @@ def test_a_broken_checkpoint_is_named_and_the_next_older_one(initial_state, tmp_
 PICTURES = ("learning_curves", "nearest_neighbours", "representation_map", "view_pairs")
 
 
-def test_a_watched_run(whole_run, folders, tmp_path, capfd):
+def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
     """kNN and pictures on the way change nothing; what looks like a collapse is told once."""
     changes = {"monitor.knn_every_steps": 3, "monitor.plots_every_steps": 3}
     changes |= {"monitor.collapse_std": 1e9, "monitor.map_images": 4}  # anything looks like one
     config = tiny_config(folders["labels"], **changes)
+    shown = {}
+    view_pairs = plots.view_pairs
+
+    def spy(path, first, second, *, step):
+        shown[step] = np.stack([first, second])
+        view_pairs(path, first, second, step=step)
+
+    monkeypatch.setattr(plots, "view_pairs", spy)
     results = train.pretrain(config, str(tmp_path), build)
     assert capfd.readouterr().err.count("WARNING: the run has collapsed by step 4") == 1
     assert results["collapsed"] is True and results["collapsed_at_step"] == 4
@@ -500,6 +519,18 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd):
     for path in pictures.values():
         with Image.open(path) as picture:
             assert min(picture.size) > 100
+
+    # The pairs are what the step before the picture saw, from the seed and its number alone.
+    built = build(config, 3, STEPS, 2)
+    rng = built.init_state(jax.random.PRNGKey(config.seed)).rng
+    data = inputs.load_data(config.copy_and_resolve_references())
+    assert sorted(shown) == [3, 6]
+    for step, views in shown.items():
+        batch = next(inputs.train_batches(config, data, step - 1))
+        del batch["name"]
+        expected = built.augment_views(jax.random.fold_in(rng, step - 1), batch)
+        assert views.shape == (2, config.monitor.view_pairs, 8, 8, 3)
+        np.testing.assert_allclose(views, expected[:, : views.shape[1]], atol=1e-6)
 
     again = train.pretrain(config, str(tmp_path), build)
     assert again == results
@@ -539,7 +570,7 @@ RATE = {"optimizer.learning_rate": 1e38, "optimizer.schedule": "constant"}
         # Never logged, and looked at only when step 6 is to be saved.
         (
             breaking_build("loss", 5),
-            {"log_every_steps": 100, "monitor.diagnostics_every_steps": 0},
+            {"log_every_steps": 100, "monitor.diagnostics_every_steps": 0, "steps": 9},
             5,
             {"loss", "grad_norm/encoder", "grad_norm/projector", "update_norm"},
             {"learning_rate", "tau", "probe_loss"},

@@ -1,0 +1,35 @@
+"""`run_experiment.py` with the networks of `tiny_runs` in place of BYOL's own.
+
+For tests that start and stop real processes. `TINY_PAUSE` is how long to wait before each step, in
+seconds: a signal then comes between the same few steps on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+told = dict(os.environ)
+import tiny_runs  # imports conftest, which makes eight devices  # noqa: E402
+
+os.environ.update(told)
+
+from absl import app  # noqa: E402
+
+import byol_jax.method  # noqa: E402
+import run_experiment  # noqa: E402
+from selfsup_jax import inputs  # noqa: E402
+
+train_batches = inputs.train_batches
+
+
+def paused(config, data, first_step):
+    for batch in train_batches(config, data, first_step):
+        time.sleep(float(os.environ.get("TINY_PAUSE", "0")))
+        yield batch
+
+
+if __name__ == "__main__":
+    inputs.train_batches = paused
+    byol_jax.method.build = tiny_runs.build
+    app.run(run_experiment.main, flags_parser=run_experiment.parse_flags)
