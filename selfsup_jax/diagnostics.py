@@ -61,7 +61,7 @@ def of_outputs(outputs: Outputs, max_rows: int) -> dict[str, float]:
         `projection_std`: the standard deviation over the batch of each dimension of the normalised
             projection, mean over dimensions, times sqrt(D): 1 for vectors all over the sphere, 0
             for a single point (SimSiam, arXiv 2011.10566, section 4.1).
-        `effective_rank`: of the representation of view 1, see `effective_rank`.
+        `effective_rank`: of the representation of all views, see `effective_rank`.
         `prediction_target_cosine`: mean over views and examples.
         `alignment`: mean squared distance of an image's two normalised projections, in [0, 4];
             `uniformity`: log of the mean of exp(-2 d^2) over the pairs of different images; lower
@@ -82,7 +82,7 @@ def _of_outputs(outputs: Sequence[np.ndarray]) -> dict[str, float]:
     cosine = np.mean(np.sum(_unit(prediction) * _unit(target), axis=-1))
     found = {
         "projection_std": float(std),
-        "effective_rank": effective_rank(representation[0]),
+        "effective_rank": effective_rank(representation.reshape(-1, representation.shape[-1])),
         "prediction_target_cosine": float(cosine),
     }
     if len(z) > 1:

@@ -123,8 +123,10 @@ def _cut_events(path: str, last_step: int) -> None:
     if len(kept) <= 1:  # at most the file's version
         os.remove(path)
     elif cut:
-        with open(path + ".partial", "wb") as f:
+        # Not a name that TensorBoard, or this function after a kill, would take for events.
+        partial = os.path.join(os.path.dirname(path), "cut.partial")
+        with open(partial, "wb") as f:
             writer = RecordWriter(f)
             for record in kept:
                 writer.write(record)
-        os.replace(path + ".partial", path)
+        os.replace(partial, path)

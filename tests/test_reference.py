@@ -50,6 +50,7 @@ def runs(noise: float = 0.1, count: int = 3) -> list:
             history(
                 loss=(STEPS, curve(STEPS) + rng.uniform(-noise, noise, len(STEPS))),
                 projection_std=(STEPS, 1 - 0.5 / curve(STEPS)),
+                effective_rank=(STEPS, np.full(len(STEPS), 9.0)),
             ),
         )
         for seed in range(count)
@@ -91,7 +92,7 @@ def test_an_unknown_name_is_told_with_the_nearest(folder):
 def test_what_was_made_is_loaded(loaded):
     assert loaded.name == "mine" and loaded.made == "by hand"
     assert loaded.config["batch_size"] == 64
-    assert loaded.bands.keys() == {"loss", "projection_std"}
+    assert loaded.bands.keys() == {"loss", "projection_std", "effective_rank"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
