@@ -123,9 +123,9 @@ def pretrain_defaults() -> ConfigDict:
 
     config.monitor = ConfigDict()  # looking at the run as it goes; intervals of 0: never
     config.monitor.diagnostics_every_steps = 500  # spread, rank, alignment, uniformity
-    config.monitor.knn_every_steps = 5000  # kNN on held-out images, with eval.knn_k
+    config.monitor.knn_every_steps = 5000  # kNN on held-out images, if eval.enabled
     config.monitor.plots_every_steps = 5000
-    config.monitor.max_rows = 256  # examples of a batch that the diagnostics look at
+    config.monitor.max_rows = 512  # examples of a batch that the diagnostics look at
     config.monitor.knn_train_images = 5000
     config.monitor.knn_test_images = 1000
     config.monitor.map_images = 1000  # held-out images on the map

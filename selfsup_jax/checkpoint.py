@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -51,8 +52,14 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, or None."""
+        """The newest checkpoint's step, or None; it may still be being written."""
         return self._manager.latest_step()
+
+    def committed_step(self) -> int | None:
+        """The newest step that is whole on the disk, or None. Waits for what is being written."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        return max(ocp.utils.checkpoint_steps(self._directory), default=None)
 
     @property
     def busy(self) -> bool:
@@ -83,13 +90,13 @@ class Checkpoints:
             raise UserError(
                 f"{self._directory}: no room for the checkpoint of step {step}: it takes "
                 f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; the last good "
-                f"checkpoint is of step {self.latest_step or 0}"
+                f"checkpoint is of step {self.committed_step() or 0}"
             )
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(single.online_params)):
             raise UserError(
                 f"the parameters of step {step} are not finite: lower "
-                f"config.optimizer.learning_rate; the last checkpoint is of step "
-                f"{self.latest_step or 0}"
+                f"config.optimizer.learning_rate, in another --workdir; the last checkpoint is of "
+                f"step {self.committed_step() or 0}"
             )
         self._taken = (step, single, meta)
 
@@ -156,7 +163,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until everything is written, what was taken last too."""
+        self.write()
         self._manager.wait_until_finished()
         self._manager.close()
 

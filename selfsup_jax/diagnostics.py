@@ -144,13 +144,13 @@ def collapsed_at(history: History, *, min_std: float, min_rank: float) -> int | 
     return found
 
 
-def collapse_warning(step: int, history: History) -> str:
+def collapse_warning(step: int, history: History, *, min_std: float) -> str:
     """What a reader is told when `collapsed_at` finds something: what was seen, likely causes."""
     std, rank = (history[name][1][-1] for name in ("projection_std", "effective_rank"))
+    which = "projections" if std < min_std else "representations"
     return (
-        f"WARNING: the run has collapsed by step {step:,}: the projections of all images are "
-        f"nearly the same (standard deviation {std:.3f} of 1, effective rank of the "
-        f"representation {rank:.1f}).\n"
+        f"WARNING: the run has collapsed by step {step:,}: the {which} of all images are nearly "
+        f"the same (projection_std {std:.3f}, where 1 is healthy; effective_rank {rank:.1f}).\n"
         "  Likely causes: the learning rate is too high or its warm-up too short; tau is too low "
         "(the target follows at once); the predictor is missing or switched off; weight decay is "
         "too strong; the batch (or a batch-norm group) is too small. A falling loss is no sign of "

@@ -63,6 +63,10 @@ class StopSignals:
             return signal.SIGTERM if parallel.reached_preemption(step) else None
         return self._received
 
+    def pending(self) -> int | None:
+        """A signal that came after the last step was asked about; on one host only."""
+        return self._received if jax.process_count() == 1 else None
+
 
 def stopped(number: int, step: int, workdir: str) -> Stopped:
     """What ends the process after a signal, once step `step` is saved."""
@@ -123,7 +127,7 @@ class FiniteWatch:
         raise UserError(
             f"step {step} is not finite: {what}; its images are named in {path}. "
             "The last good checkpoint stays; a lower config.optimizer.learning_rate or a longer "
-            "warm-up may help"
+            "warm-up may help, in another --workdir"
         )
 
 
@@ -145,17 +149,18 @@ def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator
 
 def _disk_reason(e: BaseException, workdir: str) -> str | None:
     """The system's words for what the workdir's disk did, where that is what went wrong."""
-    if isinstance(e, OSError) and e.errno in _FULL_OR_BROKEN:
-        return os.strerror(e.errno)
-    if isinstance(e, OSError) and e.errno in _OF_A_FILE and e.filename:
-        inside = os.path.abspath(os.fspath(e.filename)).startswith(os.path.abspath(workdir))
-        return os.strerror(e.errno) if inside else None
-    # TensorStore and TensorFlow wrap the system's error in their own.
+    root = os.path.abspath(workdir)
+    if isinstance(e, OSError) and e.errno in (*_FULL_OR_BROKEN, *_OF_A_FILE):
+        if isinstance(e.filename, str):
+            inside = os.path.commonpath([root, os.path.abspath(e.filename)]) == root
+            return os.strerror(e.errno) if inside else None
+        if e.errno in _FULL_OR_BROKEN:  # of a file that was open: a run writes nowhere else
+            return os.strerror(e.errno)
+    # TensorStore and TensorFlow wrap the system's error in their own, the file's name with it.
     for number in _FULL_OR_BROKEN:
-        if os.strerror(number) in str(e):
+        if os.strerror(number) in str(e) and root in str(e):
             return os.strerror(number)
-    inner = e.__cause__ or e.__context__
-    return _disk_reason(inner, workdir) if inner is not None else None
+    return _disk_reason(e.__cause__, workdir) if e.__cause__ is not None else None
 
 
 def write_json(path: str, tree: dict[str, Any]) -> None:
@@ -163,4 +168,6 @@ def write_json(path: str, tree: dict[str, Any]) -> None:
     with open(path + ".partial", "w") as f:
         json.dump(tree, f, indent=2, sort_keys=True)
         f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + ".partial", path)

@@ -15,6 +15,8 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from selfsup_jax import parallel
+from selfsup_jax.errors import UserError
+from selfsup_jax.progress import say
 
 FILE = "metrics.jsonl"
 
@@ -43,11 +45,15 @@ class Recorder:
             return
         path = os.path.join(workdir, FILE)
         lines = _lines_up_to(path, first_step)
+        if not first_step and _lines_up_to(path, sys.maxsize):
+            aside = os.path.join(workdir, "metrics.before.jsonl")
+            say(f"no checkpoint to go on from: what was recorded before is moved to {aside}")
+            os.replace(path, aside)
         self.history = _history(lines)
         with open(path + ".partial", "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
         os.replace(path + ".partial", path)
-        for events in glob.glob(os.path.join(glob.escape(workdir), "events.*")):
+        for events in glob.glob(os.path.join(glob.escape(workdir), "events.out.tfevents.*")):
             _cut_events(events, first_step)
         self._file = open(path, "a")  # noqa: SIM115
         self._workdir = workdir
@@ -66,6 +72,7 @@ class Recorder:
         """Returns when all is written: before a checkpoint says that these steps are done."""
         if self._file is not None:
             self._file.flush()
+            os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
 
@@ -103,10 +110,13 @@ def _lines_up_to(path: str, last_step: int) -> list[dict]:
     lines = []
     if os.path.exists(path):
         with open(path) as f:
-            for text in f:
+            for number, text in enumerate(f, start=1):
                 if not text.endswith("\n"):
                     break
-                line = json.loads(text)
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError as e:
+                    raise UserError(f"{path}: line {number} is no JSON; move the file away") from e
                 if line["step"] <= last_step:
                     lines.append(line)
     return lines

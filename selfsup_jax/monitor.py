@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from sklearn.preprocessing import normalize
 
 from selfsup_jax import diagnostics, inputs, parallel, plots, reference
+from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation.features import Features
 from selfsup_jax.evaluation.knn import knn_accuracy
 from selfsup_jax.inputs import Data
@@ -69,8 +71,9 @@ class Monitor:
         self._differs = reference.differences(self._reference, run) if self._reference else []
         self._look: Look | None = None
         self._told: set[str] = set()
-        if self.collapsed_at is not None:  # an earlier process has said it
+        if self.collapsed_at is not None:  # an earlier process has said it, and the rest
             self._told.add("collapse")
+        self._told.update(self._far_outside())
 
     # ------------------------------------------------------------------------- measuring
 
@@ -91,9 +94,11 @@ class Monitor:
         }
 
     def knn(self, step: int, state: TrainState) -> dict[str, float]:
-        """kNN of the encoder on held-out images, where there are labels; all hosts must call it."""
+        """kNN of the encoder on held-out images, if there are any; all hosts must call it."""
+        if self._data.test is None:
+            return {}
         look = self._look_at(step, state)
-        if self._data.test is None or not parallel.is_writer():
+        if not parallel.is_writer():
             return {}
         settings = self._config.eval
         top1 = knn_accuracy(
@@ -138,12 +143,20 @@ class Monitor:
         collapsed = self.collapsed_at
         if collapsed is not None and "collapse" not in self._told:
             self._told.add("collapse")
-            self._progress.news(diagnostics.collapse_warning(collapsed, self._history))
-        if self._reference is not None and not self._differs:
-            for name, line in reference.far_outside(self._reference, self._history).items():
-                if name not in self._told:
-                    self._told.add(name)
-                    self._progress.news(f"NOTE: {line}")
+            self._progress.news(
+                diagnostics.collapse_warning(
+                    collapsed, self._history, min_std=self._config.monitor.collapse_std
+                )
+            )
+        for name, note in self._far_outside().items():
+            if name not in self._told:
+                self._told.add(name)
+                self._progress.news(f"NOTE: {note}")
+
+    def _far_outside(self) -> dict[str, str]:
+        if self._reference is None or self._differs:
+            return {}
+        return reference.far_outside(self._reference, self._history)
 
     def results(self) -> dict[str, Any]:
         """The fields of `results.json` that tell how the run went."""
@@ -169,6 +182,16 @@ class Monitor:
         look = self._look_at(step, state)
         if not parallel.is_writer():
             return
+        try:
+            self._draw(step, state, batch, look)
+        except UserError:
+            raise
+        except Exception as e:  # no picture is worth a run
+            logging.warning("the pictures of step %d could not be drawn: %r", step, e)
+
+    def _draw(
+        self, step: int, state: TrainState, batch: dict[str, np.ndarray] | None, look: Look
+    ) -> None:
         self.draw_curves()
         if batch is not None:
             key = jax.random.fold_in(parallel.unreplicate(state.rng), step - 1)  # the step's own

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
+from clu import periodic_actions
 
 from selfsup_jax.errors import UserError
 
@@ -125,3 +128,16 @@ def device_memory() -> dict[str, float]:
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device_memory_gib", "peak_bytes_in_use": "device_memory_peak_gib"}
     return {name: stats[key] / 2**30 for key, name in names.items() if key in stats}
+
+
+def profiler(workdir: str, first_step: int, num_steps: int) -> Callable[[int], Any]:
+    """To be called with each step: traces `num_steps` of them from `first_step` on; 0 for none."""
+    if not first_step:
+        return lambda step: None
+    return periodic_actions.Profile(
+        logdir=workdir,
+        num_profile_steps=num_steps,
+        profile_duration_ms=None,
+        first_profile=first_step,
+        every_secs=None,
+    )

@@ -42,7 +42,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._quiet = not parallel.is_writer()
-        self._last = (time.perf_counter(), first_step)
+        self._last = self._began = (time.perf_counter(), first_step)
         self._width = 0
         self._counted_steps = 0
         self._counted_seconds = 0.0
@@ -59,15 +59,17 @@ class Progress:
         """Takes the time that is spent in it out of the current interval's rate."""
         began = time.perf_counter()
         yield
-        self._last = (self._last[0] + time.perf_counter() - began, self._last[1])
+        paused = time.perf_counter() - began
+        self._last = (self._last[0] + paused, self._last[1])
+        self._began = (self._began[0] + paused, self._began[1])
 
     def restart(self, step: int) -> None:
         """Begins to count at `step`, now: after the first step, which compiles."""
-        self._last = (time.perf_counter(), step)
+        self._last = self._began = (time.perf_counter(), step)
 
     def expectation(self, step: int) -> str:
         """How long the run is going to take, judged by the steps since the last restart."""
-        seconds, steps = time.perf_counter() - self._last[0], step - self._last[1]
+        seconds, steps = time.perf_counter() - self._began[0], step - self._began[1]
         rate = steps * self._images_per_step / max(seconds, 1e-9)
         left = (self._total - step) * seconds / max(steps, 1)
         return (

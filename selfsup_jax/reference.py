@@ -25,11 +25,14 @@ from selfsup_jax.diagnostics import History
 from selfsup_jax.errors import UserError, nearest
 
 QUANTITIES = ("loss", "projection_std", "effective_rank", "knn_top1", "probe_top1")
-_JUDGED = ("loss", "projection_std", "knn_top1")
+_JUDGED = {"loss": 5, "projection_std": 5, "knn_top1": 2}  # and over how many points
 # A run may keep its own rhythm of looks and saves, its own seed and place of the data.
 _APART = (
-    *("seed", "log_every_steps", "checkpoint_every_steps", "keep_", "eval.", "monitor."),
-    *("profile.", "data.dir", "data.download", "data.max_undecodable", "found."),
+    *("seed", "log_every_steps", "checkpoint_every_steps", "keep_", "profile."),
+    *("eval.enabled", "eval.batch_size", "eval.max_", "eval.fewshot_", "eval.random_init"),
+    *("eval.pixels", "monitor.diagnostics_every", "monitor.knn_every", "monitor.plots_every"),
+    *("monitor.map_images", "monitor.view_pairs", "monitor.collapse_", "monitor.reference"),
+    *("data.dir", "data.download", "data.max_undecodable", "found."),
 )
 
 
@@ -91,19 +94,21 @@ def differences(reference: Reference, config: dict[str, Any]) -> list[str]:
     )
 
 
-def far_outside(reference: Reference, history: History, window: int = 5) -> dict[str, str]:
+def far_outside(reference: Reference, history: History) -> dict[str, str]:
     """Which quantities lie far outside the reference, and how far, in words.
 
-    The mean of the last `window` points is held against the reference's at the same steps. Far is
-    more than three times the width of the band there, and more than a seventh of all that the
-    reference's mean goes through in its run: so neither the noise of one batch nor a
+    The mean of the last five points (kNN: two) is held against the reference's at the same steps.
+    Far is more than three times the width of the band there, and more than a seventh of all that
+    the reference's mean goes through in its run: so neither the noise of one batch nor a
     difference that nobody would care for counts.
     """
     found = {}
-    for name in _JUDGED:
+    for name, window in _JUDGED.items():
         steps, values = history.get(name, ((), ()))
         band = reference.bands.get(name)
-        if band is None or len(steps) < window or steps[-1] > band.steps[-1]:
+        if band is None or len(steps) < window:
+            continue
+        if steps[-window] < band.steps[0] or steps[-1] > band.steps[-1]:
             continue
         at = np.asarray(steps[-window:])
         mean, low, high = (
@@ -122,6 +127,11 @@ def far_outside(reference: Reference, history: History, window: int = 5) -> dict
 
 def make(runs: Sequence[tuple[dict[str, Any], History]], made: str) -> dict[str, Any]:
     """The JSON of a reference from (flat config, history) of runs that differ in their seeds."""
+    configs = [{k: v for k, v in c.items() if not k.startswith(_APART)} for c, _ in runs]
+    for config in configs[1:]:
+        different = sorted(k for k in config | configs[0] if config.get(k) != configs[0].get(k))
+        if different:
+            raise UserError(f"the runs differ in more than their seeds: {', '.join(different)}")
     bands: dict[str, dict[str, list]] = {}
     for name in QUANTITIES:
         if not all(name in history for _, history in runs):
@@ -133,8 +143,7 @@ def make(runs: Sequence[tuple[dict[str, Any], History]], made: str) -> dict[str,
         found = {"low": smooth.min(0), "mean": smooth.mean(0), "high": smooth.max(0)}
         curves = {k: [float(f"{v[i]:.4g}") for i in rows] for k, v in found.items()}
         bands[name] = {"steps": [int(steps[i]) for i in rows], **curves}
-    config = {k: v for k, v in runs[0][0].items() if not k.startswith(_APART)}
-    return {"made": made, "config": config, "bands": bands}
+    return {"made": made, "config": configs[0], "bands": bands}
 
 
 def _smooth(values: np.ndarray, window: int = 3) -> np.ndarray:
@@ -162,7 +171,10 @@ def main() -> None:
         f"{results['device_count']} x {results['device_kind']}, {datetime.date.today()}"
     )
     path = str(resources.files("selfsup_jax") / "references" / f"{args.name}.json")
-    text = json.dumps(make(runs, made), indent=1, sort_keys=True)
+    try:
+        text = json.dumps(make(runs, made), indent=1, sort_keys=True)
+    except UserError as e:
+        parser.error(str(e))
     # A list to a line.
     text = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     with open(path, "w") as f:

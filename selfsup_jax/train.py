@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from clu import parameter_overview, periodic_actions
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from selfsup_jax import (
@@ -78,13 +78,15 @@ def pretrain(config: ConfigDict, directory: str, build: Build) -> dict[str, Any]
     identity = workdir.describe_run(config, data)
     with workdir.opened(config, directory) as checkpoints:
         run = Run(config, data, method, total_steps, warmup_steps, directory, checkpoints, identity)
-        with endings.disk_errors(directory, lambda: checkpoints.latest_step):
+        with endings.disk_errors(directory, checkpoints.committed_step):
             return _pretrain(run)
 
 
 def _pretrain(run: Run) -> dict[str, Any]:
     if run.checkpoints.latest_step is not None:
-        workdir.check_same_run(run.identity, run.checkpoints.meta(), run.workdir)
+        saved = run.checkpoints.meta()
+        workdir.check_same_run(run.identity, saved, run.workdir)
+        workdir.take_over(run.data, saved)
     workdir.write_config(run.identity, run.workdir)
     initial = jax.device_get(jax.jit(run.method.init_state)(jax.random.PRNGKey(run.config.seed)))
     fresh = run.checkpoints.latest_step is None
@@ -105,6 +107,8 @@ def _pretrain(run: Run) -> dict[str, Any]:
         state = parallel.replicate(lambda s: s, latest)
         if first_step < run.total_steps:
             state = _train(run, state, first_step, recorder, line, monitor)
+        elif run.config.monitor.plots_every_steps:  # stopped between its last save and pictures
+            monitor.draw(first_step, state, batch=None)
     finally:
         line.close()
         recorder.close()
@@ -201,7 +205,8 @@ def _train(
     step_fn = parallel.pmap_step(run.method.train_step)
     batches = inputs.train_batches(config, run.data, first_step)
     watch = endings.FiniteWatch(run.workdir)
-    profile = _profiler(run)
+    profile = process.profiler(run.workdir, config.profile.first_step, config.profile.num_steps)
+    parallel.reached_preemption(first_step)  # so that the hosts agree on a step after this one
     postponed = False
     with endings.StopSignals() as signals:
         for step in range(first_step + 1, run.total_steps + 1):
@@ -235,8 +240,6 @@ def _train(
                 recorder.write(step, values, timings | process.device_memory())
                 monitor.judge()
             with line.pause():
-                if due.draw:
-                    monitor.draw(step, state, batch)
                 stop = signals.received(step)
                 must = stop or step == run.total_steps or checkpoints.keeps(step)
                 if must or due.save or postponed:
@@ -245,28 +248,19 @@ def _train(
                     if not postponed:
                         watch.drain()
                         recorder.flush()
-                        checkpoints.take(state, workdir.meta(run.identity, step))
-            if stop:
-                break
+                        broken = run.data.undecodable.names
+                        checkpoints.take(state, workdir.meta(run.identity, step, broken))
+                if stop:
+                    break
+                if due.draw:  # after what it must not lose
+                    monitor.draw(step, state, batch)
         checkpoints.write()
         checkpoints.wait()
+        stop = stop or signals.pending()
         if stop:
             line.close()
             raise endings.stopped(stop, step, run.workdir)
     return state
-
-
-def _profiler(run: Run) -> Callable[[int], Any]:
-    """Traces `config.profile.num_steps` steps, from `config.profile.first_step` on; 0 for none."""
-    if not run.config.profile.first_step:
-        return lambda step: None
-    return periodic_actions.Profile(
-        logdir=run.workdir,
-        num_profile_steps=run.config.profile.num_steps,
-        profile_duration_ms=None,
-        first_profile=run.config.profile.first_step,
-        every_secs=None,
-    )
 
 
 # --------------------------------------------------------------------------- evaluation

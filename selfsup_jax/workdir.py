@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +25,6 @@ _FREE_FIELDS = (
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
-    "keep_every_steps",
     "eval.",
     "monitor.",
     "profile.",
@@ -103,7 +102,7 @@ def flat_config(run: dict[str, Any]) -> dict[str, Any]:
     return flatten_dict(run["config"] | {"found": run["found"]}, sep=".")
 
 
-def meta(run: dict[str, Any], step: int) -> dict[str, Any]:
+def meta(run: dict[str, Any], step: int, undecodable: Iterable[str] = ()) -> dict[str, Any]:
     """What a checkpoint of step `step` says of itself, beside its state.
 
     The next example is the one at `batch` of the order of `epoch`: it follows from the step, so
@@ -113,7 +112,19 @@ def meta(run: dict[str, Any], step: int) -> dict[str, Any]:
     epoch, batch = divmod(step, steps_per_epoch)
     position = {"epoch": epoch, "batch": batch, "steps_per_epoch": steps_per_epoch}
     written_on = {"device_count": jax.device_count(), "host_count": jax.process_count()}
-    return run | {"data_position": position} | written_on
+    broken = {"undecodable": sorted(undecodable)}
+    return run | {"data_position": position} | broken | written_on
+
+
+def take_over(data: Data, saved: dict[str, Any]) -> None:
+    """Goes on from a checkpoint's `meta`: the broken images that were found before it count too."""
+    data.undecodable.names.update(saved["undecodable"])
+    if data.train.stream is not None and saved["host_count"] != jax.process_count():
+        say(
+            f"{data.train.name} is streamed, in an order that depends on the number of hosts: "
+            f"{saved['host_count']} before, {jax.process_count()} now, so that this epoch repeats "
+            "some images and leaves out others"
+        )
 
 
 def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> None:
@@ -130,6 +141,8 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
     before = flat_config(saved)
     now = flat_config(run)
     free: tuple[str, ...] = _FREE_FIELDS
+    if not before.get("keep_every_steps"):  # else another multiple would delete what is kept
+        free += ("keep_every_steps",)
     if not _length_matters(run["config"]) and not _length_matters(saved["config"]):
         free += _LENGTH_FIELDS
     different = [

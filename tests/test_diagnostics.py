@@ -295,7 +295,19 @@ def test_a_run_that_was_never_looked_at_has_not_collapsed():
 
 
 def test_the_warning_names_the_step_the_numbers_and_what_may_help():
-    told = diagnostics.collapse_warning(12_345, history([0.9, 0.0612, 0.0372], [7.0, 1.44, 1.26]))
-    for part in ("12,345", "0.037", "1.3", "learning rate", "warm-up", "tau", "predictor"):
+    seen = history([0.9, 0.0612, 0.0372], [7.0, 1.44, 1.26])
+    told = diagnostics.collapse_warning(12_345, seen, min_std=0.1)
+    for part in (
+        "12,345",
+        "projections of all",
+        "0.037",
+        "1.3",
+        "learning rate",
+        "warm-up",
+        "tau",
+        "predictor",
+    ):
         assert part in told
     assert "0.061" not in told  # the last look counts
+    told = diagnostics.collapse_warning(7, history([0.9, 0.85], [1.2, 1.2]), min_std=0.1)
+    assert "representations of all" in told and "projections of all" not in told

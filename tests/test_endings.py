@@ -249,7 +249,6 @@ def test_files_elsewhere_are_not_the_workdirs(number, path):
         fail_with(inside)
 
 
-@pytest.mark.xfail(reason="paths are compared letter by letter", strict=True)
 def test_a_neighbour_whose_name_begins_like_the_workdirs_is_elsewhere():
     with pytest.raises(FileNotFoundError):
         fail_with(OSError(errno.ENOENT, os.strerror(errno.ENOENT), "runs/a_images/cat.png"))
@@ -312,7 +311,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypat
     assert len(looks) == 3 and all(str(path).startswith(str(tmp_path)) for path in looks)
 
 
-@pytest.mark.xfail(reason="a signal during the last save is noted and never asked for", strict=True)
 def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(
     images, tmp_path, monkeypatch, handlers
 ):
@@ -428,6 +426,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, None)):
         with start(workdir, pause=0.02) as child:
             shown = last_shown(child, at_least=saved + 20)
+            while tiny_runs.saved_steps(workdir)[-1:] in ([], [saved]):  # a slow disk
+                shown = last_shown(child)
             child.send_signal(number)
             printed = child.stderr.read()
             ended = child.wait(60)
@@ -441,7 +441,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
             assert saved >= shown and saved - saved % 3 == recorded[-1]["step"]
         else:
             assert ended == -number
-            assert before < saved <= STEPS - 20
+            assert before < saved < STEPS
         assert not (workdir / "results.json").exists()
     with start(workdir) as child:
         assert f"going on from step {saved}" in to_the_end(child)

@@ -706,6 +706,39 @@ def test_some_steps_are_profiled(folders, tmp_path):
     assert not (tmp_path / "another").exists()
 
 
+def test_what_is_kept_for_good_is_not_given_up(folders, tmp_path):
+    """Another multiple, or none, would delete the checkpoints that were to stay."""
+    kept = {"keep_checkpoints": 1, "keep_every_steps": 2, "eval.enabled": False}
+    train.pretrain(tiny_config(folders["labels"], **kept), str(tmp_path), build)
+    with pytest.raises(UserError, match=r"config\.keep_every_steps=0: .* has 2"):
+        changed = kept | {"keep_every_steps": 0}
+        train.pretrain(tiny_config(folders["labels"], **changed), str(tmp_path), build)
+    steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {2, 4, 6}
+
+
+def test_broken_images_are_counted_over_the_whole_run(tmp_path, monkeypatch):
+    """A run that goes on knows of those that it found before it was stopped."""
+    images = write_images(tmp_path / "images", 3, 60)
+    (images / "class_0" / "0.png").write_bytes(b"no picture")
+    settings = {"data.max_undecodable": 0.5, "eval.enabled": False}
+    config = tiny_config(images, **settings)
+    whole = train.pretrain(config, str(tmp_path / "whole"), build)
+    assert whole["undecodable_images"] == 1
+    again = train.pretrain(tiny_config(images, **settings), str(tmp_path / "whole"), build)
+    assert again["undecodable_images"] == 1  # though nothing was read this time
+
+
+def test_no_picture_is_worth_a_run(folders, tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(plots, "learning_curves", fail)
+    config = tiny_config(folders["labels"], **{"monitor.plots_every_steps": 3})
+    results = train.pretrain(config, str(tmp_path), build)
+    assert results["steps"] == STEPS
+
+
 def test_an_unknown_reference_is_named(folders, tmp_path):
     config = counting_config(folders["labels"], **{"monitor.reference": "no such"})
     with pytest.raises(UserError, match=r"config.monitor.reference='no such'"):
