@@ -158,7 +158,7 @@ def _disk_reason(e: BaseException, workdir: str) -> str | None:
             return os.strerror(e.errno)
     # TensorStore and TensorFlow wrap the system's error in their own, the file's name with it.
     for number in _FULL_OR_BROKEN:
-        if os.strerror(number) in str(e) and root in str(e):
+        if os.strerror(number) in str(e) and (root in str(e) or workdir in str(e)):
             return os.strerror(number)
     return _disk_reason(e.__cause__, workdir) if e.__cause__ is not None else None
 

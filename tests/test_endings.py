@@ -211,8 +211,11 @@ def test_what_the_disk_does_is_told_in_one_line(number):
 
 def test_a_full_disk_is_recognised_within_other_errors():
     full = os.strerror(errno.ENOSPC)
-    with pytest.raises(UserError, match=full):
-        fail_with(ValueError(f"RESOURCE_EXHAUSTED: writing /a/b: {full} [source locations=...]\n"))
+    for path in (os.path.abspath("runs/a/checkpoints/5"), "runs/a/events"):
+        with pytest.raises(UserError, match=full):
+            fail_with(ValueError(f"RESOURCE_EXHAUSTED: writing {path}: {full} [source ...]\n"))
+    with pytest.raises(ValueError, match="shm"):  # not the workdir's disk
+        fail_with(ValueError(f"Error while creating /dev/shm/nccl-1: {full}"))
     wrapped = RuntimeError("saving failed")
     wrapped.__cause__ = OSError(errno.ENOSPC, full)
     with pytest.raises(UserError, match=full):
