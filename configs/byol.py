@@ -207,7 +207,7 @@ def demo() -> ConfigDict:
     config.checkpoint_every_steps = 310
     config.monitor.diagnostics_every_steps = 62
     config.monitor.knn_every_steps = 620
-    config.monitor.plots_every_steps = 620
+    config.monitor.plots_every_steps = 1240
     config.monitor.map_images = 500
     config.monitor.reference = "byol_demo"
     config.eval.knn_k = 20  # of 400 images per class
