@@ -1,0 +1,118 @@
+"""Who may import whom: `CONTRIBUTING.md`'s rules of the house."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+from conftest import REPOSITORY
+
+from selfsup_jax import parallel
+
+METHODS = sorted(p.name for p in REPOSITORY.glob("*_jax") if p.is_dir() and p.name != "selfsup_jax")
+SOURCES = {
+    path.relative_to(REPOSITORY): ast.parse(path.read_text())
+    for root in (*METHODS, "selfsup_jax", "configs", "run_experiment.py")
+    for path in sorted([REPOSITORY / root] + list((REPOSITORY / root).rglob("*.py")))
+    if path.is_file()
+}
+
+
+def imports(tree):
+    """Dotted names of all that a file imports, at its top or inside: `from a import b` is `a.b`."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def importers(*packages):
+    """The files that import one of the packages (or names in them)."""
+    return {
+        str(path)
+        for path, tree in SOURCES.items()
+        if any(name == p or name.startswith(p + ".") for name in imports(tree) for p in packages)
+    }
+
+
+def attributes(tree):
+    """`{"pmap", ...}`: every name that is looked up in something, or imported from it."""
+    looked_up = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return looked_up | {name.rpartition(".")[2] for name in imports(tree)}
+
+
+def test_methods_import_no_other_method_and_the_house_imports_none():
+    assert "byol_jax" in METHODS
+    for name in METHODS:
+        users = {path.split("/")[0] for path in importers(name)}
+        assert users <= {name, "run_experiment.py"}
+        assert "run_experiment.py" in users
+
+
+def test_nothing_imports_the_entry_point():
+    assert not importers("run_experiment")
+
+
+def test_configs_import_only_ml_collections_and_each_other():
+    allowed = {"ml_collections", "configs", *sys.stdlib_module_names}
+    found = {
+        name.split(".")[0]
+        for path, tree in SOURCES.items()
+        if path.parts[0] == "configs"
+        for name in imports(tree)
+    }
+    assert "ml_collections" in found and found <= allowed
+
+
+def test_tensorflow_is_only_in_the_data_package():
+    users = importers("tensorflow", "tensorflow_datasets")
+    assert "selfsup_jax/data/pipeline.py" in users
+    assert all(path.startswith("selfsup_jax/data/") for path in users)
+
+
+def test_only_parallel_knows_devices():
+    collectives = {
+        *("pmap", "pmean", "psum", "pmax", "pmin", "all_gather", "all_to_all", "ppermute"),
+        *("pshuffle", "psum_scatter", "axis_index", "axis_size", "shard_map"),
+    }
+    users = {str(path) for path, tree in SOURCES.items() if attributes(tree) & collectives}
+    assert users == {"selfsup_jax/parallel.py"}
+
+
+def test_the_axis_is_named_in_one_place():
+    for path, tree in SOURCES.items():
+        if path.name == "parallel.py":
+            assert "AXIS_NAME" in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+            continue
+        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        assert parallel.AXIS_NAME not in strings, path
+        assert "AXIS_NAME" not in attributes(tree), path
+
+
+def test_flags_are_only_in_the_entry_point():
+    assert importers("absl.flags", "absl.app", "ml_collections.config_flags") == {
+        "run_experiment.py"
+    }
+
+
+def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
+    pure = [
+        path
+        for path in SOURCES
+        if path.name in ("losses.py", "networks.py", "augment.py", "queue.py")
+        or path.parts[:2] == ("selfsup_jax", "models")
+    ]
+    assert len(pure) >= 6
+    for path in pure:
+        packages = {name.split(".")[0] for name in imports(SOURCES[path])}
+        assert not packages & {"ml_collections", "configs", "os", "pathlib", "json", "absl"}, path
+        calls = {
+            node.func.id
+            for node in ast.walk(SOURCES[path])
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"open", "print"}, path
