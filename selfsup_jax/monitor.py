@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from sklearn.preprocessing import normalize
 
 from selfsup_jax import diagnostics, inputs, parallel, plots, reference
-from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation.features import Features
 from selfsup_jax.evaluation.knn import knn_accuracy
 from selfsup_jax.inputs import Data
@@ -184,8 +183,6 @@ class Monitor:
             return
         try:
             self._draw(step, state, batch, look)
-        except UserError:
-            raise
         except Exception as e:  # no picture is worth a run
             logging.warning("the pictures of step %d could not be drawn: %r", step, e)
 

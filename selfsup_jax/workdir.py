@@ -136,7 +136,7 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
         workdir: for messages.
 
     Raises:
-        UserError: naming the first field that differs, and both values.
+        UserError: naming every field that differs, and both values.
     """
     before = flat_config(saved)
     now = flat_config(run)

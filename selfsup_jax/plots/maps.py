@@ -25,13 +25,15 @@ def map_points(features: np.ndarray, *, seed: int) -> np.ndarray:
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from sklearn.preprocessing import normalize
     from threadpoolctl import threadpool_limits
 
-    x = np.asarray(features, np.float64)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    x = x - x.sum(axis=0) / max(1, len(x))
-    spread = np.sqrt(np.sum(x**2) / max(1, len(x)))
-    if len(x) < 3 or spread < 1e-6:  # of the differences, rounding is all that is left
+    if len(features) < 3:
+        return np.zeros((len(features), 2), np.float32)
+    x = normalize(np.asarray(features, np.float64))
+    x = x - x.mean(axis=0)
+    spread = np.sqrt(np.sum(x**2) / len(x))
+    if spread < 1e-6:  # of the differences, rounding is all that is left
         return np.zeros((len(x), 2), np.float32)
     x = np.pad(x / spread, ((0, 0), (0, max(0, 2 - x.shape[1]))))
     # One thread: t-SNE's steps are so short that several, with a busy input pipeline beside them,
