@@ -13,6 +13,7 @@ Exit status:
 from __future__ import annotations
 
 import glob
+import math
 import os
 import runpy
 import signal
@@ -49,12 +50,21 @@ _CACHE = flags.DEFINE_string(
 def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Hands the config to its job, and to that job its method."""
     import byol_jax.method
-    from selfsup_jax import train
+    import moco_jax.method
+    import simclr_jax.method
+    from selfsup_jax import study, train
 
-    methods = {"byol": byol_jax.method.build}
-    jobs = {"pretrain": lambda: train.pretrain(config, workdir, methods[config.method])}
+    methods = {
+        "byol": byol_jax.method.build,
+        "moco": moco_jax.method.build,
+        "simclr": simclr_jax.method.build,
+    }
+    jobs = {
+        "pretrain": lambda: train.pretrain(config, workdir, methods[config.method]),
+        "study": lambda: study.run(config, workdir, methods),
+    }
     for field, choices in (("job", jobs), ("method", methods)):
-        if config[field] not in choices:
+        if field in config and config[field] not in choices:
             raise UserError(
                 f"config.{field}={config[field]!r}: must be one of {', '.join(sorted(choices))}"
             )
@@ -82,8 +92,7 @@ def main(argv: list[str]) -> None:
         from selfsup_jax import process
 
         process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        batch = (_CONFIG.value.get(k, 1) for k in ("batch_size", "accumulate_steps", "bn_groups"))
-        process.use_cpu_devices(_CPU_DEVICES.value, *batch)
+        process.use_cpu_devices(_CPU_DEVICES.value, *_cut_of_the_batch(_CONFIG.value))
         process.keep_freed_memory()
         process.keep_compiled(_CACHE.value)
         run_job(_CONFIG.value, _WORKDIR.value)
@@ -95,6 +104,14 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; nothing that was saved is lost", file=sys.stderr, flush=True)
         _exit(128 + signal.SIGINT)
+
+
+def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
+    """Batch size, microbatches and batch-norm groups; a study's are its largest number of each."""
+    runs = list(config.variants.values()) if "variants" in config else [config]
+    batch_size = math.gcd(*(run.get("batch_size", 1) for run in runs))
+    accumulate, groups = (max(r.get(k, 1) for r in runs) for k in ("accumulate_steps", "bn_groups"))
+    return batch_size, accumulate, groups
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ setup(
     description="BYOL and its kin in JAX and Flax: self-supervised learning from images",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["byol_jax*", "selfsup_jax*"]),
+    packages=find_packages(include=["*_jax", "*_jax.*"]),
     package_data={"selfsup_jax": ["references/*.json"]},
     install_requires=[
         "jax>=0.10.2",

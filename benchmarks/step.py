@@ -31,7 +31,7 @@ from ml_collections import config_flags
 import byol_jax.method
 from benchmarks import report
 from byol_jax.method import TARGET_PARTS
-from selfsup_jax import parallel
+from selfsup_jax import collectives, parallel
 from selfsup_jax.augment import normalize
 from selfsup_jax.models.resnet import Conv
 
@@ -112,7 +112,7 @@ def parts(method: Any, batch: dict, repeats: int) -> dict[str, float]:
     bound = method.train_step.keywords
     networks, optimizer = bound["networks_"], bound["optimizer"]
     state = jax.jit(method.init_state)(jax.random.PRNGKey(0))
-    layout = parallel.batch_layout(1, 2, None)
+    layout = collectives.batch_layout(1, 2, None)
     labels = jnp.asarray(batch["label"])
 
     @jax.jit

@@ -9,13 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from byol_jax import losses, networks
 from byol_jax.networks import Networks
-from selfsup_jax import diagnostics, optim, parallel
-from selfsup_jax.augment import ViewAugmentation, augment_view, normalize
-from selfsup_jax.models import heads, resnet
-from selfsup_jax.parallel import BatchLayout
+from selfsup_jax import augment as augment_lib
+from selfsup_jax import collectives, diagnostics, optim
+from selfsup_jax.augment import ViewAugmentation, augment_views, normalize
+from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.errors import bad_field
+from selfsup_jax.models import branch, heads, resnet
 from selfsup_jax.state import Batch, Method, Metrics, Outputs, TrainState
 
 # The parts of the online network that the target network is an average of.
@@ -28,18 +31,20 @@ def init_state(
     networks_: Networks,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
+    use_target_network: bool = True,
 ) -> TrainState:
     """A fresh state. The target starts from its own random draw, as in the authors' code."""
     online_rng, target_rng, step_rng = jax.random.split(rng, 3)
     online_params, online_stats = networks.init(online_rng, networks_, image_shape)
     target_params, target_stats = networks.init(target_rng, networks_, image_shape)
+    target_parts = TARGET_PARTS if use_target_network else ()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         rng=step_rng,
         online_params=online_params,
-        target_params={part: target_params[part] for part in TARGET_PARTS},
+        target_params={part: target_params[part] for part in target_parts},
         online_stats=online_stats,
-        target_stats={part: target_stats[part] for part in TARGET_PARTS},
+        target_stats={part: target_stats[part] for part in target_parts},
         opt_state=optimizer.init(online_params),
     )
 
@@ -54,15 +59,21 @@ def loss_fn(
     *,
     networks_: Networks,
     layout: BatchLayout,
+    negatives_weight: float = 0.0,
+    temperature: float = 0.3,
 ) -> tuple[jax.Array, tuple[Metrics, Outputs, dict, dict]]:
     """The loss of both views, plus the online probe's where there are labels.
 
     Args:
-        online_params, target_params, online_stats, target_stats: see `TrainState`.
+        online_params, target_params, online_stats, target_stats: see `TrainState`. Without target
+            parameters the online projection is its own target, and gradients pass through both
+            sides, as in SimCLR.
         views: `[2 * B, H, W, C]` float32: view 1 of every image, then view 2 of every image.
         labels: `[B]` int32, or None.
         networks_: the modules.
         layout: how the rows are cut into views and batch-norm groups; two views.
+        negatives_weight: section 5's beta; BYOL has 0, SimCLR 1.
+        temperature: section 5's alpha, of the negatives.
 
     Returns:
         The scalar to minimise, and (metrics, outputs, new online statistics, new target
@@ -71,38 +82,33 @@ def loss_fn(
     online, online_stats = networks.apply_online(
         networks_, online_params, online_stats, views, layout
     )
-    projection, target_stats = networks.apply_target(
-        networks_, target_params, target_stats, views, layout
-    )
     prediction_1, prediction_2 = jnp.split(online.prediction, 2)  # [B, D] each
-    projection_1, projection_2 = jnp.split(projection, 2)
-    loss = losses.byol_loss(prediction_1, prediction_2, projection_1, projection_2)
-    metrics = {"loss": loss}
+    if target_params:
+        projection, target_stats = networks.apply_target(
+            networks_, target_params, target_stats, views, layout
+        )
+        target_1, target_2 = jnp.split(lax.stop_gradient(projection), 2)
+        loss = losses.byol_loss(prediction_1, prediction_2, target_1, target_2)
+    else:
+        target_1, target_2 = jnp.split(online.projection, 2)
+        loss = losses.positive_loss(prediction_1, prediction_2, target_1, target_2)
+    if negatives_weight:
+        all_1, all_2 = collectives.gather((target_1, target_2), layout.axis_name)
+        first_row = collectives.first_row(len(prediction_1), layout.axis_name)
+        negatives = losses.negatives_loss(prediction_1, all_1, all_2, first_row, temperature)
+        negatives += losses.negatives_loss(prediction_2, all_2, all_1, first_row, temperature)
+        loss += negatives_weight * negatives
+
+    representation = jnp.stack(jnp.split(online.representation, 2))  # [2, B, F]
     outputs = Outputs(
-        representation=jnp.stack(jnp.split(online.representation, 2)),
+        representation=representation,
         projection=jnp.stack(jnp.split(online.projection, 2)),
         prediction=jnp.stack([prediction_1, prediction_2]),
-        target=jnp.stack([projection_2, projection_1]),
+        target=jnp.stack([target_2, target_1]),
     )
-    if labels is None or online.logits is None:
-        return loss, (metrics, outputs, online_stats, target_stats)
-
-    logits = jnp.split(online.logits, 2)[0]  # the probe reads view 1
-    probe_loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    metrics["probe_loss"] = probe_loss
-    metrics["probe_top1"] = jnp.mean((logits.argmax(-1) == labels).astype(jnp.float32))
-    return loss + probe_loss, (metrics, outputs, online_stats, target_stats)
-
-
-def augment_views(
-    rng: jax.Array, batch: Batch, augment: tuple[ViewAugmentation, ViewAugmentation]
-) -> jax.Array:
-    """The crops of a batch to the two views `[2, B, H, W, 3]` in [0, 1] that the networks see."""
-    views = [
-        augment_view(jax.random.fold_in(rng, i), batch[f"view_{i}"], batch["index"], view)
-        for i, view in enumerate(augment, start=1)
-    ]
-    return jnp.stack(views)
+    probe = branch.online_probe(networks_.classifier, online_params, representation[0], labels)
+    metrics = {"loss": loss} | probe.metrics
+    return loss + probe.loss, (metrics, outputs, online_stats, target_stats)
 
 
 def train_step(
@@ -116,6 +122,8 @@ def train_step(
     augment: tuple[ViewAugmentation, ViewAugmentation],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    negatives_weight: float = 0.0,
+    temperature: float = 0.3,
     bn_groups: int = 1,
     accumulate_steps: int = 1,
     axis_name: str | None = None,
@@ -129,6 +137,7 @@ def train_step(
         networks_, optimizer, augment, mean, std: the modules, and what they are trained with.
         schedule: step -> learning rate, reported; the optimizer holds its own.
         tau: step -> EMA decay of the target.
+        negatives_weight, temperature: see `loss_fn`.
         bn_groups: batch-norm groups of the global batch.
         accumulate_steps: microbatches per update. The batch norms' running averages take a step
             for each, as if the microbatches had been batches.
@@ -139,8 +148,15 @@ def train_step(
         1 where all of them are), and under "outputs" this device's rows of `Outputs`.
     """
     step_rng = jax.random.fold_in(state.rng, state.step)
-    layout = parallel.batch_layout(max(1, bn_groups // accumulate_steps), 2, axis_name)
-    grad_fn = jax.grad(functools.partial(loss_fn, networks_=networks_, layout=layout), has_aux=True)
+    layout = collectives.batch_layout(max(1, bn_groups // accumulate_steps), 2, axis_name)
+    loss = functools.partial(
+        loss_fn,
+        networks_=networks_,
+        layout=layout,
+        negatives_weight=negatives_weight,
+        temperature=temperature,
+    )
+    grad_fn = jax.grad(loss, has_aux=True)
 
     def microbatch_step(stats: Any, part: Batch) -> tuple[Any, Any, Outputs]:
         views = augment_views(step_rng, part, augment)
@@ -151,14 +167,14 @@ def train_step(
         return tuple(stats), (grads, metrics), outputs
 
     stats = (state.online_stats, state.target_stats)
-    stats, means, outputs = parallel.accumulate(microbatch_step, stats, batch, accumulate_steps)
-    (grads, metrics), (online_stats, target_stats) = parallel.mean((means, stats), axis_name)
+    stats, means, outputs = collectives.accumulate(microbatch_step, stats, batch, accumulate_steps)
+    (grads, metrics), (online_stats, target_stats) = collectives.mean((means, stats), axis_name)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.online_params)
     online_params = optax.apply_updates(state.online_params, updates)
     step_tau = tau(state.step)
     target_params = optax.incremental_update(
-        {part: online_params[part] for part in TARGET_PARTS},
+        {part: online_params[part] for part in state.target_params},
         state.target_params,
         step_size=1.0 - step_tau,
     )
@@ -176,14 +192,24 @@ def train_step(
 
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
-    """Reads a validated config (`configs/byol.py`) and binds the functions above to its values."""
+    """Reads a validated config (`configs/byol.py`) and binds the functions above to its values.
+
+    Raises:
+        UserError: negatives and more than one microbatch.
+    """
+    if config.negatives_weight and config.accumulate_steps > 1:
+        raise bad_field(
+            "accumulate_steps",
+            config.accumulate_steps,
+            f"must be 1 with negatives_weight={config.negatives_weight}: the negatives are those "
+            "of one global batch",
+        )
     dtype = jnp.dtype(config.compute_dtype)
-    norm = {"bn_decay": config.encoder.bn_decay, "bn_epsilon": config.encoder.bn_epsilon}
     encoder = resnet.ResNet(**config.encoder, dtype=dtype)
     networks_ = Networks(
         encoder=encoder,
-        projector=heads.MLPHead(**config.projector, **norm, dtype=dtype),
-        predictor=heads.MLPHead(**config.predictor, **norm, dtype=dtype)
+        projector=heads.from_config(config.projector, config.encoder, dtype),
+        predictor=heads.from_config(config.predictor, config.encoder, dtype)
         if config.use_predictor
         else None,
         classifier=heads.LinearClassifier(num_classes) if num_classes else None,
@@ -192,14 +218,15 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
         config.optimizer, config.batch_size, total_steps, warmup_steps
     )
     tau = optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps)
-    augment = (
-        ViewAugmentation(**config.augment.view_1),
-        ViewAugmentation(**config.augment.view_2),
-    )
+    augment = augment_lib.from_config(config.augment)
     size = config.data.image_size
     return Method(
         init_state=functools.partial(
-            init_state, networks_=networks_, optimizer=optimizer, image_shape=(size, size, 3)
+            init_state,
+            networks_=networks_,
+            optimizer=optimizer,
+            image_shape=(size, size, 3),
+            use_target_network=config.use_target_network,
         ),
         train_step=functools.partial(
             train_step,
@@ -207,12 +234,12 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
             optimizer=optimizer,
             schedule=schedule,
             tau=tau,
-            augment=augment,
-            mean=tuple(config.augment.mean),
-            std=tuple(config.augment.std),
+            **augment,
+            negatives_weight=config.negatives_weight,
+            temperature=config.temperature,
             bn_groups=config.bn_groups,
             accumulate_steps=config.accumulate_steps,
         ),
-        represent=functools.partial(networks.represent, encoder),
-        augment_views=functools.partial(augment_views, augment=augment),
+        represent=functools.partial(branch.represent, encoder),
+        augment_views=functools.partial(augment_views, augment=augment["augment"]),
     )

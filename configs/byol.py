@@ -48,11 +48,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def imagenet(epochs: float = 1000) -> ConfigDict:
-    """ImageNet as in the paper; its test split has no public labels, so validation is held out."""
-    config = _paper(epochs)
-    config.data.train_split = "train"
-    config.data.test_split = "validation"
-    return config
+    """ImageNet as in the paper."""
+    return common.on_imagenet(_paper(epochs))
 
 
 def _paper(epochs: float = 1000) -> ConfigDict:
@@ -65,61 +62,29 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.epochs = float(epochs)
     config.tau_base = tau_base
     config.tau_schedule = "cosine"  # from tau_base to 1; or `constant`
-    config.use_predictor = True  # without one it collapses (section 5, table 5b)
 
-    config.encoder = ConfigDict(
-        {
-            "depth": 50,
-            "width": 1.0,  # multiplies every stage's channels
-            "stem": "imagenet",  # or `cifar`
-            "padding": "same",  # TensorFlow's, as in the authors' code; or `torch`
-            "zero_init_gamma": True,  # as in the code; the paper starts it at 1
-            "kernel_init": "lecun",
-            "bn_decay": 0.9,
-            "bn_epsilon": 1e-5,
-        }
-    )
+    # What makes it BYOL (section 5, table 5b); `configs/byol_to_simclr.py` tries the rest.
+    config.use_predictor = True  # without one it collapses
+    config.use_target_network = True  # else the online projection is its own target
+    config.negatives_weight = 0.0  # beta; SimCLR has 1
+    config.temperature = 0.3  # alpha, of the negatives
+
+    config.encoder = common.encoder()
     config.projector = ConfigDict({"hidden_size": 4096, "output_size": 256})
     config.predictor = ConfigDict({"hidden_size": 4096, "output_size": 256})
-
-    config.optimizer = ConfigDict(
-        {
-            "name": "lars",  # or `sgd`
-            "learning_rate": learning_rate,
-            "scaling": "linear",  # x batch_size / 256; or `sqrt`, `none`
-            "schedule": "cosine",  # or `step`, `constant`
-            "drops": (),  # of the step schedule, as fractions of the run
-            "drop_factor": 0.1,
-            **common.warmup(epochs=10.0),
-            "momentum": 0.9,
-            "nesterov": False,
-            "rate_inside_momentum": False,  # outside, as in the authors' code
-            "weight_decay": weight_decay,
-            "trust_coefficient": 1e-3,  # LARS's eta
-            "exclude": ("bias$", "scale$"),  # biases and norms: no decay, no LARS ratio
-        }
+    config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
+    config.augment = common.augmentation(
+        common.view(blur_prob=1.0, solarize_prob=0.0), common.view(blur_prob=0.1, solarize_prob=0.2)
     )
-
-    config.augment = ConfigDict()
-    config.augment.view_1 = common.view(blur_prob=1.0, solarize_prob=0.0)
-    config.augment.view_2 = common.view(blur_prob=0.1, solarize_prob=0.2)
-    config.augment.mean = (0.485, 0.456, 0.406)
-    config.augment.std = (0.229, 0.224, 0.225)
     return config
 
 
 def cifar10() -> ConfigDict:
     """CIFAR-10 on one accelerator: lightly's benchmark recipe, with SGD and no blur."""
-    config = _paper()
+    config = common.on_cifar10(_paper())
     config.epochs = 200.0
     config.batch_size = 128
-    config.compute_dtype = "float32"
     config.tau_base = 0.99
-    config.data.name = "cifar10"
-    config.data.image_size = 32
-    config.data.test_resize = 32
-    config.encoder.depth = 18
-    config.encoder.stem = "cifar"
     config.encoder.padding = "torch"
     config.projector.hidden_size = 1024
     config.predictor.hidden_size = 1024
@@ -128,61 +93,32 @@ def cifar10() -> ConfigDict:
     config.optimizer.weight_decay = 5e-4
     config.optimizer.warmup_epochs = 0.0
     for view in (config.augment.view_1, config.augment.view_2):
-        view.update(jitter_style="torchvision", blur_prob=0.0, solarize_prob=0.0)
-    config.augment.mean = (0.4914, 0.4822, 0.4465)
-    config.augment.std = (0.247, 0.2435, 0.2616)
-    config.checkpoint_every_steps = 2000
-    config.eval.max_train_images = 50000
+        view.jitter_style = "torchvision"
     return config
 
 
 def imagenette() -> ConfigDict:
-    """Imagenette as in the authors' README: ResNet-18, 128 px crops of the 160 px set."""
-    config = _paper()
-    config.batch_size = 256
-    config.data.name = "imagenette/160px-v2"
-    config.data.image_size = 128
-    config.data.test_resize = 146
-    config.encoder.depth = 18
+    """Imagenette as in the authors' README."""
+    config = common.on_imagenette(_paper())
     config.optimizer.learning_rate = 2.0
     config.optimizer.weight_decay = 1e-6
-    for view in (config.augment.view_1, config.augment.view_2):
-        view.blur_kernel = 13  # a tenth of the image, as 23 is of 224
     return config
 
 
 def folder() -> ConfigDict:
-    """Your own images, on whatever is at hand: the 300-epoch recipe with a batch for one device."""
-    config = _paper(epochs=300)
-    config.batch_size = 64
+    """Your own images: the 300-epoch recipe with a batch for one device."""
+    config = common.on_folder(_paper(epochs=300))
     config.tau_base = 0.99
-    config.compute_dtype = "float32"
-    config.data.name = "folder"
-    config.data.image_size = 96
-    config.data.test_resize = 110
-    config.encoder.depth = 18
     config.projector.hidden_size = 1024
     config.predictor.hidden_size = 1024
-    for view in (config.augment.view_1, config.augment.view_2):
-        view.blur_kernel = 9
     return config
 
 
 def demo() -> ConfigDict:
-    """Embedded digits on two CPU cores in under four minutes."""
-    config = _paper()
+    """Embedded digits on two CPU cores in about four minutes."""
+    config = common.on_digits(_paper())
     config.epochs = 46.0
-    config.batch_size = 64
-    config.compute_dtype = "float32"
     config.tau_base = 0.98
-    config.data.name = "digits"
-    config.data.image_size = 16
-    config.data.test_resize = 20  # a digit fills 20 of its 28 pixels: the margins go
-    config.data.crop_area = (0.4, 1.0)
-    config.data.resize_method = "area"  # 28 to 16 pixels: bicubic without antialiasing skips lines
-    config.encoder.depth = 18
-    config.encoder.width = 0.25
-    config.encoder.stem = "cifar"
     config.projector.hidden_size = 512
     config.projector.output_size = 128
     config.predictor.hidden_size = 512
@@ -191,25 +127,5 @@ def demo() -> ConfigDict:
     config.optimizer.learning_rate = 0.3
     config.optimizer.weight_decay = 4e-4
     config.optimizer.warmup_epochs = 2.0
-    for view in (config.augment.view_1, config.augment.view_2):
-        view.update(
-            flip_prob=0.0,
-            saturation=0.0,
-            hue=0.0,
-            grayscale_prob=0.0,
-            blur_kernel=5,
-            blur_prob=0.5,
-            solarize_prob=0.0,
-        )
-    config.augment.mean = (0.13, 0.13, 0.13)
-    config.augment.std = (0.31, 0.31, 0.31)
-    config.log_every_steps = 62  # an epoch
-    config.checkpoint_every_steps = 310
-    config.monitor.diagnostics_every_steps = 62
-    config.monitor.knn_every_steps = 620
-    config.monitor.plots_every_steps = 1240
-    config.monitor.map_images = 500
     config.monitor.reference = "byol_demo"
-    config.eval.knn_k = 20  # of 400 images per class
-    config.eval.pixels = True
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import re
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ def parse(
 ) -> ConfigDict:
     """Makes the config of `preset,field=value,...`; the preset may be left out.
 
-    `epochs=300` is handed to the preset itself where it takes `epochs`, since recipes differ by
+    What the preset's function takes is handed to it, such as `epochs=300` where recipes differ by
     length; any other field, dotted where nested, is set on the result.
 
     Raises:
@@ -33,17 +34,24 @@ def parse(
             raise ValueError(f"{part!r} is not field=value; presets come first: {name},{part}=...")
         fields[key.strip()] = _literal(text.strip())
     make = presets[name]
-    takes_epochs = "epochs" in make.__code__.co_varnames[: make.__code__.co_argcount]
     if not isinstance(fields.get("epochs", 1), int | float):
         raise ValueError(f"config.epochs={fields['epochs']!r}: must be a number")
-    config = make(epochs=fields.pop("epochs")) if takes_epochs and "epochs" in fields else make()
+    taken = set(inspect.signature(make).parameters) & set(fields)
+    config = make(**{key: fields.pop(key) for key in taken})
     for key, value in fields.items():
         set_field(config, key, value)
     return config
 
 
 def set_field(config: ConfigDict, key: str, value: object) -> None:
-    """`config.a.b = value` for the key `a.b`, which must be there already."""
+    """`config.a.b = value` for the key `a.b`, which must be there already.
+
+    In a study, a field that is not the study's own is set in each of its variants.
+    """
+    if "variants" in config and key.partition(".")[0] not in config:
+        for variant in config.variants.values():
+            set_field(variant, key, value)
+        return
     check_field(config, key)
     try:
         config.update_from_flattened_dict({key: value})
@@ -152,13 +160,64 @@ def pretrain_defaults() -> ConfigDict:
     return config
 
 
-def warmup(epochs: float) -> dict:
-    """The fields of the warm-up's length; the first that is given counts."""
-    return {
-        "warmup_steps": config_dict.placeholder(int),
-        "warmup_examples": config_dict.placeholder(int),
-        "warmup_epochs": epochs,
+def study(title: str, variants: dict[str, ConfigDict], seeds: tuple[int, ...]) -> ConfigDict:
+    """A study: every variant pretrained with every seed, and one table of what they learned."""
+    config = ConfigDict()
+    config.job = "study"
+    config.title = title
+    config.seeds = seeds
+    config.variants = ConfigDict(variants)  # name -> the config of a run; its seed is replaced
+    config.order = tuple(variants)  # which of them are run, in which order
+    # The table's columns: `show` are fields of the variants' configs, `measures` of their results.
+    config.show = ()
+    config.measures = (
+        "linear_probe_top1",
+        "knn_top1",
+        "random_init_linear_probe_top1",
+        "random_init_knn_top1",
+    )
+    config.published = ConfigDict()  # variant -> published top-1, to stand beside
+    config.published_title = "published"
+    config.publish_dir = ""  # a folder that also takes the table and the runs' record
+    return config
+
+
+def encoder(**changes) -> ConfigDict:
+    """The encoder, BYOL's where not said otherwise (`selfsup_jax/models/resnet.py:ResNet`)."""
+    fields = {
+        "depth": 50,
+        "width": 1.0,  # multiplies every stage's channels
+        "stem": "imagenet",  # or `cifar`
+        "padding": "same",  # BYOL's code; `torch`: MoCo's; `fixed`: SimCLR's
+        "zero_init_gamma": True,  # the last norm of each residual branch starts at 0
+        "kernel_init": "lecun",  # BYOL's and SimCLR's codes; `kaiming_fan_out`: MoCo's
+        "bn_decay": 0.9,
+        "bn_epsilon": 1e-5,
+        "bn_unbiased_average": False,  # running variance times n / (n - 1), as PyTorch's
     }
+    return _changed("an encoder", fields, changes)
+
+
+def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
+    """The optimizer: LARS in the order of BYOL's code where not said otherwise."""
+    fields = {
+        "name": "lars",  # or `sgd`
+        "learning_rate": 0.2,
+        "scaling": "linear",  # x batch_size / 256; or `sqrt`, x sqrt(batch_size); or `none`
+        "schedule": "cosine",  # or `step`, `constant`
+        "drops": (),  # of the step schedule, as fractions of the run
+        "drop_factor": 0.1,
+        "warmup_steps": config_dict.placeholder(int),  # the first of these that is given counts
+        "warmup_examples": config_dict.placeholder(int),
+        "warmup_epochs": warmup_epochs,
+        "momentum": 0.9,
+        "nesterov": False,
+        "rate_inside_momentum": False,  # outside: BYOL's code and PyTorch; inside: SimCLR's
+        "weight_decay": 1.5e-6,
+        "trust_coefficient": 1e-3,  # LARS's eta
+        "exclude": ("bias$", "scale$"),  # biases and norms: no decay, no LARS ratio
+    }
+    return _changed("an optimizer", fields, changes)
 
 
 def view(**changes) -> ConfigDict:
@@ -183,7 +242,106 @@ def view(**changes) -> ConfigDict:
         "solarize_prob": 0.0,
         "solarize_threshold": 0.5,
     }
+    return _changed("a view", fields, changes)
+
+
+def augmentation(view_1: ConfigDict, view_2: ConfigDict) -> ConfigDict:
+    """Two views, normalised by ImageNet's mean and deviation."""
+    config = ConfigDict({"view_1": view_1, "view_2": view_2})
+    config.mean = (0.485, 0.456, 0.406)
+    config.std = (0.229, 0.224, 0.225)
+    return config
+
+
+def _changed(what: str, fields: dict, changes: dict) -> ConfigDict:
     unknown = set(changes) - set(fields)
     if unknown:
-        raise KeyError(f"no such field of a view: {sorted(unknown)}")
+        raise KeyError(f"no such field of {what}: {sorted(unknown)}")
     return ConfigDict(fields | changes)
+
+
+# ------------------------------------------------------------- data that all methods have
+
+
+def on_imagenet(config: ConfigDict) -> ConfigDict:
+    """ImageNet at 224 px; its test split has no public labels, so validation is held out."""
+    config.data.train_split = "train"
+    config.data.test_split = "validation"
+    return config
+
+
+def on_cifar10(config: ConfigDict) -> ConfigDict:
+    """CIFAR-10 for one accelerator: ResNet-18 with a 3x3 stem; no blur, as is usual there."""
+    config.compute_dtype = "float32"
+    config.data.name = "cifar10"
+    config.data.image_size = 32
+    config.data.test_resize = 32
+    config.encoder.depth = 18
+    config.encoder.stem = "cifar"
+    for view in (config.augment.view_1, config.augment.view_2):
+        view.update(blur_prob=0.0, solarize_prob=0.0)
+    config.augment.mean = (0.4914, 0.4822, 0.4465)
+    config.augment.std = (0.247, 0.2435, 0.2616)
+    config.checkpoint_every_steps = 2000
+    config.eval.max_train_images = 50000
+    return config
+
+
+def on_imagenette(config: ConfigDict) -> ConfigDict:
+    """Imagenette: ResNet-18 on 128 px crops of the 160 px set, batch 256."""
+    config.batch_size = 256
+    config.data.name = "imagenette/160px-v2"
+    config.data.image_size = 128
+    config.data.test_resize = 146
+    config.encoder.depth = 18
+    for view in (config.augment.view_1, config.augment.view_2):
+        view.blur_kernel = 13  # a tenth of the image, as 23 is of 224
+    return config
+
+
+def on_folder(config: ConfigDict) -> ConfigDict:
+    """Your own images at 96 px, on whatever is at hand: a small encoder, a batch of 64."""
+    config.batch_size = 64
+    config.compute_dtype = "float32"
+    config.data.name = "folder"
+    config.data.image_size = 96
+    config.data.test_resize = 110
+    config.encoder.depth = 18
+    for view in (config.augment.view_1, config.augment.view_2):
+        view.blur_kernel = 9
+    return config
+
+
+def on_digits(config: ConfigDict) -> ConfigDict:
+    """The demo: 5,000 embedded digits at 16 px, an encoder a quarter as wide, batch 64."""
+    config.batch_size = 64
+    config.compute_dtype = "float32"
+    config.data.name = "digits"
+    config.data.image_size = 16
+    config.data.test_resize = 20  # a digit fills 20 of its 28 pixels: the margins go
+    config.data.crop_area = (0.4, 1.0)
+    config.data.resize_method = "area"  # 28 to 16 pixels: bicubic without antialiasing skips lines
+    config.encoder.depth = 18
+    config.encoder.width = 0.25
+    config.encoder.stem = "cifar"
+    for view in (config.augment.view_1, config.augment.view_2):
+        view.update(
+            flip_prob=0.0,
+            saturation=0.0,
+            hue=0.0,
+            grayscale_prob=0.0,
+            blur_kernel=5,
+            blur_prob=0.5,
+            solarize_prob=0.0,
+        )
+    config.augment.mean = (0.13, 0.13, 0.13)
+    config.augment.std = (0.31, 0.31, 0.31)
+    config.log_every_steps = 62  # an epoch
+    config.checkpoint_every_steps = 310
+    config.monitor.diagnostics_every_steps = 62
+    config.monitor.knn_every_steps = 620
+    config.monitor.plots_every_steps = 1240
+    config.monitor.map_images = 500
+    config.eval.knn_k = 20  # of 400 images per class
+    config.eval.pixels = True
+    return config

@@ -8,6 +8,8 @@ planes `[B, H, W]`, since a trailing axis of 3 wastes the vector units of every 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,32 @@ def augment_view(
         solarized = _map(lambda x: solarize(x, view.solarize_threshold), planes)
         planes = _where(u[:, 13] < view.solarize_prob, solarized, planes)
     return jnp.stack(planes, axis=-1)
+
+
+def augment_views(
+    rng: jax.Array, batch: Mapping[str, jax.Array], augment: Sequence[ViewAugmentation]
+) -> jax.Array:
+    """The crops `view_1`, `view_2` of a batch to the views that the networks see.
+
+    Args:
+        rng: the key of this step.
+        batch: `view_1`, `view_2` `[B, H, W, 3]` uint8 and `index` `[B]`, see `augment_view`.
+        augment: of each view.
+
+    Returns:
+        `[V, B, H, W, 3]` float32 in [0, 1].
+    """
+    views = [
+        augment_view(jax.random.fold_in(rng, i), batch[f"view_{i}"], batch["index"], view)
+        for i, view in enumerate(augment, start=1)
+    ]
+    return jnp.stack(views)
+
+
+def from_config(config: Any) -> dict[str, Any]:
+    """What a training step takes of a `config.augment` section: `augment`, `mean` and `std`."""
+    views = (ViewAugmentation(**config.view_1), ViewAugmentation(**config.view_2))
+    return {"augment": views, "mean": tuple(config.mean), "std": tuple(config.std)}
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

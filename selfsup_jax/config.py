@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,11 +11,15 @@ from selfsup_jax import optim, parallel
 from selfsup_jax.augment import BLUR_PADDINGS, JITTER_STYLES
 from selfsup_jax.data.crops import RESIZE_METHODS
 from selfsup_jax.errors import bad_field, nearest
+from selfsup_jax.models.heads import HEAD_STYLES
 from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS
 
 
 def validate(config: ConfigDict) -> None:
     """Checks a pretraining config's values, apart from what the data decides.
+
+    A method's own fields are checked where the config has them; what only its method knows, such
+    as a queue that must be a multiple of the batch, the method's `build` checks.
 
     Raises:
         UserError: naming the first field that is wrong, its value, and what would be valid.
@@ -40,14 +45,15 @@ def _choices(config: ConfigDict) -> None:
         "encoder.stem": STEMS,
         "encoder.padding": PADDINGS,
         "encoder.kernel_init": tuple(KERNEL_INITS),
+        "projector.style": tuple(HEAD_STYLES),
         "optimizer.name": ("lars", "sgd"),
         "optimizer.scaling": optim.SCALINGS,
         "optimizer.schedule": optim.SCHEDULES,
         "tau_schedule": optim.TAU_SCHEDULES,
         "data.resize_method": RESIZE_METHODS,
     }
-    for field, valid in choices.items():
-        _one_of(field, _get(config, field), valid)
+    for field, value in _present(config, choices):
+        _one_of(field, value, choices[field])
 
 
 def _ranges(config: ConfigDict) -> None:
@@ -60,7 +66,6 @@ def _ranges(config: ConfigDict) -> None:
         "keep_checkpoints",
         "data.image_size",
         "data.shuffle_buffer",
-        "projector.hidden_size",
         "projector.output_size",
         "predictor.hidden_size",
         "predictor.output_size",
@@ -77,14 +82,17 @@ def _ranges(config: ConfigDict) -> None:
         "monitor.view_pairs",
         "profile.num_steps",
     ]
-    for field in at_least_one:
-        if _get(config, field) < 1:
-            raise bad_field(field, _get(config, field), "must be at least 1")
-    for field in ("encoder.width", "encoder.bn_epsilon", "eval.knn_temperature"):
-        if not _get(config, field) > 0:
-            raise bad_field(field, _get(config, field), "must be above 0")
-    for field in (
+    for field, value in _present(config, at_least_one):
+        if value < 1:
+            raise bad_field(field, value, "must be at least 1")
+    above_zero = ("encoder.width", "encoder.bn_epsilon", "eval.knn_temperature", "temperature")
+    for field, value in _present(config, above_zero):
+        if not value > 0:
+            raise bad_field(field, value, "must be above 0")
+    not_negative = (
         "seed",
+        "negatives_weight",
+        "projector.hidden_size",
         "optimizer.learning_rate",
         "optimizer.weight_decay",
         "optimizer.trust_coefficient",
@@ -96,19 +104,21 @@ def _ranges(config: ConfigDict) -> None:
         "monitor.collapse_std",
         "monitor.collapse_rank",
         "profile.first_step",
-    ):
-        if not _get(config, field) >= 0:
-            raise bad_field(field, _get(config, field), "must not be negative")
-    for field in (
+    )
+    for field, value in _present(config, not_negative):
+        if not value >= 0:
+            raise bad_field(field, value, "must not be negative")
+    fractions = (
         "tau_base",
         "optimizer.momentum",
         "optimizer.drop_factor",
         "encoder.bn_decay",
         "data.max_undecodable",
-    ):
-        if not 0 <= _get(config, field) <= 1:
-            raise bad_field(field, _get(config, field), "must be from 0 to 1")
-    if config.projector.output_size != config.predictor.output_size:
+    )
+    for field, value in _present(config, fractions):
+        if not 0 <= value <= 1:
+            raise bad_field(field, value, "must be from 0 to 1")
+    if "predictor" in config and config.projector.output_size != config.predictor.output_size:
         raise bad_field(
             "predictor.output_size",
             config.predictor.output_size,
@@ -158,6 +168,17 @@ def check_batch_fits(config: ConfigDict, num_examples: int) -> None:
             f"must be at most the {num_examples} images of data.train_split="
             f"{config.data.train_split!r}",
         )
+
+
+def _present(config: ConfigDict, fields: Iterable[str]) -> list[tuple[str, Any]]:
+    """The fields that this config has, with their values; a section may be missing."""
+    found = []
+    for field in fields:
+        section, _, leaf = field.rpartition(".")
+        holder = config.get(section) if section else config
+        if holder is not None and leaf in holder:
+            found.append((field, holder[leaf]))
+    return found
 
 
 def _get(config: ConfigDict, field: str) -> Any:

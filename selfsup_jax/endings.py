@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from selfsup_jax import parallel
-from selfsup_jax.errors import Stopped, UserError
+from selfsup_jax.errors import NotFinite, Stopped, UserError
 
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OF_A_FILE = (errno.EACCES, errno.EPERM, errno.ENOENT)  # such as of a workdir that was removed
@@ -94,7 +94,7 @@ class FiniteWatch:
         """Takes a step's metrics, still on the device, and the names of its images on this host.
 
         Raises:
-            UserError: an earlier step was not finite.
+            NotFinite: an earlier step was not.
         """
         finite = metrics["finite"].addressable_shards[0].data
         finite.copy_to_host_async()
@@ -124,7 +124,7 @@ class FiniteWatch:
             "images": [str(name) for name in names],
         }
         write_json(path, found)
-        raise UserError(
+        raise NotFinite(
             f"step {step} is not finite: {what}; its images are named in {path}. "
             "The last good checkpoint stays; a lower config.optimizer.learning_rate or a longer "
             "warm-up may help, in another --workdir"
@@ -145,6 +145,15 @@ def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator
         saved = latest_step()
         there = f"the last good checkpoint is of step {saved}" if saved else "no checkpoint yet"
         raise UserError(f"--workdir={workdir}: cannot be written to: {reason}; {there}") from e
+
+
+@contextlib.contextmanager
+def writing_to(folder: str) -> Iterator[None]:
+    """Turns what the system says of a folder that takes no files into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written to: {e.strerror}") from e
 
 
 def _disk_reason(e: BaseException, workdir: str) -> str | None:

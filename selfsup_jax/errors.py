@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class NotFinite(UserError):
+    """A loss or a gradient that is no number: the same run would come to the same end again."""
+
+
 def bad_field(field: str, value: Any, valid: str) -> UserError:
     """A `UserError` in the house's form: the field, its value, and what would be valid."""
     return UserError(f"config.{field}={value!r}: {valid}")

@@ -87,10 +87,11 @@ class Monitor:
             batch: what this host gave to it.
         """
         rows = Outputs(*parallel.gather_rows(tuple(outputs), batch["index"]))
-        params = parallel.local_copy((state.online_params, state.target_params))
-        return diagnostics.of_outputs(rows, self._config.monitor.max_rows) | {
-            "target_distance": float(diagnostics.target_distance(*params))
-        }
+        found = diagnostics.of_outputs(rows, self._config.monitor.max_rows)
+        if state.target_params:
+            params = parallel.local_copy((state.online_params, state.target_params))
+            found["target_distance"] = float(diagnostics.target_distance(*params))
+        return found
 
     def knn(self, step: int, state: TrainState) -> dict[str, float]:
         """kNN of the encoder on held-out images, if there are any; all hosts must call it."""

@@ -1,5 +1,7 @@
 """Devices and hosts: the only file that knows pmap, the axis name and replication.
 
+What the devices tell each other inside a step is in `collectives.py`.
+
 A *global batch* of B examples is spread over all devices of all hosts. Everything random about an
 example is keyed by its index in the global batch, and batch-norm groups are cut out of the global
 batch, so that the number of devices is a matter of speed and memory and not of mathematics.
@@ -7,15 +9,12 @@ batch, so that the number of devices is a matter of speed and memory and not of 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import multihost_utils
 
 from selfsup_jax.errors import bad_field
@@ -202,75 +201,3 @@ def pmap_over_local(fn: Callable[..., Any]) -> Callable[[Any], Callable[..., np.
         return functools.partial(call, place(np.zeros(len(devices), np.float32), shared))
 
     return bind
-
-
-# ------------------------------------------------------------------------ collectives
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchLayout:
-    """How the rows that a device holds are cut into views and batch-norm groups.
-
-    Attributes:
-        num_views: views stacked along the batch axis, each normalised by its own statistics.
-        groups: batch-norm groups (or parts of one) of each view on this device.
-        axis_name: the mapped axis, or None on a single device without pmap.
-        index_groups: the devices that share one group, where that is not all of them.
-    """
-
-    num_views: int = 1
-    groups: int = 1
-    axis_name: str | None = None
-    index_groups: tuple[tuple[int, ...], ...] | None = None
-
-    def mean(self, x: jax.Array) -> jax.Array:
-        """The mean of `x` over the devices that share this device's batch-norm groups."""
-        if self.axis_name is None or (self.index_groups and len(self.index_groups[0]) == 1):
-            return x
-        return lax.pmean(x, self.axis_name, axis_index_groups=self.index_groups)
-
-
-def batch_layout(bn_groups: int, num_views: int, axis_name: str | None) -> BatchLayout:
-    """The layout of `bn_groups` groups of each view's global batch over the mapped devices.
-
-    With fewer devices than groups a device holds several whole groups; with more, a group spans
-    neighbouring devices.
-    """
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    if bn_groups == 1:
-        return BatchLayout(num_views, 1, axis_name)
-    span = max(1, devices // bn_groups)
-    index_groups = tuple(tuple(range(i, i + span)) for i in range(0, devices, span))
-    return BatchLayout(num_views, max(1, bn_groups // devices), axis_name, index_groups)
-
-
-def mean(tree: Any, axis_name: str | None) -> Any:
-    """The mean over all devices; the tree itself where there is no mapped axis."""
-    return tree if axis_name is None else lax.pmean(tree, axis_name)
-
-
-def accumulate(
-    step: Callable[[Any, Any], tuple[Any, Any, Any]], carry: Any, batch: Any, microbatches: int
-) -> tuple[Any, Any, Any]:
-    """Runs `step(carry, microbatch) -> (carry, means, rows)` over the device's microbatches.
-
-    Returns:
-        The last carry, the mean of the means, and the rows of all microbatches: an array
-        `[V, b, ...]` of a microbatch of b examples becomes `[V, microbatches * b, ...]`.
-    """
-    if microbatches == 1:
-        return step(carry, batch)
-    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, carry, first)[1]
-    )
-
-    def body(state: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], Any]:
-        carry, total = state
-        carry, means, rows = step(carry, part)
-        return (carry, jax.tree.map(jnp.add, total, means)), rows
-
-    (carry, total), rows = lax.scan(body, (carry, zeros), parts)  # rows: [microbatches, V, b, ...]
-    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), rows)
-    return carry, jax.tree.map(lambda x: x / microbatches, total), rows

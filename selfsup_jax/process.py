@@ -90,7 +90,8 @@ def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_group
         raise UserError(f"--cpu_devices={count}: must not be negative")
     if not count:
         groups = max(1, bn_groups // max(1, accumulate_steps))
-        divides = batch_size % max(1, 2 * accumulate_steps) == 0 and (groups == 1 or not groups % 2)
+        unit = 2 * max(1, accumulate_steps) * groups  # MoCo deals each device's part to all groups
+        divides = batch_size % unit == 0 and (groups == 1 or not groups % 2)
         count = 2 if (os.cpu_count() or 1) >= 2 and divides else 1
     jax.config.update("jax_num_cpu_devices", count)
 

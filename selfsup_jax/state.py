@@ -61,12 +61,14 @@ class Method(NamedTuple):
             representation [B, D] float32`, in evaluation mode.
         augment_views: `(rng, batch) -> [V, B, H, W, 3]` float32 in [0, 1], what a step with that
             key makes of a batch before it is normalised.
+        notes: lines that the run begins with: what is particular to the method, and warnings.
     """
 
     init_state: Callable[[jax.Array], TrainState]
     train_step: Callable[..., tuple[TrainState, Metrics]]
     represent: Callable[[PyTree, jax.Array], jax.Array]
     augment_views: Callable[[jax.Array, Batch], jax.Array]
+    notes: tuple[str, ...] = ()
 
 
 def encoder_variables(state: TrainState) -> PyTree:

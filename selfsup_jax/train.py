@@ -49,9 +49,12 @@ class Run(NamedTuple):
     workdir: str
     checkpoints: checkpoint.Checkpoints
     identity: dict[str, Any]  # see `workdir.describe_run`
+    started: float
 
 
-def pretrain(config: ConfigDict, directory: str, build: Build) -> dict[str, Any]:
+def pretrain(
+    config: ConfigDict, directory: str, build: Build, started: float = STARTED
+) -> dict[str, Any]:
     """Trains, goes on where an earlier run in `directory` stopped, evaluates, writes the results.
 
     Args:
@@ -59,6 +62,7 @@ def pretrain(config: ConfigDict, directory: str, build: Build) -> dict[str, Any]
         directory: the workdir; takes `config.json`, `metrics.jsonl`, checkpoints, TensorBoard
             events, `plots/` and `results.json`.
         build: the method's `build`.
+        started: what "the start" is where it says how long the first step took to come.
 
     Returns:
         What `results.json` holds.
@@ -77,7 +81,17 @@ def pretrain(config: ConfigDict, directory: str, build: Build) -> dict[str, Any]
     method = build(config, data.train.num_classes, total_steps, warmup_steps)
     identity = workdir.describe_run(config, data)
     with workdir.opened(config, directory) as checkpoints:
-        run = Run(config, data, method, total_steps, warmup_steps, directory, checkpoints, identity)
+        run = Run(
+            config,
+            data,
+            method,
+            total_steps,
+            warmup_steps,
+            directory,
+            checkpoints,
+            identity,
+            started,
+        )
         with endings.disk_errors(directory, checkpoints.committed_step):
             return _pretrain(run)
 
@@ -160,6 +174,8 @@ def _announce(run: Run, state: TrainState, first: int) -> None:
         + ", ".join(f"{k} {v:,}" for k, v in sizes.items())
     )
     say(optim.describe(config.optimizer, config.batch_size, run.total_steps, run.warmup_steps))
+    for note in run.method.notes:
+        say(note)
     if first:
         say(f"going on from step {first:,} in {run.workdir}")
 
@@ -220,7 +236,7 @@ def _train(
             if step == first_step + 1:
                 jax.block_until_ready(state.step)
                 signals.catch()
-                say(f"first step done {time.perf_counter() - STARTED:.1f} s after the start")
+                say(f"first step done {time.perf_counter() - run.started:.1f} s after the start")
                 line.restart(step)
             elif step == first_step + 12:
                 watch.drain()

@@ -11,6 +11,7 @@ import functools
 import os
 import pathlib
 import sys
+from typing import Any
 
 # Before JAX is imported: eight devices on the CPU, whatever the machine has. Level 0 compiles
 # several times faster. Processes that a test starts have an environment of `process_env`.
@@ -48,9 +49,10 @@ NUM_CLASSES = 3
 
 
 class TinyEncoder(nn.Module):
-    """One convolution with batch norm, then the mean over the map; `num_features` as ResNet has."""
+    """One convolution with batch norm, then the mean over the map; the fields as ResNet's."""
 
     num_features: int = 4
+    dtype: Any = np.float32
 
     @nn.compact
     def __call__(self, x, layout=None):

@@ -26,8 +26,8 @@ from byol_jax import losses, method
 from byol_jax import networks as networks_lib
 from configs import byol
 from selfsup_jax import diagnostics, optim, parallel
+from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.models.norm import BatchNorm
-from selfsup_jax.parallel import BatchLayout
 
 TWO_VIEWS = BatchLayout(num_views=2)
 BATCH = 8

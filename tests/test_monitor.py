@@ -17,9 +17,9 @@ from PIL import Image
 from byol_jax import method
 from selfsup_jax import inputs, metrics, monitor, plots, reference, train, workdir
 from selfsup_jax.augment import normalize
+from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.evaluation.features import Features
 from selfsup_jax.evaluation.knn import knn_accuracy
-from selfsup_jax.parallel import BatchLayout
 from selfsup_jax.progress import Progress
 
 PICTURES = ("learning_curves", "nearest_neighbours", "representation_map", "view_pairs")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfsup_jax import parallel
+from selfsup_jax import collectives
+from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.models.norm import BatchNorm
-from selfsup_jax.parallel import BatchLayout
 
 CHANNELS, BATCH = 3, 16  # the batch is that of one view
 EPSILON = 1e-5
@@ -150,10 +150,10 @@ def test_groups_are_the_same_on_any_number_of_devices(groups, devices):
         return parts.transpose(1, 0, 2, 3).reshape(2 * BATCH, CHANNELS)
 
     def on_device(x, weights):
-        layout = parallel.batch_layout(groups, 2, "d")
+        layout = collectives.batch_layout(groups, 2, "d")
         differentiate = jax.grad(weighted_output, argnums=(0, 1), has_aux=True)
         grads, (y, stats) = differentiate(v["params"], x, v["batch_stats"], weights, layout)
-        params_grad, stats = parallel.mean((grads[0], stats), "d")
+        params_grad, stats = collectives.mean((grads[0], stats), "d")
         return params_grad, grads[1] / devices, y, stats
 
     mapped = jax.pmap(on_device, axis_name="d", devices=jax.devices()[:devices])

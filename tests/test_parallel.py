@@ -27,11 +27,11 @@ from conftest import (
 from ml_collections import ConfigDict
 
 from byol_jax import method
-from selfsup_jax import parallel
+from selfsup_jax import collectives, parallel
 from selfsup_jax.checkpoint import Checkpoints
+from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import UserError
 from selfsup_jax.metrics import read_history
-from selfsup_jax.parallel import BatchLayout
 
 BATCH = 16
 # Cheap to compile, and random: what is drawn for an example must not depend on its device.
@@ -159,11 +159,11 @@ def test_accumulate_means_and_carries_on():
         return carry + part.sum(), {"mean": part.mean(), "carry": carry}, {}
 
     rows = jnp.arange(8.0)
-    carry, means, _ = parallel.accumulate(step, jnp.float32(1), rows, 4)
+    carry, means, _ = collectives.accumulate(step, jnp.float32(1), rows, 4)
     assert carry == 1 + 28
     assert means["mean"] == 3.5
     assert means["carry"] == np.mean([1, 2, 7, 16])  # before each pair of rows
-    carry, means, _ = parallel.accumulate(step, jnp.float32(1), rows, 1)
+    carry, means, _ = collectives.accumulate(step, jnp.float32(1), rows, 1)
     assert (carry, means["mean"], means["carry"]) == (29, 3.5, 1)
 
 
@@ -176,7 +176,7 @@ def test_accumulate_keeps_the_order_of_rows(microbatches):
         return carry, {}, {"views": views, "sums": views.sum(-1)}
 
     batch = jnp.arange(16.0).reshape(8, 2)
-    rows = parallel.accumulate(step, (), batch, microbatches)[2]
+    rows = collectives.accumulate(step, (), batch, microbatches)[2]
     expected = np.stack([batch, 100 + batch, 200 + batch])
     np.testing.assert_array_equal(rows["views"], expected)
     np.testing.assert_array_equal(rows["sums"], expected.sum(-1))
@@ -296,7 +296,7 @@ def test_batch_layout(bn_groups, devices, local_groups, sharing):
     found = []
 
     def note(x):
-        layout = parallel.batch_layout(bn_groups, 2, "d")
+        layout = collectives.batch_layout(bn_groups, 2, "d")
         found.append(layout)
         return layout.mean(x)
 
@@ -309,7 +309,7 @@ def test_batch_layout(bn_groups, devices, local_groups, sharing):
 
 
 def test_layout_without_an_axis_holds_every_group():
-    assert parallel.batch_layout(4, 2, None) == BatchLayout(2, 4, None, ((0,),))
+    assert collectives.batch_layout(4, 2, None) == BatchLayout(2, 4, None, ((0,),))
 
 
 def test_one_host_needs_no_others():

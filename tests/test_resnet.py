@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.models.resnet import Conv, ResNet
-from selfsup_jax.parallel import BatchLayout
 
 
 def shapes_of(model, size=32):

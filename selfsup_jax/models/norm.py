@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from selfsup_jax.parallel import BatchLayout
+from selfsup_jax.collectives import BatchLayout
 
 
 class BatchNorm(nn.Module):
@@ -23,11 +23,16 @@ class BatchNorm(nn.Module):
         decay: of the running averages (0.9 in the authors' codes).
         epsilon: added to the variance.
         zero_init_scale: start gamma at 0 (the last norm of a residual branch).
+        use_bias: whether there is a beta.
+        unbiased_average: the running average takes the variance times n / (n - 1), as PyTorch's
+            does; what normalises the batch is the biased one all the same.
     """
 
     decay: float = 0.9
     epsilon: float = 1e-5
     zero_init_scale: bool = False
+    use_bias: bool = True
+    unbiased_average: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, layout: BatchLayout | None) -> jax.Array:
@@ -35,7 +40,9 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1]
         init_scale = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
         scale = self.param("scale", init_scale, (channels,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        bias: jax.Array | float = 0.0
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
 
@@ -53,10 +60,12 @@ class BatchNorm(nn.Module):
         var = jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)  # biased
 
         if not self.is_initializing():
+            samples = grouped.size // (sets * channels) * layout.sharing  # of one group
+            correction = samples / max(1, samples - 1) if self.unbiased_average else 1.0
             for view in range(layout.num_views):
                 rows = slice(view * layout.groups, (view + 1) * layout.groups)
                 self._update(running_mean, mean[rows].mean(0))
-                self._update(running_var, var[rows].mean(0))
+                self._update(running_var, var[rows].mean(0) * correction)
 
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         offset = bias - mean * factor

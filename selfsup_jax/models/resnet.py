@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.models.norm import BatchNorm
-from selfsup_jax.parallel import BatchLayout
 
 # depth -> (blocks of each of the four stages, whether they are bottlenecks)
 STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
@@ -23,7 +23,7 @@ STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
     200: ((3, 24, 36, 3), True),
 }
 STEMS = ("imagenet", "cifar")
-PADDINGS = ("same", "torch")
+PADDINGS = ("same", "torch", "fixed")
 # The authors' initialisations: Haiku's (BYOL) and PyTorch's for ResNets (MoCo).
 KERNEL_INITS: dict[str, Callable] = {
     "lecun": nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
@@ -32,7 +32,7 @@ KERNEL_INITS: dict[str, Callable] = {
 
 
 class Conv(nn.Module):
-    """A convolution without bias, NHWC. `padding` is TensorFlow's `same` or `torch`'s symmetric."""
+    """A convolution without bias, NHWC, padded as TensorFlow's `same` or else symmetrically."""
 
     features: int
     size: int
@@ -99,10 +99,12 @@ class ResNet(nn.Module):
         depth: 18, 34, 50, 101, 152 or 200.
         width: multiplies the channels of every stage (64, 128, 256, 512).
         stem: `imagenet` (7x7 stride 2, max-pool) or `cifar` (3x3 stride 1).
-        padding: `same` (BYOL and SimCLR: TensorFlow's) or `torch` (MoCo: symmetric).
+        padding: `same` (BYOL: TensorFlow's), `torch` (MoCo: symmetric) or `fixed` (SimCLR:
+            convolutions as `torch`, the max-pool as `same`).
         zero_init_gamma: the last norm of each residual branch starts at 0, so that a block starts
             as the identity.
-        kernel_init: `lecun` (BYOL's code) or `kaiming_fan_out` (MoCo's).
+        kernel_init: `lecun` (BYOL's and SimCLR's codes) or `kaiming_fan_out` (MoCo's).
+        bn_decay, bn_epsilon, bn_unbiased_average: see `BatchNorm`.
         dtype: of convolutions and activations; parameters and statistics are float32.
     """
 
@@ -114,6 +116,7 @@ class ResNet(nn.Module):
     kernel_init: str = "lecun"
     bn_decay: float = 0.9
     bn_epsilon: float = 1e-5
+    bn_unbiased_average: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -131,7 +134,7 @@ class ResNet(nn.Module):
         x = x.astype(self.dtype)
         if self.stem == "imagenet":
             x = self._conv_bn(x, layout, "stem", self._channels(0), 7, 2)
-            margin = "SAME" if self.padding == "same" else [(1, 1), (1, 1)]
+            margin = [(1, 1), (1, 1)] if self.padding == "torch" else "SAME"
             x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), margin)
         else:
             x = nn.relu(self._conv_bn(x, layout, "stem", self._channels(0), 3, 1))
@@ -179,4 +182,11 @@ class ResNet(nn.Module):
     ) -> jax.Array:
         x = Conv(features, size, stride, self.padding, self.kernel_init, name=name)(x)
         zero = ends_branch and self.zero_init_gamma
-        return BatchNorm(self.bn_decay, self.bn_epsilon, zero, name=f"{name}_bn")(x, layout)
+        norm = BatchNorm(
+            self.bn_decay,
+            self.bn_epsilon,
+            zero_init_scale=zero,
+            unbiased_average=self.bn_unbiased_average,
+            name=f"{name}_bn",
+        )
+        return norm(x, layout)

@@ -1,0 +1,154 @@
+"""MoCo v2 and v1 (Chen et al. 2020, arXiv 2003.04297; He et al. 2019, arXiv 1911.05722).
+
+    python run_experiment.py --config=configs/moco.py --workdir=DIR         # v2, as in its paper
+    python run_experiment.py --config=configs/moco.py:imagenet,epochs=800 --workdir=DIR
+    python run_experiment.py --config=configs/moco.py:v1 --workdir=DIR
+
+Presets, their cost, and what to expect (published numbers are the papers' linear evaluation on all
+of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+
+- `imagenet` (the default): v2. ResNet-50, 224 px, batch 256, 200 epochs; 67.5 +- 0.1 % (the
+  authors' code), and 71.1 % after 800 epochs (v2, table 2). About 53 hours on 8 V100 GPUs (v2,
+  table 3).
+- `v1`: linear head, temperature 0.07, step schedule, v1's augmentation; 60.6 % (v1, section 4.1).
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, symmetric loss, after
+  lightly's benchmark: 83.8 % kNN, the best epoch on the test set (peers' table; ours are in the
+  README).
+- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. Neither published nor run by us.
+- `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; what it reaches is in
+  the README.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+
+`view_1` makes the queries and `view_2` the keys; with `symmetric` each makes both in turn. The
+batch must be a multiple of `bn_groups` times the devices, so that the keys' images can be dealt out
+evenly; the queue a multiple of the keys that a step makes.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of `preset,field=value,...`."""
+    presets = {
+        "imagenet": imagenet,
+        "v1": v1,
+        "cifar10": cifar10,
+        "imagenette": imagenette,
+        "demo": demo,
+        "folder": folder,
+    }
+    return common.parse(arg, presets, default="imagenet")
+
+
+def imagenet() -> ConfigDict:
+    """MoCo v2 on ImageNet as in its paper."""
+    return common.on_imagenet(_v2())
+
+
+def v1() -> ConfigDict:
+    """MoCo v1 on ImageNet as in its paper, section 3.3."""
+    return common.on_imagenet(as_v1(_v2()))
+
+
+def _v2() -> ConfigDict:
+    """The recipe of v2 for any data."""
+    config = common.pretrain_defaults()
+    config.method = "moco"
+    config.epochs = 200.0
+    config.batch_size = 256
+    config.bn_groups = 8  # the paper's 8 GPUs; on any number of devices
+    config.tau_base = 0.999  # the paper's m
+    config.tau_schedule = "constant"  # or `cosine`, from tau_base to 1
+    config.queue_size = 65536
+    config.temperature = 0.2
+    config.symmetric = False
+
+    # torchvision's ResNet.
+    config.encoder = common.encoder(
+        padding="torch",
+        zero_init_gamma=False,
+        kernel_init="kaiming_fan_out",
+        bn_unbiased_average=True,
+    )
+    # hidden_size 0 is v1's linear head; styles: `selfsup_jax/models/heads.py:HEAD_STYLES`
+    config.projector = ConfigDict({"hidden_size": 2048, "output_size": 128, "style": "moco"})
+    config.optimizer = common.optimizer(
+        name="sgd",
+        learning_rate=0.03,  # at batch 256
+        weight_decay=1e-4,
+        warmup_epochs=0.0,
+        exclude=(),  # all parameters decay
+    )
+    view = {"hue": 0.1, "saturation": 0.4, "jitter_style": "torchvision", "blur_prob": 0.5}
+    view |= {"blur_padding": "reflect"}
+    config.augment = common.augmentation(common.view(**view), common.view(**view))
+    config.data.crop_area = (0.2, 1.0)
+    config.data.resize_method = "bilinear"
+    return config
+
+
+def as_v1(config: ConfigDict) -> ConfigDict:
+    """What v1 does otherwise than v2: head, temperature, schedule, augmentation.
+
+    The authors turn images gray before the jitter; here it comes after, which is the same but for
+    the hue.
+    """
+    config.projector.hidden_size = 0
+    config.temperature = 0.07
+    config.optimizer.schedule = "step"
+    config.optimizer.drops = (0.6, 0.8)  # epochs 120 and 160 of 200
+    for view in (config.augment.view_1, config.augment.view_2):
+        view.update(jitter_prob=1.0, hue=0.4, blur_prob=0.0)
+    return config
+
+
+def cifar10() -> ConfigDict:
+    """CIFAR-10 on one accelerator: lightly's benchmark recipe."""
+    config = common.on_cifar10(_v2())
+    config.batch_size = 128
+    config.tau_base = 0.99
+    config.queue_size = 4096
+    config.temperature = 0.1
+    config.symmetric = True
+    config.projector.hidden_size = 512
+    config.optimizer.learning_rate = 0.12  # 0.06 x B / 128
+    config.optimizer.weight_decay = 5e-4
+    return config
+
+
+def imagenette() -> ConfigDict:
+    """Imagenette: v2 with a queue of under half of its 9,469 images, and a faster key encoder."""
+    config = common.on_imagenette(_v2())
+    config.epochs = 800.0
+    config.tau_base = 0.99
+    config.queue_size = 4096
+    config.projector.hidden_size = 512
+    return config
+
+
+def folder() -> ConfigDict:
+    """Your own images: v2 with a small queue and a batch for one device."""
+    config = common.on_folder(_v2())
+    config.epochs = 300.0
+    config.tau_base = 0.99
+    config.queue_size = 4096
+    config.projector.hidden_size = 512
+    return config
+
+
+def demo() -> ConfigDict:
+    """Embedded digits on two CPU cores in under four minutes."""
+    config = common.on_digits(_v2())
+    config.epochs = 60.0
+    config.tau_base = 0.99
+    config.queue_size = 1024  # a quarter of the images
+    config.symmetric = False
+    config.projector.hidden_size = 128
+    config.projector.output_size = 64
+    config.optimizer.learning_rate = 0.24
+    config.optimizer.weight_decay = 4e-4
+    return config

@@ -1,0 +1,127 @@
+"""SimCLR (Chen et al. 2020, arXiv 2002.05709), from images to a probed representation.
+
+    python run_experiment.py --config=configs/simclr.py --workdir=DIR         # the paper's recipe
+    python run_experiment.py --config=configs/simclr.py:imagenet,scaling=sqrt --workdir=DIR
+
+Presets, their cost, and what to expect (published numbers are the paper's linear evaluation on all
+of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+
+- `imagenet` (the default): ResNet-50, 224 px, batch 4096, 1000 epochs; 69.3 %, and 64.5 % after 100
+  epochs (the paper, table 6 and the authors' README). `scaling=sqrt` takes the learning rate
+  0.075 x sqrt(B) in place of 0.3 x B / 256: better for small batches and short runs (appendix B.1).
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 512, 1000 epochs, as in the authors' README:
+  about 91 % linear.
+- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. Neither published nor run by us.
+- `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; what it reaches is in
+  the README.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# How the learning rate grows with the batch -> its base (appendix B.1).
+_BASE_RATES = {"linear": 0.3, "sqrt": 0.075}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of `preset,field=value,...`."""
+    presets = {
+        "imagenet": imagenet,
+        "cifar10": cifar10,
+        "imagenette": imagenette,
+        "demo": demo,
+        "folder": folder,
+    }
+    return common.parse(arg, presets, default="imagenet")
+
+
+def imagenet(scaling: str = "linear") -> ConfigDict:
+    """ImageNet as in the paper."""
+    return common.on_imagenet(_paper(scaling))
+
+
+def _paper(scaling: str = "linear") -> ConfigDict:
+    """The paper's recipe for any data."""
+    if scaling not in _BASE_RATES:
+        raise ValueError(f"scaling={scaling!r}: must be one of {', '.join(_BASE_RATES)}")
+    config = common.pretrain_defaults()
+    config.method = "simclr"
+    config.epochs = 1000.0
+    config.temperature = 0.1
+
+    config.encoder = common.encoder(padding="fixed")
+    # styles: `selfsup_jax/models/heads.py:HEAD_STYLES`
+    config.projector = ConfigDict({"hidden_size": 2048, "output_size": 128, "style": "simclr"})
+    config.optimizer = common.optimizer(
+        learning_rate=_BASE_RATES[scaling],
+        scaling=scaling,
+        weight_decay=1e-6,
+        rate_inside_momentum=True,
+    )
+    view = _view(strength=1.0)
+    config.augment = common.augmentation(view, view.copy_and_resolve_references())
+    config.augment.mean = (0.0, 0.0, 0.0)  # the authors' images stay in [0, 1]
+    config.augment.std = (1.0, 1.0, 1.0)
+    return config
+
+
+def _view(strength: float) -> ConfigDict:
+    """Appendix A, with its strength of the colour distortion."""
+    return common.view(
+        brightness=0.8 * strength,
+        contrast=0.8 * strength,
+        saturation=0.8 * strength,
+        hue=0.2 * strength,
+        blur_prob=0.5,
+    )
+
+
+def cifar10() -> ConfigDict:
+    """CIFAR-10 as in the authors' README: colour distortion of half the strength, no blur."""
+    config = _paper()
+    config.augment.view_1 = _view(strength=0.5)
+    config.augment.view_2 = _view(strength=0.5)
+    mean, std = config.augment.mean, config.augment.std
+    config = common.on_cifar10(config)
+    config.augment.mean, config.augment.std = mean, std
+    config.batch_size = 512
+    config.temperature = 0.5
+    config.projector.hidden_size = 512
+    config.optimizer.learning_rate = 1.0
+    config.optimizer.weight_decay = 1e-4
+    return config
+
+
+def imagenette() -> ConfigDict:
+    """Imagenette: the square root's learning rate, for its small batch."""
+    config = common.on_imagenette(_paper(scaling="sqrt"))
+    config.epochs = 800.0
+    config.projector.hidden_size = 512
+    return config
+
+
+def folder() -> ConfigDict:
+    """Your own images: the square root's learning rate and a temperature for a small batch."""
+    config = common.on_folder(_paper(scaling="sqrt"))
+    config.epochs = 300.0
+    config.temperature = 0.2
+    config.projector.hidden_size = 512
+    return config
+
+
+def demo() -> ConfigDict:
+    """Embedded digits on two CPU cores in under four minutes."""
+    config = common.on_digits(_paper())
+    config.epochs = 46.0
+    config.temperature = 0.2
+    config.projector.hidden_size = 128
+    config.projector.output_size = 64
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.3
+    config.optimizer.weight_decay = 4e-4
+    config.optimizer.warmup_epochs = 2.0
+    return config

@@ -1,0 +1,48 @@
+"""MoCo's loss: InfoNCE against the keys of a queue, equation 1 of v1 (arXiv 1911.05722)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+
+def contrastive_logits(
+    query: jax.Array, key: jax.Array, queue: jax.Array, temperature: float
+) -> jax.Array:
+    """Similarities of each query to its own key, which comes first, and to the queue's keys.
+
+    Keys and queue are constants here: no gradient passes into them (algorithm 1's `detach`).
+
+    Args:
+        query: `[B, D]` float32 unit vectors.
+        key: `[B, D]` float32 unit vectors, of the same images.
+        queue: `[K, D]` float32 unit vectors, of other images.
+        temperature: tau of equation 1.
+
+    Returns:
+        `[B, 1 + K]` float32.
+    """
+    key, queue = lax.stop_gradient(key), lax.stop_gradient(queue)
+    positive = jnp.sum(query * key, axis=-1, keepdims=True)  # [B, 1]
+    negative = query @ queue.T  # [B, K]
+    return jnp.concatenate([positive, negative], axis=1) / temperature
+
+
+def info_nce(
+    query: jax.Array, key: jax.Array, queue: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """The cross-entropy of picking each query's own key, of all 1 + K.
+
+    Args:
+        query, key, queue, temperature: see `contrastive_logits`.
+
+    Returns:
+        Two float32 scalars: the loss, and how often the own key is the most similar; means over B.
+    """
+    logits = contrastive_logits(query, key, queue, temperature)
+    labels = jnp.zeros(len(query), jnp.int32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    top1 = jnp.argmax(logits, axis=1) == 0
+    return jnp.mean(loss), jnp.mean(top1.astype(jnp.float32))
