@@ -1,5 +1,7 @@
 # Everything from a fresh machine: Python >= 3.11, make and a package index are all it takes.
 PYTHON ?= python3
+METHOD ?= byol
+DEMO := runs/demo$(if $(filter byol,$(METHOD)),,_$(METHOD))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -7,7 +9,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint format clean
 
 demo: $(STAMP)
-	$(BIN)/python run_experiment.py --config=configs/byol.py:demo --workdir=runs/demo
+	$(BIN)/python run_experiment.py --config=configs/$(METHOD).py:demo --workdir=$(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests

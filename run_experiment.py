@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
                 "--config=configs/byol.py:demo --workdir=runs/demo"
             )
         if not isinstance(_CONFIG.value, ConfigDict):
-            there = sorted(set(glob.glob("configs/[a-z]*.py")) - {"configs/common.py"})
+            shared = {"configs/common.py", "configs/datasets.py"}
+            there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
             raise UserError(
                 f"--config={flags.FLAGS['config'].config_filename}: cannot be read; there are "
                 f"{', '.join(there) or 'none in configs/'}"

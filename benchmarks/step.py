@@ -1,14 +1,17 @@
 """What a training step costs, and where the time goes.
 
     python -m benchmarks.step --config=configs/byol.py --config.batch_size=8 --json=step.json
+    python -m benchmarks.step --config=configs/moco.py --config.batch_size=64 \\
+      --config.compute_dtype=float32 --repeats=3
 
 Times the whole step and its parts, each compiled alone on the same shapes:
 
 - augmentation: both views, from uint8 to normalised float;
 - convolutions: the encoder's convolutions and 1x1 matmuls in order, with nothing between them;
 - rest of the encoder: its forward pass less its convolutions (norms, ReLUs, sums, pooling);
-- forward of online, forward of target: whole networks, both views;
-- backward: the gradient of the loss less its forward;
+- forward of all networks: online and target, the views that each sees;
+- all networks alone: the same with the online network's backward pass. What a step takes over it
+  is augmentation, loss, queue, optimizer and EMA;
 - optimizer + EMA.
 
 XLA fuses across the parts, so they need not add up to the step exactly. FLOPs are XLA's count of
@@ -17,6 +20,7 @@ the compiled step, two per multiply-add; the peak is a 2048^3 float32 matmul, me
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any
 
@@ -28,12 +32,12 @@ import optax
 from absl import app, flags
 from ml_collections import config_flags
 
-import byol_jax.method
 from benchmarks import report
-from byol_jax.method import TARGET_PARTS
 from selfsup_jax import collectives, parallel
 from selfsup_jax.augment import normalize
+from selfsup_jax.models import branch
 from selfsup_jax.models.resnet import Conv
+from selfsup_jax.state import encoder_variables
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
@@ -107,29 +111,62 @@ def convolutions(encoder: nn.Module, variables: Any, images: jax.Array) -> Any:
     return jax.jit(run), inputs, kernels
 
 
-def parts(method: Any, batch: dict, repeats: int) -> dict[str, float]:
+def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
+    """Two functions of normalised images `[V, B, H, W, 3]`: forward, and forward with backward.
+
+    They do what the method's networks must do in any case, and nothing else: the views that the
+    online network sees through all of it, those of the target through the target. MoCo's queries
+    are made of one view and its keys of the other, unless it is symmetric.
+    """
+    networks = method.train_step.keywords["networks_"]
+    one_sided = config.method == "moco" and not config.symmetric
+    views = 1 if one_sided else 2
+    # SimCLR's two views are one batch for batch norm.
+    layout = collectives.batch_layout(
+        config.bn_groups, 1 if not state.target_params else views, None
+    )
+
+    def through(names: tuple[str, ...], params: Any, stats: Any, images: jax.Array) -> jax.Array:
+        x = images.reshape(-1, *images.shape[2:])
+        network = branch.Pass(networks, params, stats, layout)
+        for name in names:
+            x = network(name, x)
+        return x
+
+    parts = ("encoder", "projector", "predictor")
+    online_parts = tuple(part for part in parts if part in state.online_params)
+
+    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        z = through(online_parts, params, state.online_stats, images[:views])
+        target = None
+        if state.target_params:
+            seen = images[1:] if one_sided else images
+            target = through(parts[:2], state.target_params, state.target_stats, seen)
+        # A direction of no meaning: the gradient of a plain sum would be simplified away.
+        return jnp.vdot(z, jnp.sin(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)), target
+
+    return jax.jit(forward), jax.jit(jax.grad(forward, has_aux=True))
+
+
+def parts(config: Any, method: Any, batch: dict, repeats: int) -> dict[str, float]:
     """Seconds of each part alone, on one device."""
     bound = method.train_step.keywords
     networks, optimizer = bound["networks_"], bound["optimizer"]
     state = jax.jit(method.init_state)(jax.random.PRNGKey(0))
     layout = collectives.batch_layout(1, 2, None)
-    labels = jnp.asarray(batch["label"])
 
     @jax.jit
     def augmentation(rng, batch):
-        views = method.augment_views(rng, batch)
-        return normalize(views.reshape(-1, *views.shape[2:]), bound["mean"], bound["std"])
+        return normalize(method.augment_views(rng, batch), bound["mean"], bound["std"])
 
     def timed(fn, *args):
         return report.median_seconds(fn, *args, repeats=repeats)
 
     seconds = {"augmentation": timed(augmentation, state.rng, batch)}
-    images = augmentation(state.rng, batch)
+    views = augmentation(state.rng, batch)
+    images = views.reshape(-1, *views.shape[2:])
 
-    variables = {
-        "params": state.online_params["encoder"],
-        "batch_stats": state.online_stats["encoder"],
-    }
+    variables = encoder_variables(state)
     convs, inputs, kernels = convolutions(networks.encoder, variables, images)
     seconds["convolutions"] = timed(convs, inputs, kernels)
     encode = jax.jit(lambda v, x: networks.encoder.apply(v, x, layout, mutable=["batch_stats"]))
@@ -137,29 +174,15 @@ def parts(method: Any, batch: dict, repeats: int) -> dict[str, float]:
     seconds["encoder forward"] = encoder
     seconds["rest of the encoder"] = max(0.0, encoder - seconds["convolutions"])
 
-    def loss(params, state, images, labels):
-        return byol_jax.method.loss_fn(
-            params,
-            state.target_params,
-            state.online_stats,
-            state.target_stats,
-            images,
-            labels,
-            networks_=networks,
-            layout=layout,
-        )
-
-    forward = timed(jax.jit(loss), state.online_params, state, images, labels)
-    gradient = jax.jit(jax.grad(loss, has_aux=True))
-    seconds["forward, online and target"] = forward
-    both = timed(gradient, state.online_params, state, images, labels)
-    seconds["backward"] = max(0.0, both - forward)
+    forward, gradient = networks_alone(config, method, state)
+    seconds["forward of all networks"] = timed(forward, state.online_params, views)
+    seconds["all networks alone"] = timed(gradient, state.online_params, views)
 
     @jax.jit
     def update(state, grads):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.online_params)
         params = optax.apply_updates(state.online_params, updates)
-        online = {part: params[part] for part in TARGET_PARTS}
+        online = {part: params[part] for part in state.target_params}
         return params, opt_state, optax.incremental_update(online, state.target_params, 0.01)
 
     seconds["optimizer + EMA"] = timed(update, state, state.online_params)
@@ -170,7 +193,10 @@ def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
     config = _CONFIG.value
-    method = byol_jax.method.build(config, _CLASSES.value, 1000, 10)
+    builds = {
+        m: importlib.import_module(f"{m}_jax.method").build for m in ("byol", "moco", "simclr")
+    }
+    method = builds[config.method](config, _CLASSES.value, 1000, 10)
     batch = report.fake_batch(config.batch_size, config.data.image_size)
     rows, step, flops = whole_step(method, batch, _REPEATS.value)
     peak = matmul_peak(_REPEATS.value)
@@ -179,9 +205,10 @@ def main(argv: list[str]) -> None:
         ("matmul peak", peak / 1e9, "GFLOP/s"),
         ("share of the matmul peak", 100 * share, "%"),
     ]
-    seconds = parts(method, batch, _REPEATS.value)
+    seconds = parts(config, method, batch, _REPEATS.value)
     rows += [(name, value * 1e3, "ms") for name, value in seconds.items()]
     rows += [
+        ("step, over its networks alone", 100 * (step / seconds["all networks alone"] - 1), "%"),
         ("augmentation, share of the step", 100 * seconds["augmentation"] / step, "%"),
         (
             "rest of the encoder, share of the encoder",

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, datasets
 
 # epochs -> (base learning rate, weight decay, tau_base): the authors' code.
 _BY_LENGTH = {
@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def imagenet(epochs: float = 1000) -> ConfigDict:
     """ImageNet as in the paper."""
-    return common.on_imagenet(_paper(epochs))
+    return datasets.on_imagenet(_paper(epochs))
 
 
 def _paper(epochs: float = 1000) -> ConfigDict:
@@ -81,7 +81,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
 
 def cifar10() -> ConfigDict:
     """CIFAR-10 on one accelerator: lightly's benchmark recipe, with SGD and no blur."""
-    config = common.on_cifar10(_paper())
+    config = datasets.on_cifar10(_paper())
     config.epochs = 200.0
     config.batch_size = 128
     config.tau_base = 0.99
@@ -99,7 +99,7 @@ def cifar10() -> ConfigDict:
 
 def imagenette() -> ConfigDict:
     """Imagenette as in the authors' README."""
-    config = common.on_imagenette(_paper())
+    config = datasets.on_imagenette(_paper())
     config.optimizer.learning_rate = 2.0
     config.optimizer.weight_decay = 1e-6
     return config
@@ -107,7 +107,7 @@ def imagenette() -> ConfigDict:
 
 def folder() -> ConfigDict:
     """Your own images: the 300-epoch recipe with a batch for one device."""
-    config = common.on_folder(_paper(epochs=300))
+    config = datasets.on_folder(_paper(epochs=300))
     config.tau_base = 0.99
     config.projector.hidden_size = 1024
     config.predictor.hidden_size = 1024
@@ -116,7 +116,7 @@ def folder() -> ConfigDict:
 
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in about four minutes."""
-    config = common.on_digits(_paper())
+    config = datasets.on_digits(_paper())
     config.epochs = 46.0
     config.tau_base = 0.98
     config.projector.hidden_size = 512

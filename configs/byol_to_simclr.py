@@ -1,7 +1,7 @@
 """The path between SimCLR and BYOL: the eight variants of BYOL's section 5 in one table.
 
     python run_experiment.py --config=configs/byol_to_simclr.py --workdir=DIR  # the digits
-    python run_experiment.py --config=configs/byol_to_simclr.py:cifar10,seed=1 --workdir=DIR
+    python run_experiment.py "--config=configs/byol_to_simclr.py:cifar10,seeds=(1,)" --workdir=DIR
 
 A variant has the predictor or not, the target network or not, and negatives (beta = 1) or not:
 BYOL is (yes, yes, 0), SimCLR (no, no, 1). Without a target network the online projection is its own

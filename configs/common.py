@@ -46,12 +46,19 @@ def parse(
 def set_field(config: ConfigDict, key: str, value: object) -> None:
     """`config.a.b = value` for the key `a.b`, which must be there already.
 
-    In a study, a field that is not the study's own is set in each of its variants.
+    In a study, a field that is not the study's own is set in each of its variants that has it; the
+    seed is not theirs.
     """
     if "variants" in config and key.partition(".")[0] not in config:
-        for variant in config.variants.values():
-            set_field(variant, key, value)
-        return
+        runs = [run for run in config.variants.values() if key != "seed" and _has(run, key)]
+        for run in runs:
+            set_field(run, key, value)
+        if runs:
+            return
+        own = set(config) - {"variants", "published"}
+        names = {name for run in config.variants.values() for name in field_names(run)}
+        near = _nearest(key, (names | own) - {"seed"})
+        raise ValueError(f"unknown field config.{key}; did you mean: {near}?")
     check_field(config, key)
     try:
         config.update_from_flattened_dict({key: value})
@@ -61,10 +68,15 @@ def set_field(config: ConfigDict, key: str, value: object) -> None:
 
 def check_field(config: ConfigDict, key: str) -> None:
     """Raises `ValueError`, naming the nearest ones, where the config has no field `a.b`."""
+    if not _has(config, key):
+        near = _nearest(key, field_names(config))
+        raise ValueError(f"unknown field config.{key}; did you mean: {near}?")
+
+
+def _has(config: ConfigDict, key: str) -> bool:
+    """Whether there is such a field, or a section of fields."""
     names = field_names(config)
-    sections = {name.rpartition(".")[0] for name in names}
-    if key not in names and key not in sections:
-        raise ValueError(f"unknown field config.{key}; did you mean: {_nearest(key, names)}?")
+    return key in names or key in {name.rpartition(".")[0] for name in names}
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -258,90 +270,3 @@ def _changed(what: str, fields: dict, changes: dict) -> ConfigDict:
     if unknown:
         raise KeyError(f"no such field of {what}: {sorted(unknown)}")
     return ConfigDict(fields | changes)
-
-
-# ------------------------------------------------------------- data that all methods have
-
-
-def on_imagenet(config: ConfigDict) -> ConfigDict:
-    """ImageNet at 224 px; its test split has no public labels, so validation is held out."""
-    config.data.train_split = "train"
-    config.data.test_split = "validation"
-    return config
-
-
-def on_cifar10(config: ConfigDict) -> ConfigDict:
-    """CIFAR-10 for one accelerator: ResNet-18 with a 3x3 stem; no blur, as is usual there."""
-    config.compute_dtype = "float32"
-    config.data.name = "cifar10"
-    config.data.image_size = 32
-    config.data.test_resize = 32
-    config.encoder.depth = 18
-    config.encoder.stem = "cifar"
-    for view in (config.augment.view_1, config.augment.view_2):
-        view.update(blur_prob=0.0, solarize_prob=0.0)
-    config.augment.mean = (0.4914, 0.4822, 0.4465)
-    config.augment.std = (0.247, 0.2435, 0.2616)
-    config.checkpoint_every_steps = 2000
-    config.eval.max_train_images = 50000
-    return config
-
-
-def on_imagenette(config: ConfigDict) -> ConfigDict:
-    """Imagenette: ResNet-18 on 128 px crops of the 160 px set, batch 256."""
-    config.batch_size = 256
-    config.data.name = "imagenette/160px-v2"
-    config.data.image_size = 128
-    config.data.test_resize = 146
-    config.encoder.depth = 18
-    for view in (config.augment.view_1, config.augment.view_2):
-        view.blur_kernel = 13  # a tenth of the image, as 23 is of 224
-    return config
-
-
-def on_folder(config: ConfigDict) -> ConfigDict:
-    """Your own images at 96 px, on whatever is at hand: a small encoder, a batch of 64."""
-    config.batch_size = 64
-    config.compute_dtype = "float32"
-    config.data.name = "folder"
-    config.data.image_size = 96
-    config.data.test_resize = 110
-    config.encoder.depth = 18
-    for view in (config.augment.view_1, config.augment.view_2):
-        view.blur_kernel = 9
-    return config
-
-
-def on_digits(config: ConfigDict) -> ConfigDict:
-    """The demo: 5,000 embedded digits at 16 px, an encoder a quarter as wide, batch 64."""
-    config.batch_size = 64
-    config.compute_dtype = "float32"
-    config.data.name = "digits"
-    config.data.image_size = 16
-    config.data.test_resize = 20  # a digit fills 20 of its 28 pixels: the margins go
-    config.data.crop_area = (0.4, 1.0)
-    config.data.resize_method = "area"  # 28 to 16 pixels: bicubic without antialiasing skips lines
-    config.encoder.depth = 18
-    config.encoder.width = 0.25
-    config.encoder.stem = "cifar"
-    for view in (config.augment.view_1, config.augment.view_2):
-        view.update(
-            flip_prob=0.0,
-            saturation=0.0,
-            hue=0.0,
-            grayscale_prob=0.0,
-            blur_kernel=5,
-            blur_prob=0.5,
-            solarize_prob=0.0,
-        )
-    config.augment.mean = (0.13, 0.13, 0.13)
-    config.augment.std = (0.31, 0.31, 0.31)
-    config.log_every_steps = 62  # an epoch
-    config.checkpoint_every_steps = 310
-    config.monitor.diagnostics_every_steps = 62
-    config.monitor.knn_every_steps = 620
-    config.monitor.plots_every_steps = 1240
-    config.monitor.map_images = 500
-    config.eval.knn_k = 20  # of 400 images per class
-    config.eval.pixels = True
-    return config

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, datasets
 
 # How the learning rate grows with the batch -> its base (appendix B.1).
 _BASE_RATES = {"linear": 0.3, "sqrt": 0.075}
@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def imagenet(scaling: str = "linear") -> ConfigDict:
     """ImageNet as in the paper."""
-    return common.on_imagenet(_paper(scaling))
+    return datasets.on_imagenet(_paper(scaling))
 
 
 def _paper(scaling: str = "linear") -> ConfigDict:
@@ -86,7 +86,7 @@ def cifar10() -> ConfigDict:
     config.augment.view_1 = _view(strength=0.5)
     config.augment.view_2 = _view(strength=0.5)
     mean, std = config.augment.mean, config.augment.std
-    config = common.on_cifar10(config)
+    config = datasets.on_cifar10(config)
     config.augment.mean, config.augment.std = mean, std
     config.batch_size = 512
     config.temperature = 0.5
@@ -98,7 +98,7 @@ def cifar10() -> ConfigDict:
 
 def imagenette() -> ConfigDict:
     """Imagenette: the square root's learning rate, for its small batch."""
-    config = common.on_imagenette(_paper(scaling="sqrt"))
+    config = datasets.on_imagenette(_paper(scaling="sqrt"))
     config.epochs = 800.0
     config.projector.hidden_size = 512
     return config
@@ -106,7 +106,7 @@ def imagenette() -> ConfigDict:
 
 def folder() -> ConfigDict:
     """Your own images: the square root's learning rate and a temperature for a small batch."""
-    config = common.on_folder(_paper(scaling="sqrt"))
+    config = datasets.on_folder(_paper(scaling="sqrt"))
     config.epochs = 300.0
     config.temperature = 0.2
     config.projector.hidden_size = 512
@@ -115,7 +115,7 @@ def folder() -> ConfigDict:
 
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in under four minutes."""
-    config = common.on_digits(_paper())
+    config = datasets.on_digits(_paper())
     config.epochs = 46.0
     config.temperature = 0.2
     config.projector.hidden_size = 128

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from selfsup_jax import __version__, parallel
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import NotFinite, UserError
 from selfsup_jax.state import TrainState
 
 
@@ -93,7 +93,7 @@ class Checkpoints:
                 f"checkpoint is of step {self.committed_step() or 0}"
             )
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(single.online_params)):
-            raise UserError(
+            raise NotFinite(
                 f"the parameters of step {step} are not finite: lower "
                 f"config.optimizer.learning_rate, in another --workdir; the last checkpoint is of "
                 f"step {self.committed_step() or 0}"

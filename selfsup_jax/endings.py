@@ -72,8 +72,8 @@ def stopped(number: int, step: int, workdir: str) -> Stopped:
     """What ends the process after a signal, once step `step` is saved."""
     name = signal.Signals(number).name
     return Stopped(
-        f"{name}: stopped after step {step:,}, which is saved; the same command with --workdir="
-        f"{workdir} goes on from there",
+        f"{name}: stopped after step {step:,}, which is saved in {workdir}; the same command goes "
+        "on from there",
         status=128 + number,
     )
 

@@ -148,6 +148,12 @@ class Monitor:
                     collapsed, self._history, min_std=self._config.monitor.collapse_std
                 )
             )
+        elif collapsed is None and "collapse" in self._told:
+            self._told.remove("collapse")
+            spread = self._history["projection_std"][1][-1]
+            self._progress.news(
+                f"NOTE: the run has recovered from its collapse: projection_std {spread:.3f}"
+            )
         for name, note in self._far_outside().items():
             if name not in self._told:
                 self._told.add(name)

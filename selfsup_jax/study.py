@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from selfsup_jax import config as config_lib
-from selfsup_jax import parallel
+from selfsup_jax import parallel, reference
 from selfsup_jax.endings import write_json, writing_to
-from selfsup_jax.errors import NotFinite, UserError, bad_field
+from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
 from selfsup_jax.progress import format_seconds, say
 from selfsup_jax.train import Build, pretrain
 
@@ -31,6 +31,8 @@ _FREE_FIELDS = (
     "checkpoint_every_steps",
     "keep_checkpoints",
     "keep_every_steps",
+    "monitor.knn_every_steps",
+    "monitor.plots_every_steps",
 )
 _HEADINGS = {
     "linear_probe_top1": "linear probe",
@@ -66,8 +68,7 @@ class Cell(NamedTuple):
     @property
     def identity(self) -> dict[str, Any]:
         """Its config, flat, without what may differ."""
-        flat = flatten_dict(json.loads(self.config.to_json()), sep=".")
-        return {k: v for k, v in flat.items() if k not in _FREE_FIELDS}
+        return {k: v for k, v in _flat(self.config).items() if k not in _FREE_FIELDS}
 
 
 def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict[str, Any]:
@@ -85,8 +86,9 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
         What `results.json` holds: mean and standard deviation over the seeds, flat.
 
     Raises:
-        UserError: a mistake in the config, checked for every variant before the first run; or what
-            `pretrain` raises, but for runs that end in numbers that are none: the table tells.
+        UserError: a mistake in the config (every variant's values are checked before the first run,
+            what depends on its data when its own run begins); or what `pretrain` raises, but for
+            runs that end in numbers that are none: the table tells.
         Stopped: see `pretrain`.
     """
     cells = list(_cells(config, builds))
@@ -94,6 +96,7 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
     for cell in cells:
         _check_same(cell, record, directory)
     parallel.wait_for_all("study")
+    _write(config, directory, cells, record)  # that it can be written, before hours of work
     for number, cell in enumerate(cells, start=1):
         if cell.name in record:
             continue
@@ -107,11 +110,23 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
     return results
 
 
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    return flatten_dict(json.loads(config.to_json()), sep=".")
+
+
 def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise bad_field("seeds", tuple(config.seeds), "must be one or more different numbers")
-    if not config.order or set(config.order) - set(config.variants):
-        raise bad_field("order", tuple(config.order), f"must be of {', '.join(config.variants)}")
+    seeds, order = tuple(config.seeds), tuple(config.order)
+    whole = all(isinstance(seed, int) for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise bad_field("seeds", seeds, "must be one or more different whole numbers")
+    if not order or set(order) - set(config.variants) or len(set(order)) < len(order):
+        there = ", ".join(config.variants)
+        raise bad_field("order", order, f"must be one or more different ones of {there}")
+    fields = {field for name in order for field in _flat(config.variants[name])}
+    for field in config.show:
+        if field not in fields:
+            near = nearest(field, fields)
+            raise bad_field("show", tuple(config.show), f"no field {field}; did you mean {near}?")
     for seed in config.seeds:  # a whole table of one seed is there before the next seed begins
         for variant in config.order:
             cell = Cell(variant, seed, config.variants[variant].copy_and_resolve_references())
@@ -120,6 +135,7 @@ def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
                 if cell.config.method not in builds:
                     raise bad_field("method", cell.config.method, f"must be one of {list(builds)}")
                 config_lib.validate(cell.config)
+                reference.load(cell.config.monitor.reference)  # that there is one of that name
             except UserError as e:
                 message = str(e).removeprefix("config.")
                 raise UserError(f"config.variants.{variant}.{message}") from e
@@ -160,7 +176,13 @@ def _read_record(directory: str) -> dict[str, Any]:
         return {}
     try:
         with open(path) as f:
-            return json.load(f)
+            record = json.load(f)
+        if not isinstance(record, dict):
+            raise ValueError("not a study's record")
+        for name, entry in record.items():
+            if not isinstance(entry, dict) or not {"config", "results", "seconds"} <= set(entry):
+                raise ValueError(f"{name} is not a run's entry")
+        return record
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read: {e}; move it away to begin anew") from e
 
@@ -193,7 +215,7 @@ def _write(
         with writing_to(folder):
             os.makedirs(folder, exist_ok=True)
             write_json(os.path.join(folder, RECORD), record)
-            with open(os.path.join(folder, TABLE), "w") as f:
+            with open(os.path.join(folder, TABLE), "w", encoding="utf-8") as f:
                 f.write(table + "\n")
     with writing_to(directory):
         write_json(os.path.join(directory, "results.json"), results)
@@ -244,11 +266,11 @@ def _table(config: ConfigDict, cells: list[Cell], record: dict[str, Any]) -> str
     rows = [head]
     for variant in config.order:
         done = _done(cells, record, variant)
-        base = config.variants[variant]
+        base = _flat(config.variants[variant])
         endings = [_ending(entry) for entry in done if _ending(entry)]
         collapsed = ", ".join(endings) if endings else ("no" if done else "")
         speeds = _values("images_per_second", done)
-        row = [variant.replace("_", " "), *(_shown(base[f]) for f in config.show)]
+        row = [variant.replace("_", " "), *(_shown(base.get(f)) for f in config.show)]
         row += [_spread(m, _values(m, done)) for m in config.measures]
         row += [collapsed, f"{np.median(speeds):,.0f}" if speeds else ""]
         if config.published:
@@ -266,6 +288,8 @@ def _table(config: ConfigDict, cells: list[Cell], record: dict[str, Any]) -> str
 
 
 def _shown(value: Any) -> str:
+    if value is None:  # a field that other variants have
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -77,21 +77,11 @@ def pretrain(
     reference.load(config.monitor.reference)  # that there is one of that name
     data = inputs.load_data(config)
     config_lib.check_batch_fits(config, data.train.num_examples)
-    total_steps, warmup_steps = _lengths(config, data.train.num_examples)
-    method = build(config, data.train.num_classes, total_steps, warmup_steps)
+    lengths = _lengths(config, data.train.num_examples)
+    method = build(config, data.train.num_classes, *lengths)
     identity = workdir.describe_run(config, data)
     with workdir.opened(config, directory) as checkpoints:
-        run = Run(
-            config,
-            data,
-            method,
-            total_steps,
-            warmup_steps,
-            directory,
-            checkpoints,
-            identity,
-            started,
-        )
+        run = Run(config, data, method, *lengths, directory, checkpoints, identity, started)
         with endings.disk_errors(directory, checkpoints.committed_step):
             return _pretrain(run)
 

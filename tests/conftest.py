@@ -8,8 +8,10 @@ whatever is compiled is shared through fixtures.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -114,6 +116,16 @@ def assert_close(a, b, relative: float = 1e-5, floor: float = 1e-6) -> None:
         error = np.max(np.abs(a[path] - b[path]), initial=0.0)
         allowed = relative * max(np.max(np.abs(b[path]), initial=0.0), smallest)
         assert error <= allowed, f"{path}: differs by {error}, above {allowed}"
+
+
+def messages(lowered) -> dict[str, list[int]]:
+    """How many numbers a device puts into each exchange with others, of a lowered function."""
+    found: dict[str, list[int]] = {}
+    kinds = r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)\""
+    sent = re.findall(kinds + r".*?: \(tensor<([\dx]*)", lowered.as_text(), re.DOTALL)
+    for name, size in sent:
+        found.setdefault(name, []).append(math.prod(int(n) for n in size.split("x") if n))
+    return found
 
 
 def tiny_step(networks: Networks, *, schedule=None, eta=0.2, decay=0.05, **changes):

@@ -235,7 +235,8 @@ BAD_VALUES = [
     ("keep_checkpoints", 0, "at least 1"),
     ("data.image_size", 0, "at least 1"),
     ("data.shuffle_buffer", 0, "at least 1"),
-    ("projector.hidden_size", 0, "at least 1"),
+    ("projector.output_size", 0, "at least 1"),
+    ("predictor.hidden_size", 0, "at least 1"),
     ("predictor.output_size", -1, "at least 1"),
     ("predictor.output_size", 64, "projector.output_size=256"),
     ("eval.batch_size", 0, "at least 1"),
@@ -250,7 +251,10 @@ BAD_VALUES = [
     ("encoder.width", 0.0, "above 0"),
     ("encoder.bn_epsilon", 0.0, "above 0"),
     ("eval.knn_temperature", -0.1, "above 0"),
+    ("temperature", 0.0, "above 0"),
     ("seed", -1, "negative"),
+    ("projector.hidden_size", -1, "negative"),
+    ("negatives_weight", -1.0, "negative"),
     ("optimizer.learning_rate", -0.1, "negative"),
     ("optimizer.learning_rate", float("nan"), "negative"),
     ("optimizer.weight_decay", -1e-6, "negative"),
@@ -307,6 +311,7 @@ def test_the_bounds_themselves_are_valid():
         augment__view_1__blur_kernel=1, augment__view_1__blur_sigma_min=2.0, steps=1,
         tau_schedule="constant", keep_every_steps=0, monitor__diagnostics_every_steps=0,
         monitor__knn_every_steps=0, monitor__plots_every_steps=0, monitor__collapse_std=0.0,
+        projector__hidden_size=0, negatives_weight=0.0,
     )  # fmt: skip
     config_lib.validate(config)
     config_lib.check_batch_fits(config, config.batch_size)

@@ -46,7 +46,7 @@ def attributes(tree):
 
 
 def test_methods_import_no_other_method_and_the_house_imports_none():
-    assert "byol_jax" in METHODS
+    assert {"byol_jax", "moco_jax", "simclr_jax"} <= set(METHODS)
     for name in METHODS:
         users = {path.split("/")[0] for path in importers(name)}
         assert users <= {name, "run_experiment.py"}
@@ -74,13 +74,15 @@ def test_tensorflow_is_only_in_the_data_package():
     assert all(path.startswith("selfsup_jax/data/") for path in users)
 
 
-def test_only_parallel_knows_devices():
-    collectives = {
-        *("pmap", "pmean", "psum", "pmax", "pmin", "all_gather", "all_to_all", "ppermute"),
-        *("pshuffle", "psum_scatter", "axis_index", "axis_size", "shard_map"),
+def test_only_parallel_and_collectives_know_devices():
+    """`parallel.py` maps over them, `collectives.py` is what they tell each other in a step."""
+    talk = {
+        *("pmean", "psum", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "pshuffle"),
+        *("psum_scatter", "axis_index", "axis_size"),
     }
-    users = {str(path) for path, tree in SOURCES.items() if attributes(tree) & collectives}
-    assert users == {"selfsup_jax/parallel.py"}
+    for names, home in (({"pmap", "shard_map"}, "parallel"), (talk, "collectives")):
+        users = {str(path) for path, tree in SOURCES.items() if attributes(tree) & names}
+        assert users == {f"selfsup_jax/{home}.py"}
 
 
 def test_the_axis_is_named_in_one_place():
