@@ -54,6 +54,7 @@ def whole_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row]
     compiled = step.lower(state, sharded).compile()
     compile_seconds = time.perf_counter() - start
     flops = float(compiled.cost_analysis()["flops"])
+    memory = compiled.memory_analysis()
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -67,6 +68,8 @@ def whole_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row]
         ("images per second", images / seconds, "1/s"),
         ("compile", compile_seconds, "s"),
         ("FLOPs per step", flops / 1e9, "GFLOP"),
+        ("state, renewed in place", memory.alias_size_in_bytes / 2**20, "MiB"),
+        ("temporaries", memory.temp_size_in_bytes / 2**20, "MiB"),
     ]
     return rows, seconds, flops
 

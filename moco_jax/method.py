@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from moco_jax import losses, networks, queue
+from moco_jax.keys import encode_keys
 from moco_jax.networks import Networks
 from selfsup_jax import augment as augment_lib
 from selfsup_jax import collectives, diagnostics, optim
@@ -53,67 +54,13 @@ def init_state(
         online_params=online_params,
         target_params=jax.tree.map(jnp.copy, {part: online_params[part] for part in KEY_PARTS}),
         online_stats=online_stats,
-        target_stats={part: online_stats[part] for part in KEY_PARTS if part in online_stats},
+        target_stats=jax.tree.map(
+            jnp.copy, {part: online_stats[part] for part in KEY_PARTS if part in online_stats}
+        ),
         opt_state=optimizer.init(online_params),
         queue=queue.init(queue_rng, queue_size, networks_.projector.output_size),
         queue_index=jnp.zeros((), jnp.int32),
     )
-
-
-def encode_keys(
-    rng: jax.Array,
-    params: dict,
-    stats: dict,
-    views: jax.Array,
-    index: jax.Array,
-    *,
-    networks_: Networks,
-    layout: BatchLayout,
-    bn_groups: int,
-) -> tuple[jax.Array, dict]:
-    """Keys of shuffled batches (section 3.3, "shuffling BN"), in the order of the views.
-
-    Each view's images are dealt out to the batch-norm groups anew before they are encoded, so
-    that a query and its key share their statistics with the same images no more often than a
-    query and any other key do; afterwards the keys are put back.
-
-    Args:
-        rng: the key of this step.
-        params, stats: of the key encoder.
-        views: `[V, B, H, W, C]` float32.
-        index: `[B]` int32, the images' places in the global batch.
-        networks_: the modules.
-        layout: of the V views.
-        bn_groups: G, of the global batch; 1 leaves the order as it is.
-
-    Returns:
-        `[V, B, D]` unit vectors, and the new batch statistics.
-    """
-    num_views, rows = views.shape[:2]
-    axis_name = layout.axis_name
-    if bn_groups == 1:
-        _, keys, stats = networks.apply(networks_, params, stats, _flat(views), layout)
-        return keys.reshape(num_views, rows, -1), stats
-
-    images = views.astype(networks_.encoder.dtype)  # what the encoder makes of them anyway
-    orders = [_order(jax.random.fold_in(rng, view), index, bn_groups) for view in range(num_views)]
-    dealt = [collectives.deal(x, order, axis_name) for x, order in zip(images, orders, strict=True)]
-    _, keys, stats = networks.apply(networks_, params, stats, jnp.concatenate(dealt), layout)
-    keys = keys.reshape(num_views, rows, -1)
-    restored = [
-        collectives.collect(x, order, axis_name) for x, order in zip(keys, orders, strict=True)
-    ]
-    return jnp.stack(restored), stats
-
-
-def _order(rng: jax.Array, index: jax.Array, groups: int) -> jax.Array:
-    """For each run of G images of the global batch, who goes where: `[B / G, G]` permutations."""
-    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i)))(index)
-    return jnp.argsort(draws.reshape(-1, groups), axis=1)
-
-
-def _flat(views: jax.Array) -> jax.Array:
-    return views.reshape(-1, *views.shape[2:])
 
 
 def loss_fn(
@@ -143,8 +90,9 @@ def loss_fn(
     Returns:
         The scalar to minimise, and (metrics, outputs, new statistics).
     """
+    images = views.reshape(-1, *views.shape[2:])  # [V * B, H, W, C]
     representation, query, stats = networks.apply(
-        networks_, online_params, online_stats, _flat(views), layout
+        networks_, online_params, online_stats, images, layout
     )
     representation = representation.reshape(*keys.shape[:2], -1)  # [V, B, F]
     query = query.reshape(keys.shape)
@@ -176,6 +124,9 @@ def train_step(
     axis_name: str | None = None,
 ) -> tuple[MoCoState, Metrics]:
     """One step of algorithm 1: average the key encoder, encode, update the queries', enqueue.
+
+    The key encoder is averaged first, as in the authors' code; algorithm 1 has it last. The keys
+    are the same, and `target_params` are those that made the step's keys.
 
     Args:
         state: the state before the step.
@@ -234,9 +185,12 @@ def train_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.online_params)
     online_params = optax.apply_updates(state.online_params, updates)
-    new_queue, queue_index = queue.enqueue(state.queue, state.queue_index, _flat(new_keys))
     metrics |= {"tau": step_tau, "learning_rate": schedule(state.step)}
     metrics |= diagnostics.norms(grads, updates)
+    new_keys = new_keys.reshape(-1, new_keys.shape[-1])  # both views', one after the other
+    new_queue, queue_index = queue.enqueue(
+        state.queue, state.queue_index, new_keys, after=metrics["update_norm"]
+    )
     new_state = state.replace(
         step=state.step + 1,
         online_params=online_params,
@@ -296,6 +250,18 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
 
 
 def _check(config: Any) -> None:
+    groups = max(1, config.bn_groups // config.accumulate_steps)
+    devices = jax.device_count()
+    cell = groups * devices * config.accumulate_steps
+    if groups > 1 and config.batch_size % cell:
+        raise bad_field(
+            "batch_size",
+            config.batch_size,
+            f"must be a multiple of {cell} (groups {groups} x devices {devices} x accumulate_steps "
+            f"{config.accumulate_steps}), so that each device can deal its part out to all groups "
+            f"(bn_groups={config.bn_groups}); nearest: "
+            f"{max(1, round(config.batch_size / cell)) * cell}",
+        )
     keys = config.batch_size * (2 if config.symmetric else 1)
     if config.queue_size < 1 or config.queue_size % keys:
         both = " x 2 views (symmetric)" if config.symmetric else ""
@@ -304,16 +270,6 @@ def _check(config: Any) -> None:
             config.queue_size,
             f"must be a multiple of the {keys} keys of a step (batch_size={config.batch_size}"
             f"{both}); nearest: {max(1, round(config.queue_size / keys)) * keys}",
-        )
-    groups = max(1, config.bn_groups // config.accumulate_steps)
-    devices = jax.device_count()
-    cell = groups * devices * config.accumulate_steps
-    if groups > 1 and config.batch_size % cell:
-        raise bad_field(
-            "batch_size",
-            config.batch_size,
-            f"must be a multiple of {cell} to be shuffled over bn_groups={config.bn_groups} from "
-            f"{devices} devices; nearest: {max(1, round(config.batch_size / cell)) * cell}",
         )
 
 

@@ -18,17 +18,23 @@ def init(rng: jax.Array, size: int, dimension: int) -> jax.Array:
     return l2_normalize(jax.random.normal(rng, (size, dimension), jnp.float32))
 
 
-def enqueue(queue: jax.Array, index: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+def enqueue(
+    queue: jax.Array, index: jax.Array, keys: jax.Array, *, after: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Puts new keys in the place of the oldest.
 
     Args:
         queue: `[K, D]` float32.
         index: int32 scalar, where the oldest key is; a multiple of B.
         keys: `[B, D]` float32, in the order of the global batch; K is a multiple of B.
+        after: float32 scalar that depends on everything that reads the queue as it was. Without it
+            a compiler may write first, and must keep a copy of the queue for what reads it later.
+            Where it is no finite number, neither are the keys.
 
     Returns:
         The queue, and where its oldest key is now.
     """
+    keys = jnp.where(jnp.isfinite(after), keys, jnp.nan)
     queue = lax.dynamic_update_slice_in_dim(queue, keys, index, axis=0)
     return queue, (index + len(keys)) % len(queue)
 

@@ -150,6 +150,17 @@ def tiny_step(networks: Networks, *, schedule=None, eta=0.2, decay=0.05, **chang
     return functools.partial(method.train_step, **(arguments | changes)), optimizer
 
 
+def replicated(tree, devices: int, axis_name: str):
+    """A copy for each of the first `devices`, laid out as `pmap` over that axis leaves its results.
+
+    With another layout a step would be compiled a second time at its second call.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (axis_name,))
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis_name))
+    copies = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *np.shape(x))), tree)
+    return jax.device_put(copies, layout)
+
+
 def process_env(devices: int = 1) -> dict[str, str]:
     """The environment of a process that a test starts: on the CPU, with so many devices."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")

@@ -7,7 +7,6 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
@@ -21,6 +20,7 @@ from conftest import (
     assert_same,
     flatten,
     random_batch,
+    replicated,
 )
 from test_byol import TARGET, TWO_VIEWS, as_float64, oracle_forward
 
@@ -295,7 +295,7 @@ def two_updates(start_of):
 
         step = functools.partial(train_step, axis_name="d")
         run = jax.pmap(step, axis_name="d", devices=jax.devices()[:devices])
-        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), state)
+        state = replicated(state, devices, "d")
         for batch in batches:
             parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
             state, metrics = run(state, parts)

@@ -292,6 +292,23 @@ def test_a_run_that_collapses_is_told_of_once(separable, tmp_path, capfd):
     assert results["collapsed"] is True and results["collapsed_at_step"] == step
 
 
+def test_a_run_that_recovers_is_told_of(separable, tmp_path, capfd, monkeypatch):
+    """A collapse that is over is news, and none is left in the results."""
+    seen = iter([0.01, 0.01, 0.5, 0.5])
+    measured = monitor.diagnostics.of_outputs
+
+    def of_outputs(*args):
+        return measured(*args) | {"projection_std": next(seen)}
+
+    monkeypatch.setattr(monitor.diagnostics, "of_outputs", of_outputs)
+    config = collapse_config(separable, steps=20)
+    results = train.pretrain(config, str(tmp_path), tiny_runs.build)
+    told = capfd.readouterr().err
+    assert told.index("WARNING: the run has collapsed by step 10") < told.index("recovered")
+    assert told.count("WARNING") == told.count("recovered") == 1
+    assert results["collapsed"] is False and "collapsed_at_step" not in results
+
+
 @pytest.fixture
 def far_reference(monkeypatch):
     """`far_reference(config)`: what that config's run is held against, with quite another loss."""

@@ -22,6 +22,7 @@ from conftest import (
     flatten,
     process_env,
     random_batch,
+    replicated,
     tiny_step,
 )
 from ml_collections import ConfigDict
@@ -78,7 +79,7 @@ def two_updates(networks, devices, bn_groups, accumulate_steps=1):
     run = jax.pmap(
         functools.partial(step, axis_name="d"), axis_name="d", devices=jax.devices()[:devices]
     )
-    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), state)
+    state = replicated(state, devices, "d")
     for batch in batches:
         state, metrics = run(state, spread(batch, devices, accumulate_steps))
     order = spread(np.arange(BATCH), devices, accumulate_steps).reshape(-1)

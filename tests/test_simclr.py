@@ -6,7 +6,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
@@ -20,6 +19,7 @@ from conftest import (
     assert_same,
     flatten,
     random_batch,
+    replicated,
 )
 from ml_collections import ConfigDict
 
@@ -450,7 +450,7 @@ def two_updates(first_state):
 
         step = functools.partial(built.train_step, axis_name="d")
         run = jax.pmap(step, axis_name="d", devices=jax.devices()[:devices])
-        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), state)
+        state = replicated(state, devices, "d")
         for batch in batches:
             parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
             state, metrics = run(state, parts)
