@@ -178,7 +178,8 @@ def train_step(
         state.target_params,
         step_size=1.0 - step_tau,
     )
-    metrics |= {"tau": step_tau, "learning_rate": schedule(state.step)}
+    metrics |= {"tau": step_tau} if state.target_params else {}
+    metrics |= {"learning_rate": schedule(state.step)}
     metrics |= diagnostics.norms(grads, updates)
     new_state = state.replace(
         step=state.step + 1,

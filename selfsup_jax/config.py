@@ -118,7 +118,7 @@ def _ranges(config: ConfigDict) -> None:
     for field, value in _present(config, fractions):
         if not 0 <= value <= 1:
             raise bad_field(field, value, "must be from 0 to 1")
-    if "predictor" in config and config.projector.output_size != config.predictor.output_size:
+    if config.get("use_predictor") and config.projector.output_size != config.predictor.output_size:
         raise bad_field(
             "predictor.output_size",
             config.predictor.output_size,

@@ -22,6 +22,7 @@ from conftest import (
     assert_same,
     messages,
     random_batch,
+    replicated,
 )
 from flax.traverse_util import flatten_dict
 
@@ -461,7 +462,7 @@ def updates(devices, bn_groups=8, symmetric=False, accumulate_steps=1, batch_siz
     compiled = jax.pmap(
         functools.partial(step, axis_name="d"), axis_name="d", devices=jax.devices()[:devices]
     )
-    state = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *np.shape(x))), state)
+    state = replicated(state, devices, "d")
     order = spread(np.arange(batch_size), devices, accumulate_steps).reshape(-1)
     for batch in batches:
         state, metrics = compiled(state, spread(batch, devices, accumulate_steps))
@@ -548,7 +549,7 @@ def test_a_step_sends_no_more_images_than_a_device_holds():
         mapped = jax.pmap(
             functools.partial(step, axis_name="d"), axis_name="d", devices=jax.devices()[:devices]
         )
-        states = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *np.shape(x))), state)  # noqa: B023
+        states = replicated(state, devices, "d")
         sent = messages(mapped.lower(states, spread(random_batch(local * devices, 0), devices, 1)))
         keys = local * WIDTH
         assert sent["all_to_all"] == [local * math.prod(IMAGE_SHAPE), keys]
