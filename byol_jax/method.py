@@ -35,8 +35,8 @@ def init_state(
 ) -> TrainState:
     """A fresh state. The target starts from its own random draw, as in the authors' code."""
     online_rng, target_rng, step_rng = jax.random.split(rng, 3)
-    online_params, online_stats = networks.init(online_rng, networks_, image_shape)
-    target_params, target_stats = networks.init(target_rng, networks_, image_shape)
+    online_params, online_stats = branch.init(online_rng, networks_, image_shape)
+    target_params, target_stats = branch.init(target_rng, networks_, image_shape)
     target_parts = TARGET_PARTS if use_target_network else ()
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -29,18 +29,6 @@ class OnlineOutputs(NamedTuple):
     prediction: jax.Array  # [V * B, D]; the projection where there is no predictor
 
 
-def init(rng: jax.Array, networks: Networks, image_shape: tuple[int, ...]) -> tuple[dict, dict]:
-    """Parameters and batch statistics of every network, float32."""
-    representation = (networks.encoder.num_features,)
-    inputs = {
-        "encoder": image_shape,
-        "projector": representation,
-        "predictor": (networks.projector.output_size,),
-        "classifier": representation,
-    }
-    return branch.init(rng, networks, inputs)
-
-
 def apply_target(
     networks: Networks, params: dict, stats: dict, views: jax.Array, layout: BatchLayout
 ) -> tuple[jax.Array, dict]:

@@ -47,7 +47,7 @@ def init_state(
 ) -> MoCoState:
     """A fresh state: both encoders are equal, the queue is filled with random directions."""
     online_rng, queue_rng, step_rng = jax.random.split(rng, 3)
-    online_params, online_stats = networks.init(online_rng, networks_, image_shape)
+    online_params, online_stats = branch.init(online_rng, networks_, image_shape)
     return MoCoState(
         step=jnp.zeros((), jnp.int32),
         rng=step_rng,

@@ -29,7 +29,7 @@ def init_state(
 ) -> TrainState:
     """A fresh state. There is one network: nothing is kept as a target."""
     online_rng, step_rng = jax.random.split(rng)
-    online_params, online_stats = networks.init(online_rng, networks_, image_shape)
+    online_params, online_stats = branch.init(online_rng, networks_, image_shape)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         rng=step_rng,

@@ -20,17 +20,6 @@ class Networks(NamedTuple):
     classifier: LinearClassifier | None  # None where there are no labels
 
 
-def init(rng: jax.Array, networks: Networks, image_shape: tuple[int, ...]) -> tuple[dict, dict]:
-    """Parameters and batch statistics of every network, float32."""
-    representation = (networks.encoder.num_features,)
-    inputs = {
-        "encoder": image_shape,
-        "projector": representation,
-        "classifier": representation,
-    }
-    return branch.init(rng, networks, inputs)
-
-
 def apply(
     networks: Networks, params: dict, stats: dict, images: jax.Array, layout: BatchLayout
 ) -> tuple[jax.Array, jax.Array, dict]:

@@ -18,22 +18,28 @@ from jax import lax
 from selfsup_jax.collectives import BatchLayout
 
 
-def init(rng: jax.Array, networks: Any, inputs: Mapping[str, tuple[int, ...]]) -> tuple[dict, dict]:
+def init(rng: jax.Array, networks: Any, image_shape: tuple[int, ...]) -> tuple[dict, dict]:
     """Parameters and batch statistics of every network, float32.
 
     Args:
         rng: each network has a key of its own, whatever the others are.
-        networks: the method's NamedTuple; None where a network is left out.
-        inputs: the shape of an input of each, without the batch.
+        networks: the method's NamedTuple of an encoder, a projector and, where it has them, a
+            predictor and a classifier; None where one is left out.
+        image_shape: `(H, W, C)`.
     """
+    sizes = {
+        "encoder": image_shape,
+        "projector": (networks.encoder.num_features,),
+        "predictor": (networks.projector.output_size,),
+        "classifier": (networks.encoder.num_features,),
+    }
     params: dict[str, Any] = {}
     stats: dict[str, Any] = {}
-    keys = dict(zip(networks._fields, jax.random.split(rng, len(networks)), strict=True))
-    for name, shape in inputs.items():
-        module = getattr(networks, name)
+    keys = jax.random.split(rng, len(networks))
+    for name, module, key in zip(networks._fields, networks, keys, strict=True):
         if module is None:
             continue
-        variables = module.init(keys[name], jnp.zeros((1, *shape)))
+        variables = module.init(key, jnp.zeros((1, *sizes[name])))
         params[name] = variables["params"]
         if "batch_stats" in variables:
             stats[name] = variables["batch_stats"]
