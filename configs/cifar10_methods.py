@@ -79,9 +79,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def table() -> ConfigDict:
     """The four methods with their tuned values, three seeds."""
-    variants = {name: _run(name, _TUNED[name]) for name in _METHODS}
-    title = "CIFAR-10, ResNet-18 x 0.25, 24 px, 2 epochs of 50,000 images, the last step's encoder"
-    return common.study(title, variants, seeds=(0, 1, 2))
+    names = {"moco_v1": "MoCo_v1", "moco_v2": "MoCo_v2", "simclr": "SimCLR", "byol": "BYOL"}
+    variants = {names[method]: _run(method, _TUNED[method]) for method in _METHODS}
+    return common.study("CIFAR-10, ResNet-18 x 0.25, 2 epochs", variants, seeds=(0, 1, 2))
 
 
 def tune() -> ConfigDict:

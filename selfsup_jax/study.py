@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from absl import logging
 from ml_collections import ConfigDict
 
+from selfsup_jax import comparison, parallel, reference
 from selfsup_jax import config as config_lib
-from selfsup_jax import parallel, reference
+from selfsup_jax.comparison import flat
 from selfsup_jax.endings import write_json, writing_to
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
 from selfsup_jax.progress import format_seconds, say
@@ -22,6 +23,7 @@ from selfsup_jax.train import Build, pretrain
 
 RECORD = "runs.json"
 TABLE = "table.md"
+PICTURE = "table.png"
 # Fields that may differ between a run that is done and the same run asked for again; where the
 # data lies and how often is looked is nobody's business but this machine's.
 _FREE_FIELDS = (
@@ -34,23 +36,6 @@ _FREE_FIELDS = (
     "monitor.knn_every_steps",
     "monitor.plots_every_steps",
 )
-_HEADINGS = {
-    "linear_probe_top1": "linear probe",
-    "linear_probe_top5": "linear probe, top 5",
-    "fewshot_top1": "few labels",
-    "knn_top1": "kNN",
-    "random_init_linear_probe_top1": "untrained: linear probe",
-    "random_init_fewshot_top1": "untrained: few labels",
-    "random_init_knn_top1": "untrained: kNN",
-    "pixels_linear_probe_top1": "pixels: linear probe",
-    "pixels_fewshot_top1": "pixels: few labels",
-    "pixels_knn_top1": "pixels: kNN",
-    "effective_rank": "effective rank",
-    "projection_std": "projection std",
-    "use_predictor": "predictor",
-    "use_target_network": "target network",
-    "negatives_weight": "negatives",
-}
 
 
 class Cell(NamedTuple):
@@ -68,7 +53,7 @@ class Cell(NamedTuple):
     @property
     def identity(self) -> dict[str, Any]:
         """Its config, flat, without what may differ."""
-        return {k: v for k, v in _flat(self.config).items() if k not in _FREE_FIELDS}
+        return {k: v for k, v in flat(self.config).items() if k not in _FREE_FIELDS}
 
 
 def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict[str, Any]:
@@ -79,7 +64,7 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
 
     Args:
         config: see `configs/common.py:study`.
-        directory: takes the runs, `runs.json`, `table.md` and `results.json`.
+        directory: takes the runs, `runs.json`, `table.md`, `table.png` and `results.json`.
         builds: `build` of each method.
 
     Returns:
@@ -105,13 +90,9 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
         record[cell.name] = _one(cell, os.path.join(directory, cell.name), builds)
         _write(config, directory, cells, record)
         jax.clear_caches()  # the next run compiles its own
-    results = _write(config, directory, cells, record)
-    say(f"\n{_table(config, cells, record)}\nwrote {os.path.join(directory, TABLE)}")
+    results, table = _write(config, directory, cells, record)
+    say(f"\n{table}\nwrote {os.path.join(directory, TABLE)} and {PICTURE}")
     return results
-
-
-def _flat(config: ConfigDict) -> dict[str, Any]:
-    return flatten_dict(json.loads(config.to_json()), sep=".")
 
 
 def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
@@ -122,7 +103,7 @@ def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
     if not order or set(order) - set(config.variants) or len(set(order)) < len(order):
         there = ", ".join(config.variants)
         raise bad_field("order", order, f"must be one or more different ones of {there}")
-    fields = {field for name in order for field in _flat(config.variants[name])}
+    fields = {field for name in order for field in flat(config.variants[name])}
     for field in config.show:
         if field not in fields:
             near = nearest(field, fields)
@@ -205,102 +186,33 @@ def _check_same(cell: Cell, record: Mapping[str, Any], directory: str) -> None:
 
 def _write(
     config: ConfigDict, directory: str, cells: list[Cell], record: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes the record, the table and the results. Returns the results."""
-    results = _results(config, cells, record)
+) -> tuple[dict[str, Any], str]:
+    """Writes the record, the table, its picture and the results. Returns results and table."""
+    done: comparison.Done = {variant: [] for variant in config.order}
+    for cell in cells:
+        if cell.name in record:
+            done[cell.variant].append(record[cell.name])
+    missing = [cell.name for cell in cells if cell.name not in record]
+    results = {"runs": len(cells) - len(missing), "of_runs": len(cells)}
+    results |= comparison.statistics(config.measures, done)
+    table = comparison.table(config, done, missing)
     if not parallel.is_writer():
-        return results
-    table = _table(config, cells, record)
+        return results, table
     for folder in filter(None, (directory, config.publish_dir)):
         with writing_to(folder):
             os.makedirs(folder, exist_ok=True)
             write_json(os.path.join(folder, RECORD), record)
             with open(os.path.join(folder, TABLE), "w", encoding="utf-8") as f:
                 f.write(table + "\n")
+        if results["runs"]:
+            _draw(os.path.join(folder, PICTURE), config, done)
     with writing_to(directory):
         write_json(os.path.join(directory, "results.json"), results)
-    return results
+    return results, table
 
 
-# ------------------------------------------------------------------------------ the table
-
-
-def _values(measure: str, done: list[dict[str, Any]]) -> list[float]:
-    return [e["results"][measure] for e in done if measure in e["results"]]
-
-
-def _done(cells: list[Cell], record: Mapping[str, Any], variant: str) -> list[dict[str, Any]]:
-    return [record[c.name] for c in cells if c.variant == variant and c.name in record]
-
-
-def _results(config: ConfigDict, cells: list[Cell], record: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"runs": sum(c.name in record for c in cells), "of_runs": len(cells)}
-    for variant in config.order:
-        done = _done(cells, record, variant)
-        for measure in config.measures:
-            values = _values(measure, done)
-            if values:
-                found[f"{variant}_{measure}_mean"] = float(np.mean(values))
-                if len(values) > 1:
-                    found[f"{variant}_{measure}_std"] = float(np.std(values, ddof=1))
-        if done:
-            found[f"{variant}_collapsed"] = sum(bool(_ending(entry)) for entry in done)
-    return found
-
-
-def _ending(entry: dict[str, Any]) -> str:
-    """What became of a run that came to nothing; empty for a good one."""
-    if "diverged" in entry["results"]:
-        return "diverged"
-    if entry["results"].get("collapsed"):
-        return f"step {entry['results']['collapsed_at_step']:,}"
-    return ""
-
-
-def _table(config: ConfigDict, cells: list[Cell], record: dict[str, Any]) -> str:
-    """The table as Markdown, which reads well as it is, too."""
-    head = ["", *(_HEADINGS.get(f, f) for f in config.show)]
-    head += [_HEADINGS.get(m, m) for m in config.measures] + ["collapsed", "images/s"]
-    if config.published:
-        head.append(config.published_title)
-    rows = [head]
-    for variant in config.order:
-        done = _done(cells, record, variant)
-        base = _flat(config.variants[variant])
-        endings = [_ending(entry) for entry in done if _ending(entry)]
-        collapsed = ", ".join(endings) if endings else ("no" if done else "")
-        speeds = _values("images_per_second", done)
-        row = [variant.replace("_", " "), *(_shown(base.get(f)) for f in config.show)]
-        row += [_spread(m, _values(m, done)) for m in config.measures]
-        row += [collapsed, f"{np.median(speeds):,.0f}" if speeds else ""]
-        if config.published:
-            row.append(f"{config.published[variant]:g}" if variant in config.published else "")
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    missing = [c.name for c in cells if c.name not in record]
-    note = f"\n\nStill to come: {', '.join(missing)}." if missing else ""
-    return f"{config.title}\n\n" + "\n".join(lines) + note
-
-
-def _shown(value: Any) -> str:
-    if value is None:  # a field that other variants have
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _spread(measure: str, values: list[float]) -> str:
-    """Mean and, of several seeds, standard deviation; fractions as percentages."""
-    if not values:
-        return ""
-    scale, digits, unit = (100, 1, " %") if measure.endswith(("_top1", "_top5")) else (1, 2, "")
-    text = f"{scale * np.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {scale * np.std(values, ddof=1):.{digits}f}"
-    return text + unit
+def _draw(path: str, config: ConfigDict, done: comparison.Done) -> None:
+    try:
+        comparison.draw(path, config, done)
+    except Exception as e:  # no picture is worth a run
+        logging.warning("%s could not be drawn: %r", path, e)

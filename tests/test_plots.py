@@ -388,3 +388,39 @@ def test_a_run_without_pictures_does_not_wait_for_the_libraries(tmp_path):
         assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=process_env())
+
+
+# --------------------------------------------------------------------------------- recipes
+
+
+def test_recipes_stand_side_by_side(path):
+    """The longer bar reaches further; a dot for each run, a grey line where the baseline is."""
+    panels = [
+        plots.Panel("kNN, %", [[20.0, 30.0], [50.0]], [[10.0, 10.0], [40.0]]),
+        plots.Panel("rank", [[5.0, 7.0], [6.0]], []),
+    ]
+    plots.comparison(path, ["one", "another"], panels, title="Two recipes")
+    picture = read(path)
+    first, second, grey = (
+        np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        for color in (*page.CURVES[:2], page.GREY)
+    )
+    half = picture.shape[1] // 2
+    ends = {}
+    for name, color in (("one", first), ("another", second)):
+        pale = np.round(255 - 0.35 * (255 - color))
+        _, left, _, right = box(picture[:, :half], pale, tolerance=2)
+        ends[name] = (left, right)
+    assert ends["one"][0] == pytest.approx(ends["another"][0], abs=1)
+    lengths = {name: right - left for name, (left, right) in ends.items()}
+    assert lengths["one"] / lengths["another"] == pytest.approx(25 / 50, abs=0.03)
+    below = page.TOP + 22  # above it the note is grey
+    farthest = box(picture[below:, :half], grey, tolerance=2)[3]
+    start = ends["one"][0]
+    assert (farthest - start) / lengths["another"] == pytest.approx(40 / 50, abs=0.03)
+
+
+def test_recipes_that_are_still_to_come_leave_room(path):
+    panels = [plots.Panel("kNN, %", [[], [50.0]], [[], []])]
+    plots.comparison(path, ["to come", "there"], panels, title="One is missing")
+    assert read(path).shape[0] > 100

@@ -463,7 +463,7 @@ def test_table_and_record_are_published(images, pretended, tmp_path):
     assert "Still to come: high/seed_1." in (there / "table.md").read_text()
     del pretended["high/seed_1"]
     study.run(config, str(here), BUILDS)
-    assert sorted(os.listdir(there)) == ["runs.json", "table.md"]
+    assert sorted(os.listdir(there)) == ["runs.json", "table.md", "table.png"]
     for name in os.listdir(there):
         assert (there / name).read_bytes() == (here / name).read_bytes()
     assert "to come" not in (there / "table.md").read_text()
@@ -667,5 +667,5 @@ def test_a_misspelt_field_of_the_study_names_it():
 
 def test_a_field_that_some_variants_have_is_set_there():
     config = cifar10_methods.get_config("queue_size=512")
-    assert config.variants.moco_v1.queue_size == config.variants.moco_v2.queue_size == 512
-    assert "queue_size" not in config.variants.byol
+    assert config.variants.MoCo_v1.queue_size == config.variants.MoCo_v2.queue_size == 512
+    assert "queue_size" not in config.variants.BYOL

@@ -5,13 +5,16 @@ as it likes: pyplot would keep every figure and might look for a screen. matplot
 are imported where they are used: a run without pictures doesn't wait for them.
 """
 
+from selfsup_jax.plots.bars import Panel, comparison
 from selfsup_jax.plots.curves import History, ReferenceBand, learning_curves
 from selfsup_jax.plots.images import nearest_neighbours, view_pairs
 from selfsup_jax.plots.maps import map_points, representation_map
 
 __all__ = [
     "History",
+    "Panel",
     "ReferenceBand",
+    "comparison",
     "learning_curves",
     "map_points",
     "nearest_neighbours",
