@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/python run_experiment.py --config=configs/$(METHOD).py:demo --workdir=$(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

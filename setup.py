@@ -33,6 +33,7 @@ setup(
         "gpu": ["jax[cuda13]"],
         "test": [
             "pytest>=8.3",
+            "pytest-xdist>=3.6",  # two test files at a time: compiling takes one core
             "ruff>=0.12",
             "mypy>=1.15",
             "pillow>=11",  # the reference that the colour operations are compared with
