@@ -172,7 +172,8 @@ def _check_same(cell: Cell, record: Mapping[str, Any], directory: str) -> None:
     if cell.name not in record:
         return
     before, now = record[cell.name]["config"], cell.identity
-    different = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
+    fields = sorted((before | now).keys() - set(_FREE_FIELDS))
+    different = [k for k in fields if before.get(k) != now.get(k)]
     if different:
         told = "; ".join(
             f"config.variants.{cell.variant}.{k}={now.get(k)!r}: it was done with {before.get(k)!r}"
