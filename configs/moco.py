@@ -15,8 +15,8 @@ of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train
   lightly's benchmark: 83.8 % kNN, the best epoch on the test set (peers' table; ours are in the
   README).
 - `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. Neither published nor run by us.
-- `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; what it reaches is in
-  the README.
+- `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; 96 %, and 87 % with
+  10 labels per class.
 - `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
 
 `view_1` makes the queries and `view_2` the keys; with `symmetric` each makes both in turn. The

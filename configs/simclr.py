@@ -12,8 +12,8 @@ of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train
 - `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 512, 1000 epochs, as in the authors' README:
   about 91 % linear.
 - `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. Neither published nor run by us.
-- `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; what it reaches is in
-  the README.
+- `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; 96 %, and 90 % with
+  10 labels per class.
 - `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
 """
 

@@ -20,6 +20,7 @@ _TITLES = {
     "probe_loss": ("loss of the online probe", "loss"),
     "probe_top1": ("top-1 accuracy, %", "online probe"),
     "knn_top1": ("top-1 accuracy, %", "kNN"),
+    "contrast_top1": ("own view found first, %", "own view"),
     "projection_std": ("projection std (1 healthy, 0 collapsed)", "std"),
     "effective_rank": ("effective rank", "rank"),
     "prediction_target_cosine": ("cosine of prediction and target", "cosine"),
