@@ -126,7 +126,7 @@ def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
     views = 1 if one_sided else 2
     # SimCLR's two views are one batch for batch norm.
     layout = collectives.batch_layout(
-        config.bn_groups, 1 if not state.target_params else views, None
+        config.bn_groups, 1 if config.method == "simclr" else views, None
     )
 
     def through(names: tuple[str, ...], params: Any, stats: Any, images: jax.Array) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -78,8 +80,10 @@ def negatives_loss(
         A float32 scalar, the mean over this device's images.
     """
     phi = l2_normalize(prediction)
-    same = phi @ l2_normalize(own_view).T / temperature  # [b, B]
-    other = phi @ l2_normalize(other_view).T / temperature
+    # float32 in full, which accelerators don't give by themselves.
+    similarity = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    same = similarity(phi, l2_normalize(own_view).T) / temperature  # [b, B]
+    other = similarity(phi, l2_normalize(other_view).T) / temperature
     itself = jnp.arange(same.shape[1]) == first_row + jnp.arange(same.shape[0])[:, None]
     same = jnp.where(itself, -jnp.inf, same)
     log_sum = logsumexp(jnp.concatenate([same, other], axis=1), axis=1)

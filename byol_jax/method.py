@@ -44,7 +44,7 @@ def init_state(
         online_params=online_params,
         target_params={part: target_params[part] for part in target_parts},
         online_stats=online_stats,
-        target_stats={part: target_stats[part] for part in target_parts},
+        target_stats={part: target_stats[part] for part in target_parts if part in target_stats},
         opt_state=optimizer.init(online_params),
     )
 

@@ -80,7 +80,10 @@ def _paper(epochs: float = 1000) -> ConfigDict:
 
 
 def cifar10() -> ConfigDict:
-    """CIFAR-10 on one accelerator: lightly's benchmark recipe, with SGD and no blur."""
+    """CIFAR-10 on one accelerator, after lightly's benchmark: SGD, no warm-up, no blur.
+
+    There the loss is a quarter of this one: a quarter of its rate and four times its decay.
+    """
     config = datasets.on_cifar10(_paper())
     config.epochs = 200.0
     config.batch_size = 128
@@ -89,8 +92,8 @@ def cifar10() -> ConfigDict:
     config.projector.hidden_size = 1024
     config.predictor.hidden_size = 1024
     config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = 0.12  # 0.06 x B / 128
-    config.optimizer.weight_decay = 5e-4
+    config.optimizer.learning_rate = 0.03  # 0.06 x B / 128, a quarter
+    config.optimizer.weight_decay = 2e-3  # 5e-4, four times
     config.optimizer.warmup_epochs = 0.0
     for view in (config.augment.view_1, config.augment.view_2):
         view.jitter_style = "torchvision"

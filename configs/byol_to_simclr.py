@@ -65,7 +65,7 @@ def cifar10() -> ConfigDict:
 
 def imagenet() -> ConfigDict:
     """ImageNet, 300 epochs, as in the paper."""
-    return _variants(byol.get_config("imagenet,epochs=300"), "ImageNet, 300 epochs")
+    return _variants(byol.get_config("imagenet,epochs=300"), "ImageNet")
 
 
 def _variants(base: ConfigDict, data: str) -> ConfigDict:

@@ -86,7 +86,9 @@ def table() -> ConfigDict:
     """The four methods with their tuned values, three seeds."""
     names = {"moco_v1": "MoCo_v1", "moco_v2": "MoCo_v2", "simclr": "SimCLR", "byol": "BYOL"}
     variants = {names[method]: _run(method, _TUNED[method]) for method in _METHODS}
-    return common.study("CIFAR-10, ResNet-18 x 0.25, 3 epochs", variants, seeds=(0, 1, 2))
+    study = common.study("CIFAR-10, ResNet-18 x 0.25", variants, seeds=(0, 1, 2))
+    study.show = ("epochs",)
+    return study
 
 
 def tune() -> ConfigDict:
@@ -101,7 +103,7 @@ def tune() -> ConfigDict:
             config.eval.random_init = False
             config.eval.max_train_images = 10000
             variants[f"{name}_try_{number + 1}"] = config
-    study = common.study("Tries on CIFAR-10's train[:45000], 1 epoch", variants, seeds=(0,))
+    study = common.study("Tries on CIFAR-10's train[:45000]", variants, seeds=(0,))
     study.show = ("optimizer.learning_rate", "tau_base", "temperature")
     study.measures = ("linear_probe_top1", "knn_top1")
     return study

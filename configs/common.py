@@ -190,7 +190,7 @@ def study(title: str, variants: dict[str, ConfigDict], seeds: tuple[int, ...]) -
     )
     config.published = ConfigDict()  # variant -> published top-1, to stand beside
     config.published_title = "published"
-    config.publish_dir = ""  # a folder that also takes the table and the runs' record
+    config.publish_dir = ""  # a folder that also takes table and record, once all runs are done
     return config
 
 

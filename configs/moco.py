@@ -107,7 +107,7 @@ def as_v1(config: ConfigDict) -> ConfigDict:
 
 
 def cifar10() -> ConfigDict:
-    """CIFAR-10 on one accelerator: lightly's benchmark recipe."""
+    """CIFAR-10 on one accelerator, after lightly's benchmark."""
     config = datasets.on_cifar10(_v2())
     config.batch_size = 128
     config.tau_base = 0.99

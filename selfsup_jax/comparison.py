@@ -15,7 +15,8 @@ from selfsup_jax import plots
 # The runs that are done of each variant: entries of a study's record, in the order of the seeds.
 Done = dict[str, list[dict[str, Any]]]
 
-_HEADINGS = {
+# Results and config fields that a study may show -> their headings.
+HEADINGS = {
     "linear_probe_top1": "linear probe",
     "linear_probe_top5": "linear probe, top 5",
     "fewshot_top1": "few labels",
@@ -28,6 +29,7 @@ _HEADINGS = {
     "pixels_knn_top1": "pixels: kNN",
     "effective_rank": "effective rank",
     "projection_std": "projection std",
+    "loss": "loss",
     "use_predictor": "predictor",
     "use_target_network": "target network",
     "negatives_weight": "negatives",
@@ -63,8 +65,8 @@ def table(config: ConfigDict, done: Done, missing: Sequence[str]) -> str:
         done: see `Done`.
         missing: names of the runs that are still to come.
     """
-    head = ["", *(_HEADINGS.get(f, f) for f in config.show)]
-    head += [_HEADINGS.get(m, m) for m in config.measures] + ["collapsed", "images/s"]
+    head = ["", *(HEADINGS.get(f, f) for f in config.show)]
+    head += [HEADINGS.get(m, m) for m in config.measures] + ["collapsed", "images/s"]
     rows = [head + [config.published_title] * bool(config.published)]
     for variant, entries in done.items():
         settings = flat(config.variants[variant])
@@ -96,7 +98,7 @@ def draw(path: str, config: ConfigDict, done: Done) -> None:
         scale, unit = (100, ", %") if _is_fraction(measure) else (1, "")
         panels.append(
             plots.Panel(
-                _HEADINGS.get(measure, measure) + unit,
+                HEADINGS.get(measure, measure) + unit,
                 [[scale * v for v in _values(measure, entries)] for entries in done.values()],
                 [[scale * v for v in _values(_UNTRAINED + measure, e)] for e in done.values()],
             )

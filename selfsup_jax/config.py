@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from selfsup_jax import optim, parallel
@@ -167,6 +168,13 @@ def check_batch_fits(config: ConfigDict, num_examples: int) -> None:
             config.batch_size,
             f"must be at most the {num_examples} images of data.train_split="
             f"{config.data.train_split!r}",
+        )
+    if config.get("queue_size", 0) > num_examples:
+        logging.warning(
+            "config.queue_size=%d: more keys than the %d images, so that an image has keys of its "
+            "own among its negatives; a quarter of the images would do",
+            config.queue_size,
+            num_examples,
         )
 
 

@@ -108,6 +108,12 @@ def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
         if field not in fields:
             near = nearest(field, fields)
             raise bad_field("show", tuple(config.show), f"no field {field}; did you mean {near}?")
+    for measure in config.measures:
+        if measure not in comparison.HEADINGS:
+            near = nearest(measure, comparison.HEADINGS)
+            raise bad_field(
+                "measures", tuple(config.measures), f"no {measure}; did you mean {near}?"
+            )
     for seed in config.seeds:  # a whole table of one seed is there before the next seed begins
         for variant in config.order:
             cell = Cell(variant, seed, config.variants[variant].copy_and_resolve_references())
@@ -117,6 +123,7 @@ def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
                     raise bad_field("method", cell.config.method, f"must be one of {list(builds)}")
                 config_lib.validate(cell.config)
                 reference.load(cell.config.monitor.reference)  # that there is one of that name
+                builds[cell.config.method](cell.config, None, 1, 0)  # that its method can take it
             except UserError as e:
                 message = str(e).removeprefix("config.")
                 raise UserError(f"config.variants.{variant}.{message}") from e
@@ -201,7 +208,9 @@ def _write(
         return results, table
     for folder in filter(None, (directory, config.publish_dir)):
         with writing_to(folder):
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)  # to be told of it before hours of work
+            if folder == config.publish_dir and missing:
+                continue  # what is published there may be whole
             write_json(os.path.join(folder, RECORD), record)
             with open(os.path.join(folder, TABLE), "w", encoding="utf-8") as f:
                 f.write(table + "\n")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 
 def nt_xent(
@@ -32,8 +35,10 @@ def nt_xent(
     """
     rows = first_row + jnp.arange(len(projection))
     itself = jnp.arange(len(own_view)) == rows[:, None]
-    same = jnp.where(itself, -jnp.inf, projection @ own_view.T)  # [b, B]
-    other = projection @ other_view.T
+    # float32 in full, which accelerators don't give by themselves.
+    similarity = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    same = jnp.where(itself, -jnp.inf, similarity(projection, own_view.T))  # [b, B]
+    other = similarity(projection, other_view.T)
     logits = jnp.concatenate([other, same], axis=1) / temperature
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, rows)
     top1 = jnp.argmax(logits, axis=1) == rows

@@ -8,6 +8,7 @@ import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny_runs
 from conftest import (
@@ -21,6 +22,7 @@ from conftest import (
     flatten,
     random_batch,
     replicated,
+    tiny_networks,
 )
 from test_byol import TARGET, TWO_VIEWS, as_float64, oracle_forward
 
@@ -29,6 +31,7 @@ from configs import byol, byol_to_simclr
 from selfsup_jax import config as config_lib
 from selfsup_jax import train
 from selfsup_jax.errors import UserError
+from selfsup_jax.models.heads import MLPHead
 
 BATCH = 6
 # (predictor, target network, beta)
@@ -421,3 +424,16 @@ def test_fields_after_the_preset_are_set_in_each_variant():
     changed = study.variants[study.order[0]]
     changed.optimizer.momentum = 0.5  # a variant's config is its own
     assert [c.optimizer.momentum for c in study.variants.values()].count(0.5) == 1
+
+
+def test_a_linear_projector_has_no_statistics():
+    networks = tiny_networks()._replace(projector=MLPHead(hidden_size=0, output_size=3))
+    init = functools.partial(
+        method.init_state,
+        networks_=networks,
+        optimizer=optax.identity(),
+        image_shape=IMAGE_SHAPE,
+    )
+    state = jax.eval_shape(init, jax.random.PRNGKey(0))
+    assert set(state.target_params) == {"encoder", "projector"}
+    assert set(state.target_stats) == {"encoder"}

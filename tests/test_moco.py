@@ -929,3 +929,18 @@ def test_one_group_is_warned_of(fields):
     config_lib.validate(config)
     _, warning = built(config).notes
     assert warning.startswith(f"WARNING: config.bn_groups={config.bn_groups} leaves")
+
+
+def test_a_queue_of_more_keys_than_images_is_warned_of(caplog):
+    config = moco.get_config("demo")
+    config_lib.check_batch_fits(config, 4000)
+    assert not caplog.records
+    config_lib.check_batch_fits(config, 1000)
+    (record,) = caplog.records
+    assert "config.queue_size=1024" in record.getMessage() and "1000" in record.getMessage()
+
+
+def test_a_tie_is_no_find():
+    """All vectors alike: the own key is not told from the queue's."""
+    same = np.ones((4, 3), np.float32) / np.sqrt(3, dtype=np.float32)
+    assert losses.info_nce(same, same, same, 0.1)[1] == 0

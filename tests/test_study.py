@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -437,7 +438,7 @@ def test_each_variant_is_built_by_its_method(images, monkeypatch, tmp_path):
         return {}
 
     monkeypatch.setattr(study, "pretrain", pretrain)
-    builds = {"moco": lambda: "moco", "byol": lambda: "byol", "simclr": lambda: "simclr"}
+    builds = {name: functools.partial(quick_build) for name in ("moco", "byol", "simclr")}
     variants = {"one": {"method": "moco"}, "two": {"method": "byol"}}
     study.run(make_config(images, variants=variants), str(tmp_path), builds)
     assert built == {name: builds[name] for name in ("moco", "byol")}
@@ -453,14 +454,13 @@ def test_published_numbers_stand_beside(images, pretended, tmp_path):
 
 
 def test_table_and_record_are_published(images, pretended, tmp_path):
-    """After each run, as in the study's own directory."""
+    """Once all is done, as in the study's own directory: what is there already may be whole."""
     here, there = tmp_path / "study", tmp_path / "docs" / "study"
     pretended["high/seed_1"] = Stopped("SIGTERM", 143)
     config = make_config(images, publish_dir=str(there))
     with pytest.raises(Stopped):
         study.run(config, str(here), BUILDS)
-    assert len(read(there / "runs.json")) == 3
-    assert "Still to come: high/seed_1." in (there / "table.md").read_text()
+    assert len(read(here / "runs.json")) == 3 and os.listdir(there) == []
     del pretended["high/seed_1"]
     study.run(config, str(here), BUILDS)
     assert sorted(os.listdir(there)) == ["runs.json", "table.md", "table.png"]
@@ -669,3 +669,20 @@ def test_a_field_that_some_variants_have_is_set_there():
     config = cifar10_methods.get_config("queue_size=512")
     assert config.variants.MoCo_v1.queue_size == config.variants.MoCo_v2.queue_size == 512
     assert "queue_size" not in config.variants.BYOL
+
+
+def test_what_a_method_cannot_take_is_told_before_the_first_run(images, pretended, tmp_path):
+    def build(config, *args):
+        if config.optimizer.learning_rate == RATES["high"]:
+            raise UserError("config.queue_size=7: must be a multiple of 16")
+        return quick_build(config, *args)
+
+    with pytest.raises(UserError, match=r"^config\.variants\.high\.queue_size=7: must be"):
+        study.run(make_config(images), str(tmp_path), {"byol": build})
+    assert pretended.begun == []
+
+
+def test_a_misspelt_measure_is_told(images, pretended, tmp_path):
+    config = make_config(images, measures=("linear_probe",))
+    with pytest.raises(UserError, match=r"config\.measures=.*linear_probe_top1"):
+        study.run(config, str(tmp_path), BUILDS)
