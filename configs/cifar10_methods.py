@@ -1,8 +1,7 @@
 """Four methods on CIFAR-10, one narrow encoder, one budget: the README's table of results.
 
-    python run_experiment.py --config=configs/cifar10_methods.py --workdir=runs/methods \\
-      --config.publish_dir=benchmarks/results/cifar10
-    python run_experiment.py --config=configs/cifar10_methods.py:tune --workdir=runs/tune
+    python run_experiment.py --config=configs/cifar10_methods.py --workdir=runs/cifar10_methods
+    python run_experiment.py --config=configs/cifar10_methods.py:tune --workdir=runs/cifar10_tuning
 
 (`:table,data.dir=TFDS_DIR` where TFDS's data lies elsewhere, `,data.download=True` to fetch it.)
 
