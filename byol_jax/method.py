@@ -148,7 +148,8 @@ def train_step(
         1 where all of them are), and under "outputs" this device's rows of `Outputs`.
     """
     step_rng = jax.random.fold_in(state.rng, state.step)
-    layout = collectives.batch_layout(max(1, bn_groups // accumulate_steps), 2, axis_name)
+    groups = collectives.groups_of_microbatch(bn_groups, accumulate_steps)
+    layout = collectives.batch_layout(groups, 2, axis_name)
     loss = functools.partial(
         loss_fn,
         networks_=networks_,

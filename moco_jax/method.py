@@ -147,7 +147,7 @@ def train_step(
         where all of them are), and under "outputs" this device's rows of `Outputs`.
     """
     step_rng = jax.random.fold_in(state.rng, state.step)
-    groups = max(1, bn_groups // accumulate_steps)
+    groups = collectives.groups_of_microbatch(bn_groups, accumulate_steps)
     layout = collectives.batch_layout(groups, 2 if symmetric else 1, axis_name)
     step_tau = tau(state.step)
     target_params = optax.incremental_update(
@@ -250,7 +250,7 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
 
 
 def _check(config: Any) -> None:
-    groups = max(1, config.bn_groups // config.accumulate_steps)
+    groups = collectives.groups_of_microbatch(config.bn_groups, config.accumulate_steps)
     devices = jax.device_count()
     cell = groups * devices * config.accumulate_steps
     if groups > 1 and config.batch_size % cell:
@@ -277,7 +277,7 @@ def _notes(config: Any) -> tuple[str, ...]:
     keys = config.batch_size * (2 if config.symmetric else 1)
     depth = config.queue_size // keys
     queue_note = f"queue of {config.queue_size:,} keys, those of the last {depth:,} steps"
-    groups = max(1, config.bn_groups // config.accumulate_steps)
+    groups = collectives.groups_of_microbatch(config.bn_groups, config.accumulate_steps)
     if groups > 1:
         size = config.batch_size // config.accumulate_steps // groups
         return (f"{queue_note}; batch norm in {groups} groups of {size}, keys shuffled over them",)

@@ -45,6 +45,11 @@ class BatchLayout:
         return lax.pmean(x, self.axis_name, axis_index_groups=self.index_groups)
 
 
+def groups_of_microbatch(bn_groups: int, accumulate_steps: int) -> int:
+    """Batch-norm groups of each microbatch, where the global batch has `bn_groups`."""
+    return max(1, bn_groups // max(1, accumulate_steps))
+
+
 def batch_layout(bn_groups: int, num_views: int, axis_name: str | None) -> BatchLayout:
     """The layout of `bn_groups` groups of each view's global batch over the mapped devices.
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from selfsup_jax.collectives import groups_of_microbatch
 from selfsup_jax.errors import bad_field
 
 AXIS_NAME = "devices"
@@ -87,7 +88,7 @@ def check_batch(batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
             bn_groups,
             f"must be 1 or a multiple of accumulate_steps={accumulate_steps}",
         )
-    groups = max(1, bn_groups // accumulate_steps)
+    groups = groups_of_microbatch(bn_groups, accumulate_steps)
     if (batch_size // accumulate_steps) % groups:
         raise bad_field("bn_groups", bn_groups, f"must divide batch_size={batch_size}")
     if max(groups, devices) % min(groups, devices):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from clu import periodic_actions
 
+from selfsup_jax.collectives import groups_of_microbatch
 from selfsup_jax.errors import UserError
 
 
@@ -89,7 +90,7 @@ def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_group
     if count < 0:
         raise UserError(f"--cpu_devices={count}: must not be negative")
     if not count:
-        groups = max(1, bn_groups // max(1, accumulate_steps))
+        groups = groups_of_microbatch(bn_groups, accumulate_steps)
         unit = 2 * max(1, accumulate_steps) * groups  # MoCo deals each device's part to all groups
         divides = batch_size % unit == 0 and (groups == 1 or not groups % 2)
         count = 2 if (os.cpu_count() or 1) >= 2 and divides else 1

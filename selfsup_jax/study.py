@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from selfsup_jax import comparison, parallel, reference
+from selfsup_jax import comparison, parallel, reference, workdir
 from selfsup_jax import config as config_lib
 from selfsup_jax.comparison import flat
 from selfsup_jax.endings import write_json, writing_to
@@ -76,21 +76,22 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
             runs that end in numbers that are none: the table tells.
         Stopped: see `pretrain`.
     """
+    workdir.check_path(directory)
     cells = list(_cells(config, builds))
     record = _read_record(directory)
     for cell in cells:
         _check_same(cell, record, directory)
     parallel.wait_for_all("study")
-    _write(config, directory, cells, record)  # that it can be written, before hours of work
+    # Before hours of work: that it can be written.
+    results, table = _write(config, directory, cells, record)
     for number, cell in enumerate(cells, start=1):
         if cell.name in record:
             continue
         left = sum(c.name not in record for c in cells)
         say(f"\n[{number}/{len(cells)}] {cell.name}{_expected(record, left)}")
         record[cell.name] = _one(cell, os.path.join(directory, cell.name), builds)
-        _write(config, directory, cells, record)
+        results, table = _write(config, directory, cells, record)
         jax.clear_caches()  # the next run compiles its own
-    results, table = _write(config, directory, cells, record)
     say(f"\n{table}\nwrote {os.path.join(directory, TABLE)} and {PICTURE}")
     return results
 

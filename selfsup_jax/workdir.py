@@ -36,6 +36,12 @@ _FREE_FIELDS = (
 _LENGTH_FIELDS = ("steps", "examples", "epochs")
 
 
+def check_path(workdir: str) -> None:
+    """Raises `UserError` for the address of a bucket: locally it would be a folder of that name."""
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
+
+
 @contextlib.contextmanager
 def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
     """Makes the workdir and its checkpoints ready, for one run at a time.
@@ -44,8 +50,7 @@ def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]
         UserError: the workdir can't be written to, another process trains in it, or hosts see
             different checkpoints there.
     """
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
+    check_path(workdir)
     with contextlib.ExitStack() as stack:
         try:
             os.makedirs(workdir, exist_ok=True)
