@@ -24,30 +24,16 @@ class Data(NamedTuple):
 def load_data(config: ConfigDict) -> Data:
     """The training split and, where there are labels, the held-out one; fills in empty splits."""
     data = config.data
-    options: dict[str, Any] = {}
-    if data.name not in sources.EMBEDDED:
-        options = {
-            "download": data.download,
-            "cache_gib": data.cache_gib,
-            "shuffle_buffer": data.shuffle_buffer,
-        }
-    if data.download and not parallel.is_writer():
-        parallel.wait_for_all("prepared")  # one host prepares, the others find it done
     chosen = not data.train_split
-    if not (data.train_split and data.test_split):
-        train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
-        data.train_split = data.train_split or train_split
-        data.test_split = data.test_split or test_split
-    train = sources.load(data.name, data.dir, data.train_split, "data.train_split", **options)
-    if data.download and parallel.is_writer():
-        parallel.wait_for_all("prepared")
+    fill_in_splits(data)
+    train = load_split(data, data.train_split, "data.train_split")
     if chosen and not train.num_classes and data.train_split == "train[:90%]":
         # Without labels there is nothing to hold images out for.
         data.train_split, data.test_split = "train", "train[:0]"
-        train = sources.load(data.name, data.dir, "train", "data.train_split", **options)
+        train = load_split(data, "train", "data.train_split")
     test = None
     if train.num_classes and config.eval.enabled:
-        test = sources.load(data.name, data.dir, data.test_split, "data.test_split", **options)
+        test = load_split(data, data.test_split, "data.test_split")
         if not test.num_classes:
             logging.warning("%s has no labels: no probes", test.name)
             test = None
@@ -55,7 +41,37 @@ def load_data(config: ConfigDict) -> Data:
     return Data(train, test, undecodable)
 
 
-def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[pipeline.HostBatch]:
+def fill_in_splits(data: ConfigDict) -> None:
+    """Names the splits that a `data` section leaves empty; prepares the data set if it may."""
+    if data.download and not parallel.is_writer():
+        parallel.wait_for_all("prepared")  # one host prepares, the others find it done
+    if not (data.train_split and data.test_split):
+        train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
+        data.train_split = data.train_split or train_split
+        data.test_split = data.test_split or test_split
+    elif data.download:
+        sources.choose_splits(data.name, data.dir, data.download)
+    if data.download and parallel.is_writer():
+        parallel.wait_for_all("prepared")
+
+
+def load_split(
+    data: ConfigDict, split: str, field: str, *, several_labels: bool = False
+) -> sources.Source:
+    """One split of the data set that a `data` section names; see `sources.load`."""
+    options: dict[str, Any] = {}
+    if data.name not in sources.EMBEDDED:
+        options = {
+            "cache_gib": data.cache_gib,
+            "shuffle_buffer": data.shuffle_buffer,
+            "several_labels": several_labels,
+        }
+    return sources.load(data.name, data.dir, split, field, **options)
+
+
+def train_batches(
+    config: ConfigDict, data: Data, first_step: int, num_views: int = 2
+) -> Iterator[pipeline.HostBatch]:
     """This host's part of each global batch from `first_step` on, without end."""
     spec = crops.CropSpec(
         config.data.image_size,
@@ -71,23 +87,31 @@ def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[p
         positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
         first_step=first_step,
         undecodable=data.undecodable,
+        num_views=num_views,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
 
 
 def eval_batches(
-    config: ConfigDict, source: sources.Source, limit: int
+    data: ConfigDict, source: sources.Source, batch_size: int, limit: int | None = None
 ) -> Callable[[], Iterable[pipeline.HostBatch]]:
-    """Each call gives this host's part of a split's test images once, at most `limit` in all."""
-    undecodable = pipeline.Undecodable(source.num_examples, config.data.max_undecodable)
+    """Each call gives this host's part of a split's test images once, at most `limit` in all.
+
+    Args:
+        data: the config's `data` section.
+        source: a split.
+        batch_size: images at a time, of this host.
+        limit: of more images an evenly spread part is read; None for all.
+    """
+    undecodable = pipeline.Undecodable(source.num_examples, data.max_undecodable)
     return lambda: pipeline.eval_batches(
         source,
-        resize=config.data.test_resize,
-        size=config.data.image_size,
-        method=config.data.resize_method,
-        batch_size=config.eval.batch_size,
-        limit=limit,
+        resize=data.test_resize,
+        size=data.image_size,
+        method=data.resize_method,
+        batch_size=batch_size,
+        limit=source.num_examples if limit is None else limit,
         undecodable=undecodable,
         host=jax.process_index(),
         hosts=jax.process_count(),

@@ -39,7 +39,7 @@ class Monitor:
         run: its flat config, as the reference has it.
         data: its splits.
         method: for its `augment_views`.
-        extract: of `features.make_extractor`.
+        extract: see `features.Extractor`.
         recorder: whose history is judged and drawn.
         progress: which tells the news.
         workdir: takes `plots/`.
@@ -117,7 +117,9 @@ class Monitor:
         found = {}
         for name, (source, limit) in sources.items():
             images: list[np.ndarray] = []
-            batches = inputs.eval_batches(self._config, source, limit)()
+            batches = inputs.eval_batches(
+                self._config.data, source, self._config.eval.batch_size, limit
+            )()
             features = self._extract(variables, _with_small_images(batches, images))
             found[name] = (features, parallel.gather_hosts(np.concatenate(images)))
         bank, bank_images = found["bank"]

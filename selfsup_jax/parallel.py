@@ -9,9 +9,10 @@ batch, so that the number of devices is a matter of speed and memory and not of 
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -177,28 +178,92 @@ def pmap_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
     return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,))
 
 
-def pmap_over_local(fn: Callable[..., Any]) -> Callable[[Any], Callable[..., np.ndarray]]:
-    """Maps `fn(shared, rows)` over this host's devices: `bind(shared)` gives `rows -> rows`.
+def pmap_over_local(
+    fn: Callable[..., Any],
+) -> Callable[[Any], Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]]:
+    """Maps `fn(shared, rows)` over this host's devices: `bind(shared)` maps a stream of rows.
 
     `shared` is sent to the devices once, when it is bound. The rows, `[rows, ...]` host arrays, are
     padded with copies of the last to a multiple of the devices and to the size of the largest call
-    so far, so that one trace serves a whole data set, its shorter last batch included.
+    so far, so that one trace serves a whole data set, its shorter last batch included. While the
+    devices work on one item the next is fetched.
     """
     devices = jax.local_devices()
     mapped = jax.pmap(fn, devices=devices)
     place = jax.pmap(lambda _, shared: shared, in_axes=(0, None), devices=devices)
     padded_rows = 0
 
-    def call(shared: Any, rows: np.ndarray) -> np.ndarray:
+    def begin(shared: Any, rows: np.ndarray) -> tuple[jax.Array, int]:
         nonlocal padded_rows
         padded_rows = max(padded_rows, -(-len(rows) // len(devices)) * len(devices))
         padding = [(0, padded_rows - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-        padded = np.pad(rows, padding, mode="edge")
-        out = mapped(shared, padded.reshape(len(devices), -1, *rows.shape[1:]))
-        shards = jax.device_get([shard.data[0] for shard in out.addressable_shards])
-        return np.concatenate(shards)[: len(rows)]
+        padded = np.pad(rows, padding, mode="edge") if padded_rows > len(rows) else rows
+        return mapped(shared, padded.reshape(len(devices), -1, *rows.shape[1:])), len(rows)
 
-    def bind(shared: Any) -> Callable[[np.ndarray], np.ndarray]:
-        return functools.partial(call, place(np.zeros(len(devices), np.float32), shared))
+    def finish(out: jax.Array, count: int) -> np.ndarray:
+        shards = jax.device_get([shard.data[0] for shard in out.addressable_shards])
+        return np.concatenate(shards)[:count]
+
+    def stream(shared: Any, items: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        waiting: collections.deque = collections.deque()
+        for rows in items:
+            waiting.append(begin(shared, rows))
+            if len(waiting) > 1:
+                yield finish(*waiting.popleft())
+        while waiting:
+            yield finish(*waiting.popleft())
+
+    def bind(shared: Any) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+        return functools.partial(stream, place(np.zeros(len(devices), np.float32), shared))
 
     return bind
+
+
+class RowsPart(NamedTuple):
+    """A device's part of a table, cut into blocks.
+
+    Attributes:
+        rows: `[blocks, c, ...]`.
+        numbers: `[blocks, c]` int32, the rows' places in the table; -1 for what only fills up.
+    """
+
+    rows: Any
+    numbers: Any
+
+
+def spread_rows(table: np.ndarray, block: int) -> RowsPart:
+    """Cuts a table `[N, ...]` up among this host's devices, in blocks of at most `block` rows.
+
+    Returns:
+        Its parts with a leading device axis, each on its device.
+    """
+    devices = jax.local_devices()
+    each = -(-len(table) // len(devices))
+    block = min(block, each)
+    blocks = -(-each // block)
+    padding = blocks * block * len(devices) - len(table)
+    shape = (len(devices), blocks, block)
+    rows = np.pad(table, [(0, padding)] + [(0, 0)] * (table.ndim - 1))
+    numbers = np.pad(np.arange(len(table), dtype=np.int32), (0, padding), constant_values=-1)
+    part = RowsPart(rows.reshape(*shape, *table.shape[1:]), numbers.reshape(shape))
+    return jax.pmap(lambda x: x, devices=devices)(part)
+
+
+def pmap_parts(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Maps `fn(part, shared)` over this host's devices, each with its part of `spread_rows`."""
+    return jax.pmap(fn, in_axes=(0, None), devices=jax.local_devices())
+
+
+def pmap_reduce(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Maps `fn(parts, shared, axis_name)` over this host's devices; the first's result.
+
+    `fn` makes its results equal on all devices by means over the axis.
+    """
+    devices = jax.local_devices()
+    mapped = jax.pmap(
+        functools.partial(fn, axis_name=AXIS_NAME),
+        axis_name=AXIS_NAME,
+        in_axes=(0, None),
+        devices=devices,
+    )
+    return lambda parts, shared: unreplicate(mapped(parts, shared))

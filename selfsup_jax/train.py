@@ -100,7 +100,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
 
     recorder = Recorder(run.workdir, first_step)
     line = progress.Progress(run.total_steps, first_step, run.config.batch_size)
-    extract = features.make_extractor(
+    extract = features.Extractor(
         run.method.represent, tuple(run.config.augment.mean), tuple(run.config.augment.std)
     )
     flat = workdir.flat_config(run.identity)
@@ -284,8 +284,12 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState, extract: Any) ->
         parallel.unreplicate(encoder_variables(state)),
         # The encoder exactly as this run's training found it.
         encoder_variables(initial) if config.eval.random_init else None,
-        inputs.eval_batches(config, run.data.train, config.eval.max_train_images),
-        inputs.eval_batches(config, run.data.test, config.eval.max_test_images),
+        inputs.eval_batches(
+            config.data, run.data.train, config.eval.batch_size, config.eval.max_train_images
+        ),
+        inputs.eval_batches(
+            config.data, run.data.test, config.eval.batch_size, config.eval.max_test_images
+        ),
         config.eval,
         config.seed,
     )

@@ -12,7 +12,7 @@ from conftest import MEAN, NUM_CLASSES, STD, assert_same
 from ml_collections import ConfigDict
 
 from selfsup_jax.evaluation import final, knn, linear_probe
-from selfsup_jax.evaluation.features import Features, make_extractor, pixels
+from selfsup_jax.evaluation.features import Extractor, Features, pixels
 from selfsup_jax.state import encoder_variables
 
 
@@ -211,7 +211,7 @@ def test_features_do_not_depend_on_batches_or_devices(networks, variables, image
     expected = np.asarray(networks.encoder.apply(variables, jnp.asarray(normal, jnp.float32)))
     assert np.ptp(expected, axis=0).min() > 0
     for size in (5, 8, 16, ROWS, 100):
-        extract = make_extractor(represent, MEAN, STD)
+        extract = Extractor(represent, MEAN, STD)
         features = extract(variables, batches(images, size))
         np.testing.assert_array_equal(features.labels, np.arange(ROWS))
         np.testing.assert_allclose(features.x, expected, rtol=1e-5, atol=1e-6)
@@ -257,7 +257,7 @@ def test_evaluate_measures_each_encoder_by_itself():
     shows_class[0], shows_noise[20] = 1, 1
     train, test = split(90), split(60)
     results = final.evaluate(
-        make_extractor(represent, (0.0,) * 3, (1.0,) * 3),
+        Extractor(represent, (0.0,) * 3, (1.0,) * 3),
         shows_class,
         shows_noise,
         lambda: train,

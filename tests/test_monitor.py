@@ -97,7 +97,7 @@ def features_at(config, data, directory, step: int) -> tuple[Features, Features]
     }
 
     def features(source, limit: int) -> Features:
-        batches = list(inputs.eval_batches(config, source, limit)())
+        batches = list(inputs.eval_batches(config.data, source, config.eval.batch_size, limit)())
         pictures = np.concatenate([batch["image"] for batch in batches]).astype(np.float32) / 255
         x = normalize(jnp.asarray(pictures), tuple(config.augment.mean), tuple(config.augment.std))
         labels = np.concatenate([batch["label"] for batch in batches])
@@ -179,7 +179,7 @@ def test_neighbours_are_the_nearest_and_carry_their_classes(labelled):
     (shown, neighbours, similarities), told = drawn.nearest_neighbours
     np.testing.assert_allclose(similarities, -np.sort(-cosine, axis=1)[:, :8], atol=1e-5)
     stored = {
-        name: np.concatenate([b["image"] for b in inputs.eval_batches(config, source, limit)()])
+        name: np.concatenate([b["image"] for b in inputs.eval_batches(config.data, source, config.eval.batch_size, limit)()])
         for name, source, limit in (("bank", data.train, 90), ("queries", data.test, 17))
     }
     np.testing.assert_array_equal(shown, stored["queries"][rows])

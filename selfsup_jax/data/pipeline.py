@@ -60,6 +60,7 @@ def train_batches(
     positions: np.ndarray,
     first_step: int,
     undecodable: Undecodable,
+    num_views: int = 2,
     host: int = 0,
     hosts: int = 1,
 ) -> Iterator[HostBatch]:
@@ -76,16 +77,17 @@ def train_batches(
         positions: `[b]`, this host's indices in the global batch.
         first_step: the step to begin with.
         undecodable: where broken images are counted.
+        num_views: crops of each image.
         host, hosts: which host this is, for streamed splits.
 
     Yields:
-        `view_1`, `view_2` `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str (each
+        `view_1`, `view_2`, ... `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str (each
         image's file, or its id in the data set) and, with labels, `label` `[b]` int32.
     """
     raw = _raw_batches if source.images is not None else _raw_stream
     for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):
         decoded = dataset.interleave(
-            lambda batch: _crop_batch(batch, source, spec, seed, batch_size),
+            lambda batch: _crop_batch(batch, source, spec, seed, batch_size, num_views),
             cycle_length=_BATCHES_IN_FLIGHT,
             block_length=1,
             num_parallel_calls=_BATCHES_IN_FLIGHT,
@@ -158,24 +160,25 @@ def _raw_stream(source, seed, batch_size, positions, first_step, host, hosts):
 
 
 def _crop_batch(
-    batch: dict[str, tf.Tensor], source: Source, spec: crops.CropSpec, seed: int, batch_size: int
+    batch: dict[str, tf.Tensor],
+    source: Source,
+    spec: crops.CropSpec,
+    seed: int,
+    batch_size: int,
+    num_views: int,
 ) -> tf.data.Dataset:
     """A data set of one element: the batch's views, those that can't be decoded left out."""
 
     @_as_written
     def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         number = batch["step"] * batch_size + tf.cast(example["index"], tf.int64)
-        draws = crops.box_draws(seed, number, num_views=2)
+        draws = crops.box_draws(seed, number, num_views)
         if source.kind == "array":
             views = crops.crop_array(example["image"], draws, spec)
         else:
             views = crops.crop_encoded(_read(example["image"], source.kind), draws, spec)
-        return {
-            "view_1": views[0],
-            "view_2": views[1],
-            "index": example["index"],
-            "label": example["label"],
-        }
+        numbered = {f"view_{i}": view for i, view in enumerate(views, start=1)}
+        return numbered | {"index": example["index"], "label": example["label"]}
 
     rows = {k: batch[k] for k in ("index", "image", "label")}
     examples = tf.data.Dataset.from_tensor_slices(rows)
@@ -233,7 +236,8 @@ def eval_batches(
         host, hosts: which host this is.
 
     Yields:
-        `image` `[b, size, size, 3]` uint8 and `label` `[b]` int32, -1 without labels.
+        `image` `[b, size, size, 3]` uint8, `label` `[b]` int32 (-1 without labels; `[b, classes]`
+        where an image may be of several) and `name` `[b]` str.
     """
     count = min(limit, source.num_examples)
     if source.images is not None:
@@ -261,16 +265,19 @@ def eval_batches(
         image = crops.test_image(image, resize, size, method)
         return {"image": image, "label": label, "id": name}
 
-    names: list[bytes] = []
+    held = source.images is not None
+    ids: list[bytes] = []
     decoded = examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
     for batch in decoded.batch(batch_size).prefetch(2).as_numpy_iterator():
-        names.extend(batch.pop("id"))
-        yield batch
-    if source.images is not None and len(names) < len(numbers):
-        for i in sorted(set(numbers) - {int(name) for name in names}):
+        found = batch.pop("id")
+        ids.extend(found)
+        names = [source.describe(int(i)) if held else i.decode() for i in found]
+        yield batch | {"name": np.asarray(names)}
+    if held and len(ids) < len(numbers):
+        for i in sorted(set(numbers) - {int(i) for i in ids}):
             undecodable.add(source.describe(int(i)))
     elif source.stream is not None:
-        for i in range(part - len(names)):  # a stream doesn't tell which
+        for i in range(part - len(ids)):  # a stream doesn't tell which
             undecodable.add(f"{source.name}: broken image {i + 1} of host {host}")
 
 

@@ -30,7 +30,8 @@ class Source:
         class_names: of the labels; None where there are no labels, or only one.
         kind: what `images` holds: `array` (uint8 `[N, H, W, 3]`), `encoded` or `path` (strings).
         images: a tensor with one row per example, or None.
-        labels: `[N]` int32, or None.
+        labels: `[N]` int32, or `[N, classes]` of zeros and ones where an image may be of several
+            classes; or None.
         describe: example number to a name for the log.
         stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
             from the seed (None: in the order of the files), for splits too large to hold.
@@ -49,6 +50,41 @@ class Source:
     def num_classes(self) -> int | None:
         """How many classes, or None without labels."""
         return len(self.class_names) if self.class_names else None
+
+
+def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]) -> Source:
+    """Some of a split's examples, held in memory.
+
+    Args:
+        source: a split with labels. A streamed one is read twice.
+        choose: `(labels, names) -> numbers` of the examples to keep, in their order.
+    """
+    if source.images is not None:
+        assert source.labels is not None
+        names = [source.describe(i) for i in range(source.num_examples)]
+        numbers = np.asarray(choose(source.labels, names))
+        images, labels = tf.gather(source.images, numbers), source.labels[numbers]
+    else:
+        assert source.stream is not None
+        # Without decoding, and without keeping the images.
+        marks = list(source.stream(None, 0, 1).map(lambda _, label, name: (label, name)))
+        labels = np.asarray([label.numpy() for label, _ in marks], np.int32)
+        names = [name.numpy().decode() for _, name in marks]
+        numbers = np.asarray(choose(labels, names))
+        kept = np.zeros(len(names), bool)
+        kept[numbers] = True
+        rows = source.stream(None, 0, 1).enumerate().filter(lambda i, _: tf.gather(kept, i))
+        encoded = [image.numpy() for _, (image, *_) in rows]
+        numbers = np.flatnonzero(kept)
+        images, labels = tf.constant(encoded, tf.string), labels[numbers]
+    return dataclasses.replace(
+        source,
+        num_examples=len(numbers),
+        images=images,
+        labels=labels,
+        describe=lambda i: names[numbers[i]],
+        stream=None,
+    )
 
 
 def load(name: str, directory: str, split: str, field: str, **options) -> Source:
@@ -211,17 +247,18 @@ def load_tfds(
     split: str,
     field: str,
     *,
-    download: bool = False,
     cache_gib: float = 4.0,
     shuffle_buffer: int = 16384,
+    several_labels: bool = False,
 ) -> Source:
     """A TFDS image-classification split, images left encoded.
 
     A split of up to `cache_gib` GiB is held in memory, so that any order can be read; a larger one
     is streamed, each host its own part, files interleaved and shuffled through a buffer of
-    `shuffle_buffer` images.
+    `shuffle_buffer` images. With `several_labels` a set whose images may be of several classes has
+    its labels, else it counts as unlabelled.
     """
-    builder = _tfds_builder(name, directory, download)
+    builder = _tfds_builder(name, directory)
     info = builder.info
     if "image" not in info.features:
         raise bad_field(
@@ -230,7 +267,7 @@ def load_tfds(
     lengths = {k: v.num_examples for k, v in info.splits.items()}
     parts = split_numbers(split, lengths, field)
     total = sum(len(numbers) for _, numbers in parts)
-    names = info.features["label"].names if "label" in info.features else None
+    label_of, names = _labels_of(info.features, several_labels)
     class_names = tuple(names) if names and len(names) > 1 else None
     size = sum(
         info.splits[part].num_bytes * len(numbers) / lengths[part] for part, numbers in parts
@@ -248,13 +285,11 @@ def load_tfds(
         )
         if seed is not None:
             dataset = dataset.shuffle(shuffle_buffer, seed=seed)
-        return dataset.map(
-            lambda x: (x["image"], tf.cast(x.get("label", -1), tf.int32), x["tfds_id"])
-        )
+        return dataset.map(lambda x: (x["image"], label_of(x), _name_of(x)))
 
     full_name = f"{builder.info.full_name} {split}"
     if size > cache_gib * 2**30:
-        if int(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # labels that are not published
+        if np.min(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # labels that are not published
             class_names = None
         return Source(full_name, total, class_names, "encoded", stream=read)
 
@@ -273,7 +308,32 @@ def load_tfds(
     )
 
 
-def _tfds_builder(name: str, directory: str, download: bool) -> tfds.core.DatasetBuilder:
+def _labels_of(features, several: bool) -> tuple[Callable, list[str] | None]:
+    """(a function from an example to its label or labels, the classes' names or None)."""
+    if "label" in features:
+        return lambda x: tf.cast(x["label"], tf.int32), features["label"].names
+    names = getattr(getattr(features.get("labels"), "feature", None), "names", None)
+    if not several or names is None:
+        return lambda x: tf.constant(-1), None
+
+    def many(x):
+        hot = tf.reduce_sum(tf.one_hot(x["labels"], len(names), dtype=tf.int32), axis=0)
+        return tf.minimum(hot, 1)
+
+    return many, names
+
+
+def _name_of(example: dict[str, tf.Tensor]) -> tf.Tensor:
+    """The image's file, where the data set tells it, else its number in the data set."""
+    for feature in ("file_name", "image/filename"):
+        if feature in example:
+            return example[feature]
+    return example["tfds_id"]
+
+
+def _tfds_builder(
+    name: str, directory: str, download: bool = False
+) -> tfds.core.DatasetBuilder:
     data_dir = os.path.expanduser(directory) if directory else None
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import collections
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,42 +13,57 @@ import numpy as np
 from selfsup_jax import parallel
 from selfsup_jax.augment import normalize
 
+HostBatch = dict[str, np.ndarray]
+
 
 class Features(NamedTuple):
     """Rows in the order of the split, over all hosts."""
 
     x: np.ndarray  # [N, D] float32
-    labels: np.ndarray  # [N] int32, -1 without labels
+    labels: np.ndarray  # [N] int32, -1 without labels; [N, classes] where there may be several
 
 
-def make_extractor(
-    represent: Callable[[Any, jax.Array], jax.Array],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Callable[[Any, Iterable[dict[str, np.ndarray]]], Features]:
-    """A function `(encoder variables, batches) -> Features`, compiled once for many encoders.
+class Extractor:
+    """From images to features, on all of this host's devices; compiled once for many encoders.
 
     Args:
         represent: `(variables, images [B, H, W, 3] float32) -> [B, D] float32`.
         mean, std: per channel, as in training.
     """
 
-    def apply(variables: Any, images: jax.Array) -> jax.Array:
-        return represent(variables, normalize(images.astype(jnp.float32) / 255.0, mean, std))
+    def __init__(
+        self,
+        represent: Callable[[Any, jax.Array], jax.Array],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
+        def apply(variables: Any, images: jax.Array) -> jax.Array:
+            return represent(variables, normalize(images.astype(jnp.float32) / 255.0, mean, std))
 
-    bind = parallel.pmap_over_local(apply)
+        self._bind = parallel.pmap_over_local(apply)
 
-    def extract(variables: Any, batches: Iterable[dict[str, np.ndarray]]) -> Features:
-        encode = bind(variables)
-        parts = [(encode(b["image"]), b["label"]) for b in batches]
-        x = np.concatenate([x for x, _ in parts])
-        labels = np.concatenate([labels for _, labels in parts]).astype(np.int32)
-        return Features(*parallel.gather_hosts((x, labels)))
+    def stream(
+        self, variables: Any, batches: Iterable[HostBatch]
+    ) -> Iterator[tuple[np.ndarray, HostBatch]]:
+        """This host's batches of `inputs.eval_batches`, each behind its features `[b, D]`."""
+        waiting: collections.deque[HostBatch] = collections.deque()
 
-    return extract
+        def images() -> Iterator[np.ndarray]:
+            for batch in batches:
+                waiting.append({k: v for k, v in batch.items() if k != "image"})
+                yield batch["image"]
+
+        for x in self._bind(variables)(images()):
+            yield x, waiting.popleft()
+
+    def __call__(self, variables: Any, batches: Iterable[HostBatch]) -> Features:
+        """All hosts' features of an encoder with these variables (`{"params", "batch_stats"}`)."""
+        parts = [(x, batch["label"]) for x, batch in self.stream(variables, batches)]
+        x, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Features(*parallel.gather_hosts((x, labels.astype(np.int32))))
 
 
-def pixels(batches: Iterable[dict[str, np.ndarray]]) -> Features:
+def pixels(batches: Iterable[HostBatch]) -> Features:
     """The images themselves as features, in [0, 1]: what an encoder has to beat."""
     parts = [(b["image"].reshape(len(b["image"]), -1), b["label"]) for b in batches]
     x = np.concatenate([x for x, _ in parts]).astype(np.float32) / 255.0

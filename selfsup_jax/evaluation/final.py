@@ -55,7 +55,7 @@ def evaluate(
     """Probes the trained encoder and what it is compared with, on the same images.
 
     Args:
-        extract: of `features.make_extractor`.
+        extract: see `features.Extractor`.
         trained: the trained encoder's variables.
         random_init: an untrained encoder's, or None.
         train_batches, test_batches: each call gives the split's labelled images once.

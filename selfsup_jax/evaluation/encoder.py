@@ -1,0 +1,231 @@
+"""A frozen encoder, read from the checkpoint of a run: nobody types its architecture twice."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from selfsup_jax.endings import write_json, writing_to
+from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.models import branch, resnet
+
+# The two files of an exported encoder.
+ABOUT, VARIABLES = "encoder.json", "encoder.npz"
+_SECTIONS = ("encoder", "augment", "data")
+
+
+class Frozen(NamedTuple):
+    """An encoder as it was at some step.
+
+    Attributes:
+        variables: `{"params", "batch_stats"}`, host arrays, float32.
+        config: the resolved config of the run that made it.
+        path: of the checkpoint.
+        run: the run's workdir; None for an exported encoder.
+        step: of the checkpoint.
+    """
+
+    variables: Any
+    config: dict[str, Any]
+    path: str
+    run: str | None
+    step: int
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation per channel that its images were normalised by."""
+        return tuple(self.config["augment"]["mean"]), tuple(self.config["augment"]["std"])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Where it comes from, for `config.json` and `results.json`."""
+        return {
+            "checkpoint": self.path,
+            "run": self.run,
+            "step": self.step,
+            "method": self.config.get("method", ""),
+            "run_seed": self.config.get("seed", 0),
+        }
+
+
+# ---------------------------------------------------------------------------- finding it
+
+
+def checkpoint_steps(run: str) -> list[int]:
+    """The steps of a run's whole checkpoints, in order; one that is being written isn't there."""
+    folder = os.path.join(run, "checkpoints")
+    return sorted(ocp.utils.checkpoint_steps(folder)) if os.path.isdir(folder) else []
+
+
+def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
+    """What a config's `checkpoint` means: (run or exported encoder, step).
+
+    Args:
+        path: a run's workdir; one of its checkpoints (`WORKDIR/checkpoints/1000`); or a folder
+            that `export` wrote.
+        step: of a workdir, instead of its newest.
+
+    Returns:
+        The folder's absolute path, and the step; None for an exported encoder.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if not path:
+        raise bad_field("checkpoint", path, "must name a run's workdir, or a checkpoint in one")
+    root = os.path.abspath(os.path.expanduser(path))
+    parent, name = os.path.split(root)
+    if os.path.basename(parent) == "checkpoints" and name.isdigit():
+        root, step = os.path.dirname(parent), int(name)
+    if not os.path.isdir(root):
+        raise bad_field("checkpoint", path, "is no directory")
+    if os.path.exists(os.path.join(root, ABOUT)):
+        return root, None
+    if os.path.basename(root) == "checkpoints":
+        root = os.path.dirname(root)
+    steps = checkpoint_steps(root)
+    if not steps:
+        raise bad_field("checkpoint", path, "holds no checkpoint of a run, nor an exported encoder")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise bad_field("checkpoint", path, f"there is no checkpoint of step {step}: {there}")
+    return root, steps[-1] if step is None else step
+
+
+# ---------------------------------------------------------------------------- reading it
+
+
+def load(path: str, step: int | None = None) -> Frozen:
+    """Reads an encoder; of a run's state only its part.
+
+    Args:
+        path, step: see `locate`.
+
+    Raises:
+        UserError: nothing is there, it can't be read, or it is not the encoder its config says.
+    """
+    root, step = locate(path, step)
+    return _load_exported(root) if step is None else _load_step(root, step)
+
+
+def _load_step(run: str, step: int) -> Frozen:
+    folder = os.path.join(run, "checkpoints", str(step))
+    try:
+        meta = ocp.JsonCheckpointHandler().restore(epath.Path(folder) / "meta")
+        variables = _read_variables(epath.Path(folder) / "state")
+        config = meta["config"] | {"found": meta["found"]}
+    except Exception as e:  # whatever Orbax, TensorStore or the disk says
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"the checkpoint {folder} cannot be read: {reason[:200]}") from e
+    frozen = Frozen(variables, config, folder, run, step)
+    check(frozen)
+    return frozen
+
+
+def _read_variables(state: epath.Path) -> Any:
+    reader = ocp.PyTreeCheckpointHandler()
+    tree = reader.metadata(state).tree
+    wanted = {k: {"encoder": tree[k]["encoder"]} for k in ("online_params", "online_stats")}
+    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+    types = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), empty)
+    # Host arrays in, host arrays out: no device layout is asked for or assumed.
+    args = ocp.args.PyTreeRestore(item=empty, restore_args=types, partial_restore=True)
+    found = reader.restore(state, args=args)
+    return {
+        "params": found["online_params"]["encoder"],
+        "batch_stats": found["online_stats"]["encoder"],
+    }
+
+
+def check(frozen: Frozen) -> None:
+    """Checks that the variables are those of the architecture that the config tells.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    for section in _SECTIONS:
+        if section not in frozen.config:
+            raise UserError(f"{frozen.path}: its config has no section {section!r}")
+    try:
+        expected = jax.eval_shape(lambda: untrained(frozen.config, seed=0))
+    except (TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{frozen.path}: no such architecture here: {e}") from e
+    shapes, found = (
+        {k: tuple(np.shape(v)) for k, v in flatten_dict(tree, sep="/").items()}
+        for tree in (expected, frozen.variables)
+    )
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            raise UserError(
+                f"{frozen.path}: is not the encoder that its config tells: {name} has the shape "
+                f"{found.get(name, 'nothing')}, expected {shapes.get(name, 'nothing')}"
+            )
+
+
+# ---------------------------------------------------------------------------- using it
+
+
+def module(config: dict[str, Any], compute_dtype: str = "") -> resnet.ResNet:
+    """The network of a run's config; `compute_dtype` replaces the run's."""
+    dtype = jnp.dtype(compute_dtype or config.get("compute_dtype", "float32"))
+    return resnet.ResNet(**config["encoder"], dtype=dtype)
+
+
+def represent(config: dict[str, Any], compute_dtype: str = "") -> Callable[[Any, jax.Array], Any]:
+    """`(variables, normalised images [B, H, W, 3]) -> representation [B, D]` of a run's config."""
+    return functools.partial(branch.represent, module(config, compute_dtype))
+
+
+def untrained(config: dict[str, Any], seed: int) -> Any:
+    """Variables of an encoder of that architecture that has seen nothing, drawn from the seed."""
+    size = config["data"]["image_size"]
+    images = jnp.zeros((1, size, size, 3))
+    variables = module(config, "float32").init(jax.random.PRNGKey(seed), images)
+    return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+
+# ----------------------------------------------------------------------- carrying it away
+
+
+def export(frozen: Frozen, folder: str) -> None:
+    """Writes an encoder alone: `encoder.json` (config, origin) and `encoder.npz` (its arrays).
+
+    Arrays have names such as `params/stem/kernel`. `load` reads the folder as it does a run.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
+    keep = (*_SECTIONS, "compute_dtype", "method", "seed", "found")
+    about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
+    with writing_to(folder):
+        os.makedirs(folder, exist_ok=True)
+        partial = os.path.join(folder, VARIABLES + ".partial")
+        with open(partial, "wb") as f:
+            np.savez(f, **arrays)
+        os.replace(partial, os.path.join(folder, VARIABLES))
+        write_json(os.path.join(folder, ABOUT), about)  # last: it says that all is there
+
+
+def _load_exported(folder: str) -> Frozen:
+    try:
+        with open(os.path.join(folder, ABOUT)) as f:
+            about = json.load(f)
+        with np.load(os.path.join(folder, VARIABLES), allow_pickle=False) as arrays:
+            variables = unflatten_dict({k: arrays[k] for k in arrays.files}, sep="/")
+        frozen = Frozen(variables, about["config"], folder, None, int(about.get("step") or 0))
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise UserError(f"the exported encoder {folder} cannot be read: {e}") from e
+    check(frozen)
+    return frozen

@@ -1,0 +1,138 @@
+"""The files of a workdir, each read as far as it can be: what is broken is noted and left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+History = dict[str, tuple[list[int], list[float]]]  # quantity -> (steps, values)
+
+
+@dataclasses.dataclass
+class Confusion:
+    """`matrix` int64 `[C, C]`: rows are true classes, columns predicted; `names` of all C."""
+
+    matrix: np.ndarray
+    names: list[str]
+
+
+def finite(value: Any) -> float | None:
+    """`value` if it is a number, not a bool and not infinite; else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond all floats
+        return None
+
+
+def fraction(value: Any) -> float | None:
+    """`value` if it is a number in [0, 1], as all measures are; else None."""
+    number = finite(value)
+    return number if number is not None and 0 <= number <= 1 else None
+
+
+def whole(value: Any) -> int | None:
+    """`value` as a whole number if it is a finite number, else None."""
+    found = finite(value)
+    return None if found is None else int(found)
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optimizer.name": ...}` of nested dicts; empty ones are left out."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def read_json(path: str, notes: list[str]) -> Any:
+    """What a JSON file holds; None if there is none or, with a note, if it is broken."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        notes.append(f"{path}: cannot be read, left out: {e}")
+        return None
+
+
+def read_results(folder: str, notes: list[str]) -> dict[str, Any] | None:
+    """`results.json` of a folder; None if there is none or it is broken."""
+    path = os.path.join(folder, "results.json")
+    results = read_json(path, notes)
+    if results is not None and not isinstance(results, dict):
+        notes.append(f"{path}: holds no results, left out")
+        return None
+    return results
+
+
+def read_history(path: str, notes: list[str]) -> History:
+    """All of `metrics.jsonl` but broken lines; a last line without an end is none yet."""
+    history: History = {}
+    broken = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for number, text in enumerate(f, start=1):
+                if not text.endswith("\n"):
+                    break  # the run is just writing it, or was ended while it did
+                try:
+                    line = json.loads(text)
+                    step = int(line["step"])
+                except (ValueError, TypeError, KeyError, OverflowError):
+                    broken.append(str(number))
+                    continue
+                for name, value in line.items():
+                    if name != "step" and isinstance(value, int | float):
+                        measured = finite(value)
+                        steps, values = history.setdefault(name, ([], []))
+                        steps.append(step)
+                        values.append(math.nan if measured is None else measured)
+    except FileNotFoundError:
+        return history
+    except OSError as e:
+        notes.append(f"{path}: cannot be read, left out: {e}")
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        lines = f"line{'s' * (len(broken) > 1)} {', '.join(broken[:5])}{more}"
+        notes.append(f"{path}: {lines} cannot be read, left out")
+    return history
+
+
+def read_versions(folder: str) -> dict[str, str]:
+    """What the newest checkpoint tells of the packages that wrote it."""
+    checkpoints = os.path.join(folder, "checkpoints")
+    steps = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+    for step in sorted((s for s in steps if s.isdecimal()), key=int, reverse=True):
+        meta = read_json(os.path.join(checkpoints, step, "meta", "metadata"), [])
+        versions = meta.get("versions") if isinstance(meta, dict) else None
+        if isinstance(versions, dict):
+            return {str(name): str(version) for name, version in versions.items()}
+    return {}
+
+
+def read_confusion(path: str, notes: list[str]) -> Confusion | None:
+    """`confusion.npz`; None if there is none or it is broken."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            matrix = np.asarray(arrays["matrix"], np.int64)
+            names = [str(i) for i in range(len(matrix))]
+            if "class_names" in arrays:
+                names = [str(name) for name in arrays["class_names"]]
+        if matrix.ndim != 2 or matrix.shape != (len(names), len(names)) or np.any(matrix < 0):
+            raise ValueError(f"a matrix {list(matrix.shape)} for {len(names)} classes")
+        return Confusion(matrix, names)
+    except Exception as e:  # a zip archive can be broken in more ways than there are names for
+        notes.append(f"{path}: cannot be read, left out: {e}")
+        return None
