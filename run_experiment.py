@@ -12,6 +12,7 @@ Exit status:
 
 from __future__ import annotations
 
+import functools
 import glob
 import math
 import os
@@ -52,23 +53,24 @@ def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
     import byol_jax.method
     import moco_jax.method
     import simclr_jax.method
-    from selfsup_jax import study, train
+    from selfsup_jax import jobs, study, train
 
     methods = {
         "byol": byol_jax.method.build,
         "moco": moco_jax.method.build,
         "simclr": simclr_jax.method.build,
     }
-    jobs = {
+    all_jobs = {
         "pretrain": lambda: train.pretrain(config, workdir, methods[config.method]),
         "study": lambda: study.run(config, workdir, methods),
+        **{name: functools.partial(jobs.run, config, workdir) for name in jobs.NAMES},
     }
-    for field, choices in (("job", jobs), ("method", methods)):
+    for field, choices in (("job", all_jobs), ("method", methods)):
         if field in config and config[field] not in choices:
             raise UserError(
                 f"config.{field}={config[field]!r}: must be one of {', '.join(sorted(choices))}"
             )
-    return jobs[config.job]()
+    return all_jobs[config.job]()
 
 
 def main(argv: list[str]) -> None:
@@ -84,12 +86,7 @@ def main(argv: list[str]) -> None:
                 "--config=configs/byol.py:demo --workdir=runs/demo"
             )
         if not isinstance(_CONFIG.value, ConfigDict):
-            shared = {"configs/common.py", "configs/datasets.py"}
-            there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
-            raise UserError(
-                f"--config={flags.FLAGS['config'].config_filename}: cannot be read; there are "
-                f"{', '.join(there) or 'none in configs/'}"
-            )
+            raise UserError(_unreadable(flags.FLAGS["config"].config_filename))
         from selfsup_jax import process
 
         process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -110,7 +107,7 @@ def main(argv: list[str]) -> None:
 def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
     """Batch size, microbatches and batch-norm groups; a study's are its largest number of each."""
     runs = list(config.variants.values()) if "variants" in config else [config]
-    batch_size = math.gcd(*(run.get("batch_size", 1) for run in runs))
+    batch_size = math.gcd(*(run.get("batch_size", 0) for run in runs))  # 0 for none
     accumulate, groups = (max(r.get(k, 1) for r in runs) for k in ("accumulate_steps", "bn_groups"))
     return batch_size, accumulate, groups
 
@@ -122,14 +119,26 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as e:
         # A config file's own exception comes as the last line of a traceback.
         _fail(str(e).strip().splitlines()[-1].removeprefix("ValueError: "))
+    except OSError:  # overrides of a config that isn't there
+        _fail(_unreadable(_given_config(argv)))
     except AttributeError as e:
         _fail(_unknown_field(argv) or " ".join(str(e).split()))
 
 
+def _given_config(argv: list[str]) -> str:
+    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("config=")]
+    return given[-1] if given else ""
+
+
+def _unreadable(config: str) -> str:
+    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation")}
+    there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
+    return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
+
+
 def _unknown_field(argv: list[str]) -> str | None:
     """The complaint about the first override of a field that the config doesn't have."""
-    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("config=")]
-    path, _, preset = given[-1].partition(":") if given else ("", "", "")
+    path, _, preset = _given_config(argv).partition(":")
     if not os.path.isfile(path):
         return None
     config = runpy.run_path(path)["get_config"](preset)

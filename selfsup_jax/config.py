@@ -25,18 +25,27 @@ def validate(config: ConfigDict) -> None:
     Raises:
         UserError: naming the first field that is wrong, its value, and what would be valid.
     """
+    check_values(config)
+    for view in ("view_1", "view_2"):
+        _check_view(config.augment[view], f"augment.{view}.")
+    parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks each value for itself, of a pretraining config or an evaluation job's.
+
+    Raises:
+        UserError: as `validate`.
+    """
     _choices(config)
     _ranges(config)
     _pairs(config)
-    for view in ("view_1", "view_2"):
-        _check_view(config.augment[view], f"augment.{view}.")
     if config.data.test_resize < config.data.image_size:
         raise bad_field(
             "data.test_resize",
             config.data.test_resize,
             f"must be at least data.image_size={config.data.image_size}",
         )
-    parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
 
 
 def _choices(config: ConfigDict) -> None:
@@ -60,6 +69,7 @@ def _choices(config: ConfigDict) -> None:
 def _ranges(config: ConfigDict) -> None:
     at_least_one = [
         "batch_size",
+        "feature_batch_size",
         "accumulate_steps",
         "bn_groups",
         "log_every_steps",
@@ -82,11 +92,24 @@ def _ranges(config: ConfigDict) -> None:
         "monitor.map_images",
         "monitor.view_pairs",
         "profile.num_steps",
+        "bank_rows",
+        "query_rows",
+        "max_iterations",
+        "rows_per_file",
     ]
     for field, value in _present(config, at_least_one):
         if value < 1:
             raise bad_field(field, value, "must be at least 1")
-    above_zero = ("encoder.width", "encoder.bn_epsilon", "eval.knn_temperature", "temperature")
+    above_zero = (
+        "encoder.width",
+        "encoder.bn_epsilon",
+        "eval.knn_temperature",
+        "temperature",
+        "tolerance",
+        "inverse_penalty",
+        "watch_poll_seconds",
+        "watch_patience_hours",
+    )
     for field, value in _present(config, above_zero):
         if not value > 0:
             raise bad_field(field, value, "must be above 0")
@@ -98,6 +121,9 @@ def _ranges(config: ConfigDict) -> None:
         "optimizer.weight_decay",
         "optimizer.trust_coefficient",
         "data.cache_gib",
+        "data.max_train_images",
+        "held_out_images",
+        "head_learning_rate",
         "keep_every_steps",
         "monitor.diagnostics_every_steps",
         "monitor.knn_every_steps",
@@ -115,6 +141,8 @@ def _ranges(config: ConfigDict) -> None:
         "optimizer.drop_factor",
         "encoder.bn_decay",
         "data.max_undecodable",
+        "flip_prob",
+        "label_share",
     )
     for field, value in _present(config, fractions):
         if not 0 <= value <= 1:
@@ -129,14 +157,14 @@ def _ranges(config: ConfigDict) -> None:
 
 
 def _pairs(config: ConfigDict) -> None:
-    for field, top in (("data.crop_area", 1.0), ("data.crop_aspect", float("inf"))):
-        pair = _get(config, field)
+    tops = {"data.crop_area": 1.0, "data.crop_aspect": float("inf")}
+    for field, pair in _present(config, tops):
+        top = tops[field]
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
             raise bad_field(
                 field, tuple(pair), f"must be (low, high) with 0 < low <= high <= {top}"
             )
-    for field in ("augment.mean", "augment.std"):
-        triple = _get(config, field)
+    for field, triple in _present(config, ("augment.mean", "augment.std")):
         if len(triple) != 3 or (field.endswith("std") and not min(triple) > 0):
             raise bad_field(field, tuple(triple), "must be three numbers, deviations above 0")
 
@@ -187,13 +215,6 @@ def _present(config: ConfigDict, fields: Iterable[str]) -> list[tuple[str, Any]]
         if holder is not None and leaf in holder:
             found.append((field, holder[leaf]))
     return found
-
-
-def _get(config: ConfigDict, field: str) -> Any:
-    value: Any = config
-    for key in field.split("."):
-        value = value[key]
-    return value
 
 
 def _one_of(field: str, value: Any, valid: tuple) -> None:

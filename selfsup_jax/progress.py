@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TextIO
+
+import jax
+import numpy as np
 
 from selfsup_jax import parallel
 
@@ -92,7 +95,7 @@ class Progress:
             left = (self._total - step) * self._counted_seconds / self._counted_steps
             parts += [f"{rate:,.0f} images/s", f"ETA {format_seconds(left)}"]
         parts.append(f"loss {metrics['loss']:.4f}")
-        for name, shown in (("probe_top1", "probe"), ("knn_top1", "kNN")):
+        for name, shown in (("top1", "top-1"), ("probe_top1", "probe"), ("knn_top1", "kNN")):
             if name in metrics:
                 parts.append(f"{shown} {100 * metrics[name]:.1f}%")
         self._write("  ".join(parts))
@@ -119,6 +122,46 @@ class Progress:
             self._stream.write("\n")
             self._stream.flush()
             self._width = 0
+
+
+def counted(
+    batches: Iterable[dict[str, np.ndarray]],
+    total: int,
+    what: str,
+    every: float = 10.0,
+    stream: TextIO | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The same batches of "label"s, with a line that says how many of them there were.
+
+    Args:
+        batches: this host's part.
+        total: examples, over all hosts.
+        what: they are.
+        every: seconds between lines where there is no terminal; on one a line renews itself.
+        stream: where to write; stderr by default.
+    """
+    stream = stream or sys.stderr
+    live, quiet = stream.isatty(), not parallel.is_writer()
+    began = shown = time.perf_counter()
+    count, width = 0, 0
+    for batch in batches:
+        yield batch
+        count += len(batch["label"]) * jax.process_count()  # hosts have equal parts
+        now = time.perf_counter()
+        if quiet or now - shown < (0.2 if live else every):
+            continue
+        shown = now
+        rate = count / (now - began)
+        left = format_seconds(max(0, total - count) / rate)
+        line = f"{what}: {count:,}/{total:,}  {rate:,.0f} images/s  ETA {left}"
+        stream.write("\r" + line.ljust(width) if live else line + "\n")
+        stream.flush()
+        width = len(line)
+    if not quiet:
+        seconds = time.perf_counter() - began
+        line = f"{what}: {total:,} images in {format_seconds(seconds)}"
+        stream.write(("\r" + line.ljust(width) if live else line) + "\n")
+        stream.flush()
 
 
 def say(message: str) -> None:

@@ -1,11 +1,10 @@
-"""The only training loop: pretraining by any method, from config to `results.json`."""
+"""Pretraining by any method, from config to `results.json`."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from selfsup_jax import (
     checkpoint,
     endings,
     inputs,
+    loop,
     optim,
     parallel,
     process,
@@ -173,31 +173,6 @@ def _announce(run: Run, state: TrainState, first: int) -> None:
 # ----------------------------------------------------------------------------- training
 
 
-class Due(NamedTuple):
-    """What is to be done after a step."""
-
-    log: bool
-    diagnose: bool
-    knn: bool
-    draw: bool
-    save: bool
-
-
-def _due(config: ConfigDict, step: int, last: bool) -> Due:
-    def every(interval: int) -> bool:
-        return interval > 0 and (last or step % interval == 0)
-
-    watch = config.monitor
-    due = Due(
-        log=every(config.log_every_steps),
-        diagnose=every(watch.diagnostics_every_steps),
-        knn=every(watch.knn_every_steps),
-        draw=every(watch.plots_every_steps),
-        save=every(config.checkpoint_every_steps) or every(config.keep_every_steps),
-    )
-    return due._replace(log=due.log or due.diagnose or due.knn)
-
-
 def _train(
     run: Run,
     state: TrainState,
@@ -207,66 +182,17 @@ def _train(
     monitor: Monitor,
 ) -> TrainState:
     """Steps from `first_step` to the last. Returns the state after it, which is saved."""
-    config, checkpoints = run.config, run.checkpoints
-    step_fn = parallel.pmap_step(run.method.train_step)
-    batches = inputs.train_batches(config, run.data, first_step)
-    watch = endings.FiniteWatch(run.workdir)
-    profile = process.profiler(run.workdir, config.profile.first_step, config.profile.num_steps)
-    parallel.reached_preemption(first_step)  # so that the hosts agree on a step after this one
-    postponed = False
-    with endings.StopSignals() as signals:
-        for step in range(first_step + 1, run.total_steps + 1):
-            batch = next(batches)
-            names = batch.pop("name")
-            state, metrics = step_fn(state, parallel.shard(batch))
-            checkpoints.write()  # what was taken after the step before: the device is at work now
-            outputs = metrics.pop("outputs")
-            watch.add(step, metrics, names)
-            profile(step)
-            if step == first_step + 1:
-                jax.block_until_ready(state.step)
-                signals.catch()
-                say(f"first step done {time.perf_counter() - run.started:.1f} s after the start")
-                line.restart(step)
-            elif step == first_step + 12:
-                watch.drain()
-                say(line.expectation(step))
-
-            due = _due(config, step, last=step == run.total_steps)
-            if due.log:
-                watch.drain()
-                values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
-                del values["finite"]
-                if due.diagnose:
-                    values |= monitor.diagnose(outputs, state, batch)
-                with line.pause():
-                    values |= monitor.knn(step, state) if due.knn else {}
-                rate = line.show(step, values)
-                timings = {"images_per_second": rate} if rate else {}
-                recorder.write(step, values, timings | process.device_memory())
-                monitor.judge()
-            with line.pause():
-                stop = signals.received(step)
-                must = stop or step == run.total_steps or checkpoints.keeps(step)
-                if must or due.save or postponed:
-                    # Waiting for the disk would hold the step up; a little later does as well.
-                    postponed = not must and checkpoints.busy
-                    if not postponed:
-                        watch.drain()
-                        recorder.flush()
-                        broken = run.data.undecodable.names
-                        checkpoints.take(state, workdir.meta(run.identity, step, broken))
-                if stop:
-                    break
-                if due.draw:  # after what it must not lose
-                    monitor.draw(step, state, batch)
-        checkpoints.write()
-        checkpoints.wait()
-        stop = stop or signals.pending()
-        if stop:
-            line.close()
-            raise endings.stopped(stop, step, run.workdir)
-    return state
+    work = loop.Work(
+        config=run.config,
+        train_step=run.method.train_step,
+        batches=inputs.train_batches(run.config, run.data, first_step),
+        total_steps=run.total_steps,
+        workdir=run.workdir,
+        checkpoints=run.checkpoints,
+        meta=lambda step: workdir.meta(run.identity, step, run.data.undecodable.names),
+        started=run.started,
+    )
+    return loop.train(work, state, first_step, recorder, line, monitor)
 
 
 # --------------------------------------------------------------------------- evaluation

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -50,50 +50,66 @@ def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]
         UserError: the workdir can't be written to, another process trains in it, or hosts see
             different checkpoints there.
     """
+    with locked(workdir), checkpoints_of(config, workdir) as checkpoints:
+        yield checkpoints
+
+
+@contextlib.contextmanager
+def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
+    """The checkpoints of a workdir that is locked; raises as `opened` does."""
+    try:
+        checkpoints = checkpoint.Checkpoints(
+            workdir, config.keep_checkpoints, config.keep_every_steps
+        )
+    except OSError as e:
+        raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
+    latest = parallel.gather_hosts(np.asarray([checkpoints.latest_step or 0]))
+    if len(set(latest)) > 1:
+        raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
+    try:
+        yield checkpoints
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            checkpoints.close()
+        raise
+    checkpoints.close()
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+    """Makes the workdir and takes it for this process; on all hosts.
+
+    The system lets go of it however the process ends.
+
+    Raises:
+        UserError: it can't be written to, or another process is at work in it.
+    """
     check_path(workdir)
     with contextlib.ExitStack() as stack:
         try:
             os.makedirs(workdir, exist_ok=True)
-            stack.enter_context(_locked(workdir))
-            parallel.wait_for_all("workdir")
-            checkpoints = checkpoint.Checkpoints(
-                workdir, config.keep_checkpoints, config.keep_every_steps
-            )
+            if parallel.is_writer():
+                _take(workdir, stack.enter_context(open(os.path.join(workdir, ".lock"), "a+")))
         except OSError as e:
             raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
-        latest = parallel.gather_hosts(np.asarray([checkpoints.latest_step or 0]))
-        if len(set(latest)) > 1:
-            raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
-        try:
-            yield checkpoints
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
-                checkpoints.close()
-            raise
-        checkpoints.close()
+        parallel.wait_for_all("workdir")
+        yield
 
 
-@contextlib.contextmanager
-def _locked(workdir: str) -> Iterator[None]:
-    """Takes the workdir for this process; the system lets go of it however the process ends."""
-    if not parallel.is_writer():
-        yield
-        return
-    with open(os.path.join(workdir, ".lock"), "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            lock.seek(0)
-            raise UserError(
-                f"--workdir={workdir}: process {lock.read().strip()} is training there; wait for "
-                "it, stop it, or take another"
-            ) from e
-        except OSError:  # a file system without locks: then nobody is kept out
-            pass
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+def _take(workdir: str, lock: TextIO) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        raise UserError(
+            f"--workdir={workdir}: process {lock.read().strip()} is at work there; wait for it, "
+            "stop it, or take another"
+        ) from e
+    except OSError:  # a file system without locks: then nobody is kept out
+        pass
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
 
 
 def describe_run(config: ConfigDict, data: Data) -> dict[str, Any]:
@@ -104,7 +120,12 @@ def describe_run(config: ConfigDict, data: Data) -> dict[str, Any]:
 
 def flat_config(run: dict[str, Any]) -> dict[str, Any]:
     """`{"optimizer.name": ..., "found.classes": ...}` of what `describe_run` gave."""
-    return flatten_dict(run["config"] | {"found": run["found"]}, sep=".")
+    return flatten(run["config"] | {"found": run["found"]})
+
+
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": ...}` of nested dictionaries."""
+    return flatten_dict(tree, sep=".")
 
 
 def meta(run: dict[str, Any], step: int, undecodable: Iterable[str] = ()) -> dict[str, Any]:

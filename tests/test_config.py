@@ -567,7 +567,7 @@ def test_a_workdir_is_one_processs(tmp_path):
         try:
             assert holder.stdout.readline() == "opened\n"
             with (
-                pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} is training"),
+                pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} is at work"),
                 workdir.opened(config, str(tmp_path)),
             ):
                 raise AssertionError

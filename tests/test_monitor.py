@@ -179,7 +179,12 @@ def test_neighbours_are_the_nearest_and_carry_their_classes(labelled):
     (shown, neighbours, similarities), told = drawn.nearest_neighbours
     np.testing.assert_allclose(similarities, -np.sort(-cosine, axis=1)[:, :8], atol=1e-5)
     stored = {
-        name: np.concatenate([b["image"] for b in inputs.eval_batches(config.data, source, config.eval.batch_size, limit)()])
+        name: np.concatenate(
+            [
+                b["image"]
+                for b in inputs.eval_batches(config.data, source, config.eval.batch_size, limit)()
+            ]
+        )
         for name, source, limit in (("bank", data.train, 90), ("queries", data.test, 17))
     }
     np.testing.assert_array_equal(shown, stored["queries"][rows])

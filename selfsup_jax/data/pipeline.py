@@ -81,8 +81,8 @@ def train_batches(
         host, hosts: which host this is, for streamed splits.
 
     Yields:
-        `view_1`, `view_2`, ... `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str (each
-        image's file, or its id in the data set) and, with labels, `label` `[b]` int32.
+        `view_1`, `view_2`, ... `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str
+        (each image's file, or its id in the data set) and, with labels, `label` `[b]` int32.
     """
     raw = _raw_batches if source.images is not None else _raw_stream
     for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):

@@ -109,17 +109,21 @@ def load(name: str, directory: str, split: str, field: str, **options) -> Source
 
 def choose_splits(name: str, directory: str, download: bool = False) -> tuple[str, str]:
     """Train and test split where the config names none: what the data set has, or 90:10."""
-    if name == "digits":
-        names = ["train", "test"]
-    elif name == "folder":
-        names = list(_folder_splits(_check_folder(directory)))
-    else:
-        names = list(_tfds_builder(name, directory, download).info.splits)
+    names = split_names(name, directory, download)
     train = next((s for s in ("train", "training") if s in names), names[0])
     for test in ("test", "validation", "val"):
         if test in names:
             return train, test
     return f"{train}[:90%]", f"{train}[90%:]"
+
+
+def split_names(name: str, directory: str, download: bool = False) -> list[str]:
+    """The splits that a data set has."""
+    if name == "digits":
+        return ["train", "test"]
+    if name == "folder":
+        return list(_folder_splits(_check_folder(directory)))
+    return list(_tfds_builder(name, directory, download).info.splits)
 
 
 def split_numbers(split: str, lengths: dict[str, int], field: str) -> list[tuple[str, np.ndarray]]:
@@ -331,9 +335,7 @@ def _name_of(example: dict[str, tf.Tensor]) -> tf.Tensor:
     return example["tfds_id"]
 
 
-def _tfds_builder(
-    name: str, directory: str, download: bool = False
-) -> tfds.core.DatasetBuilder:
+def _tfds_builder(name: str, directory: str, download: bool = False) -> tfds.core.DatasetBuilder:
     data_dir = os.path.expanduser(directory) if directory else None
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)

@@ -213,7 +213,7 @@ def export(frozen: Frozen, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         partial = os.path.join(folder, VARIABLES + ".partial")
         with open(partial, "wb") as f:
-            np.savez(f, **arrays)
+            np.savez(f, **arrays)  # type: ignore[arg-type]
         os.replace(partial, os.path.join(folder, VARIABLES))
         write_json(os.path.join(folder, ABOUT), about)  # last: it says that all is there
 

@@ -20,7 +20,7 @@ class Neighbours(NamedTuple):
     """The nearest of a bank, nearest first; of equally near ones the first in the bank."""
 
     cosine: np.ndarray  # [Q, k] float32
-    index: np.ndarray  # [Q, k] int32, rows of the bank
+    rows: np.ndarray  # [Q, k] int32, places in the bank
 
 
 def nearest(
@@ -99,8 +99,8 @@ def vote(
     cosine = neighbours.cosine[:, :k]
     # Divided by the largest, so that it can't overflow.
     weights = np.exp((cosine - cosine[:, :1]) / temperature)
-    rows = np.arange(len(cosine))[:, None] * num_classes
-    places = rows + labels[neighbours.index[:, :k]]
+    first = np.arange(len(cosine))[:, None] * num_classes
+    places = first + labels[neighbours.rows[:, :k]]
     votes = np.bincount(places.ravel(), weights.ravel(), minlength=len(cosine) * num_classes)
     return votes.reshape(-1, num_classes)
 

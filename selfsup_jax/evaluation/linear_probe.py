@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -31,6 +32,7 @@ class FewShot(NamedTuple):
 
     top1: float
     std: float
+    ci95: float  # half the 95 % confidence interval of the mean, Student's t
 
 
 def linear_probe(
@@ -74,7 +76,13 @@ def linear_probe(
 
 
 def few_shot(
-    train: Features, test: Features, *, labels_per_class: int, draws: int, seed: int = 0
+    train: Features,
+    test: Features,
+    *,
+    labels_per_class: int,
+    draws: int,
+    seed: int = 0,
+    inverse_penalty: float = 1.0,
 ) -> FewShot:
     """The probe with `labels_per_class` labelled images of each class, over several draws.
 
@@ -93,10 +101,13 @@ def few_shot(
                 for label in np.unique(train.labels)
             ]
         )
-        model = LogisticRegression(C=1.0, max_iter=200)
+        model = LogisticRegression(C=inverse_penalty, max_iter=200)
         _fit_quietly(model, train_x[rows], train.labels[rows])
         scores.append(model.score(test_x, test.labels))
-    return FewShot(float(np.mean(scores)), float(np.std(scores)))
+    interval = 0.0
+    if draws > 1:
+        interval = float(stats.sem(scores) * stats.t.ppf(0.975, draws - 1))
+    return FewShot(float(np.mean(scores)), float(np.std(scores)), interval)
 
 
 def _probe(max_iterations: int, warm_start: bool = False) -> Pipeline:

@@ -2,8 +2,8 @@
 
 The objective is scikit-learn's: `C * sum of losses + |W|^2 / 2`, the intercept free. All strengths
 share each pass over the features, which are spread over this host's devices; L-BFGS runs in
-coordinates in which an upper bound of the Hessian is the identity (Boehning 1992), so that some tens
-of passes do whatever the strength.
+coordinates in which an upper bound of the Hessian is the identity (Boehning 1992), so that some
+tens of passes do whatever the strength.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def fit(
     mean, scale = _moments(features.x, weights, standardize)
     table = {"x": features.x, "y": features.labels, "weight": weights.astype(np.float32)}
     # Padding rows weigh nothing.
-    parts = jax.tree.map(
-        lambda column: parallel.spread_rows(column, _BLOCK).rows, table
-    )
+    parts = jax.tree.map(lambda column: parallel.spread_rows(column, _BLOCK).rows, table)
     basis, curvature = _basis_of_parts()(parts, (mean, scale))
     solve = _solver(num_classes, max_iterations, tolerance)
     each = features.x.shape[1] * num_classes * 4 * (2 * _HISTORY + 8) / 2**30

@@ -6,6 +6,7 @@ are imported where they are used: a run without pictures doesn't wait for them.
 """
 
 from selfsup_jax.plots.bars import Panel, comparison
+from selfsup_jax.plots.confusion import confusion_matrix
 from selfsup_jax.plots.curves import History, ReferenceBand, learning_curves
 from selfsup_jax.plots.images import nearest_neighbours, view_pairs
 from selfsup_jax.plots.maps import map_points, representation_map
@@ -15,6 +16,7 @@ __all__ = [
     "Panel",
     "ReferenceBand",
     "comparison",
+    "confusion_matrix",
     "learning_curves",
     "map_points",
     "nearest_neighbours",

@@ -1,0 +1,35 @@
+"""Takes the encoder out of a run: a small folder to carry into other work.
+
+    python -m selfsup_jax.export CHECKPOINT FOLDER
+
+CHECKPOINT is a run's workdir (its newest checkpoint) or one of its checkpoints. FOLDER takes
+`encoder.json` (architecture, normalisation, origin) and `encoder.npz` (its arrays), which
+`selfsup_jax.evaluation.encoder.load` and every evaluation job's `config.checkpoint` read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from selfsup_jax.errors import UserError
+from selfsup_jax.evaluation import encoder
+
+
+def main() -> None:
+    """The command line of this file's docstring."""
+    parser = argparse.ArgumentParser(description="Writes a run's encoder as a small folder.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("folder")
+    args = parser.parse_args()
+    try:
+        frozen = encoder.load(args.checkpoint)
+        encoder.export(frozen, args.folder)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.folder}: the encoder of {frozen.path}")
+
+
+if __name__ == "__main__":
+    main()

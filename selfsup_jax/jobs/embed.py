@@ -1,0 +1,113 @@
+"""The features of a split, with labels and file names, as files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from selfsup_jax.data import sources
+from selfsup_jax.data.sources import Source
+from selfsup_jax.errors import bad_field
+from selfsup_jax.evaluation import encoder
+from selfsup_jax.evaluation.encoder import Frozen
+from selfsup_jax.evaluation.features import Extractor
+from selfsup_jax.jobs import frame, frozen_features
+from selfsup_jax.jobs.frame import Prepared
+from selfsup_jax.progress import say
+
+Rows = dict[str, np.ndarray]  # features [n, D] float32, labels [n] int32, names [n] str
+
+
+def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
+    """The job of `configs/embed.py`."""
+    formats = ("npz", "npy")
+    if config.format not in formats:
+        raise bad_field("format", config.format, f"must be one of {', '.join(formats)}")
+    if config.format == "npz" and jax.process_count() > 1:
+        raise bad_field("format", "npz", "must be npy with several hosts: each writes its own part")
+    data = config.data
+    # The run's held-out images; of another data set all that there is.
+    split = config.split or data.test_split
+    split = split or "+".join(sources.split_names(data.name, data.dir, data.download))
+    source = frame.load_split(config, split, "split", labelled=False)
+    extract = Extractor(
+        encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
+    )
+
+    def task(frozen: Frozen, folder: str) -> dict[str, Any]:
+        os.makedirs(folder, exist_ok=True)
+        batches = frozen_features.counted(config, source, source.num_examples)
+        rows = (_rows(x, batch) for x, batch in extract.stream(frozen.variables, batches))
+        write = _write_one if config.format == "npz" else _write_parts
+        files, shape = write(rows, source, folder, config.get("rows_per_file"))
+        say(f"features {shape} in {folder}: {files[0]}" + " ..." * (len(files) > 1))
+        return {"embedded_images": shape[0], "embedded_dimensions": shape[1], "split": split}
+
+    found = {"classes": source.num_classes or 0, "test_images": source.num_examples}
+    return Prepared(task, found)
+
+
+def _rows(x: np.ndarray, batch: dict[str, np.ndarray]) -> Rows:
+    return {"features": x, "labels": batch["label"].astype(np.int32), "names": batch["name"]}
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _write_one(
+    rows: Iterator[Rows], source: Source, folder: str, _: int
+) -> tuple[list[str], tuple[int, int]]:
+    parts = list(rows)
+    if not parts:
+        raise bad_field("split", source.name, "holds no image that can be decoded")
+    table = _joined(parts)
+    path = os.path.join(folder, "features.npz")
+    with open(path + ".partial", "wb") as f:
+        names = np.asarray(source.class_names or (), dtype=str)
+        np.savez(f, **table, class_names=names)  # type: ignore[arg-type]
+    os.replace(path + ".partial", path)
+    return [os.path.basename(path)], table["features"].shape
+
+
+def _write_parts(
+    rows: Iterator[Rows], source: Source, folder: str, rows_per_file: int
+) -> tuple[list[str], tuple[int, int]]:
+    """Writes each part when it is full: no more than one is in memory."""
+    host = f"host{jax.process_index()}-" if jax.process_count() > 1 else ""
+    waiting: list[Rows] = []
+    files: list[str] = []
+    size, written, width = 0, 0, 0
+
+    def flush(table: Rows) -> None:
+        nonlocal written, width
+        for name, column in table.items():
+            file = f"{name}-{host}{len(files) // 3:05d}.npy"
+            path = os.path.join(folder, file)
+            with open(path + ".partial", "wb") as f:
+                np.save(f, column)
+            os.replace(path + ".partial", path)
+            files.append(file)
+        written, width = written + len(table["names"]), table["features"].shape[1]
+
+    for part in rows:
+        waiting.append(part)
+        size += len(part["names"])
+        while size >= rows_per_file:
+            table = _joined(waiting)
+            flush({k: v[:rows_per_file] for k, v in table.items()})
+            waiting = [{k: v[rows_per_file:] for k, v in table.items()}]
+            size -= rows_per_file
+    if size:
+        flush(_joined(waiting))
+    if not files:
+        raise bad_field("split", source.name, "holds no image that can be decoded")
+    if source.class_names:
+        with open(os.path.join(folder, "class_names.txt"), "w", encoding="utf-8") as f:
+            f.writelines(f"{name}\n" for name in source.class_names)
+    return files, (written, width)

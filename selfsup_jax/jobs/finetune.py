@@ -1,0 +1,144 @@
+"""The encoder trained on with some of the labels, or all of them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from selfsup_jax import optim, parallel
+from selfsup_jax.data import sources
+from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.evaluation import encoder, scores, supervised
+from selfsup_jax.evaluation.encoder import Frozen
+from selfsup_jax.evaluation.features import Extractor
+from selfsup_jax.jobs import frozen_features, training
+from selfsup_jax.jobs.frame import Prepared
+from selfsup_jax.progress import say
+
+
+def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
+    """The job of `configs/finetune.py`."""
+    if not config.label_share > 0:
+        raise bad_field("label_share", config.label_share, "must be above 0, at most 1")
+    parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
+    wanted = _read_list(config.label_list) if config.label_list else None
+    everything, test = training.splits(config)
+    classes = frozen_features.class_count(everything, test)
+    train = everything
+    if wanted is not None:
+        train = sources.subset(everything, functools.partial(_named, wanted, config.label_list))
+    elif config.label_share < 1:
+        train = sources.subset(
+            everything, lambda labels, _: balanced(labels, config.label_share, config.seed)
+        )
+    training.check_labels(config, train, test)
+    training.total_steps(config, train.num_examples)
+    say(f"{train.num_examples:,} of {everything.num_examples:,} images with labels")
+    module = encoder.module(frozen.config, config.compute_dtype)
+
+    def logits(variables: Any, images: Any) -> Any:
+        params, stats = variables
+        return supervised.classify(params, stats, images, encoder=module, num_classes=classes)[0]
+
+    extract = Extractor(logits, *frozen.normalization)
+
+    def task(frozen: Frozen, folder: str) -> dict[str, Any]:
+        state = _train(config, frozen, train, classes, folder)
+        found = extract(
+            (state.online_params, state.online_stats),
+            frozen_features.counted(config, test, test.num_examples),
+        )
+        if not parallel.is_writer():
+            return {}
+        scores.write_confusion(
+            folder, scores.confusion(found.x, found.labels), test.class_names or ()
+        )
+        each = scores.classification(found.x, found.labels)
+        return {f"finetune_{k}": v for k, v in each.items()}
+
+    counts = {"train_images": train.num_examples, "test_images": test.num_examples}
+    return Prepared(task, {"classes": classes} | counts)
+
+
+def balanced(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """The same number of images of each class, about `share` of all; at least one of each.
+
+    Args:
+        labels: `[N]`.
+        share: above 0.
+        seed: of the draw. A larger share holds the smaller one's images.
+
+    Returns:
+        Numbers of examples, sorted. A class with fewer images gives what it has.
+    """
+    classes = np.unique(labels)
+    each = max(1, round(share * len(labels) / len(classes)))
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:each] for label in classes]
+    return np.sort(np.concatenate(drawn))
+
+
+def _read_list(path: str) -> set[str]:
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as f:
+            names = {line.strip() for line in f} - {""}
+    except (OSError, UnicodeDecodeError) as e:
+        raise bad_field("label_list", path, f"cannot be read: {e}") from e
+    if not names:
+        raise bad_field("label_list", path, "names no file")
+    return names
+
+
+def _named(wanted: set[str], path: str, labels: np.ndarray, names: list[str]) -> np.ndarray:
+    """The examples whose file, by its whole name or its last part, is in a list."""
+    del labels
+    rows = [i for i, name in enumerate(names) if {name, os.path.basename(name)} & wanted]
+    if len(rows) < len(wanted):
+        have = {name for i in rows for name in (names[i], os.path.basename(names[i]))}
+        lost = sorted(wanted - have)
+        if lost:
+            raise UserError(
+                f"config.label_list={path!r}: {len(lost)} of its {len(wanted)} files are not in "
+                f"the training split, such as {lost[0]}; the split has {os.path.basename(names[0])}"
+            )
+    return np.asarray(rows)
+
+
+def _train(
+    config: ConfigDict, frozen: Frozen, train: sources.Source, classes: int, folder: str
+) -> Any:
+    total, warmup = training.total_steps(config, train.num_examples)
+    schedule, body = optim.from_config(config.optimizer, config.batch_size, total, warmup)
+    head_config = ConfigDict(config.optimizer.to_dict())
+    head_config.learning_rate = config.head_learning_rate
+    head_config.exclude = ("bias$",) if config.optimizer.exclude else ()
+    _, head = optim.from_config(head_config, config.batch_size, total, warmup)
+    optimizer = supervised.finetune_optimizer(body, head)
+    module = encoder.module(frozen.config, config.compute_dtype)
+    mean, std = frozen.normalization
+    init_state = functools.partial(
+        supervised.init_finetune,
+        variables=frozen.variables,
+        num_features=module.num_features,
+        num_classes=classes,
+        optimizer=optimizer,
+    )
+    step = functools.partial(
+        supervised.finetune_step,
+        encoder=module,
+        num_classes=classes,
+        optimizer=optimizer,
+        schedule=schedule,
+        view=supervised.flips(config.flip_prob),
+        mean=mean,
+        std=std,
+        train_batch_norm=config.train_batch_norm,
+        bn_groups=config.bn_groups,
+        accumulate_steps=config.accumulate_steps,
+    )
+    say(f"the classifier's learning rate: {config.head_learning_rate:g} in place of the encoder's")
+    return training.train(config, train, init_state, step, folder)

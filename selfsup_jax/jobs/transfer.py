@@ -1,0 +1,165 @@
+"""Linear transfer: logistic regression on frozen features of many data sets, in one table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from selfsup_jax import endings, inputs, parallel
+from selfsup_jax.data import sources
+from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.evaluation import encoder, logistic, scores
+from selfsup_jax.evaluation.encoder import Frozen
+from selfsup_jax.evaluation.features import Extractor, Features
+from selfsup_jax.jobs import frozen_features
+from selfsup_jax.jobs.frame import Prepared
+from selfsup_jax.progress import say
+
+Metric = Callable[[np.ndarray, np.ndarray], float]  # `(logits [N, C], labels) -> fraction`
+METRICS: dict[str, Metric] = {
+    "top1": lambda logits, labels: scores.top_k(logits, labels, 1),
+    "mean_per_class": lambda logits, labels: scores.mean_per_class(
+        scores.confusion(logits, labels)
+    ),
+    "voc_map": scores.voc_map,
+}
+_HEADINGS = {"top1": "top-1", "mean_per_class": "mean per class", "voc_map": "VOC mAP"}
+
+
+class Splits(NamedTuple):
+    """A data set's; validation is None where it is to be drawn from the training images."""
+
+    train: sources.Source
+    validation: sources.Source | None
+    test: sources.Source
+
+
+def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
+    """The job of `configs/transfer.py`."""
+    frozen_features.check_numbers(config, "penalties", above_zero=True)
+    unknown = [name for name in config.order if name not in config.sets]
+    if unknown or not config.order:
+        there = ", ".join(config.sets)
+        raise bad_field("order", tuple(config.order), f"must be one or more of {there}")
+    for name in config.order:
+        metric = config.sets[name].metric
+        if metric not in METRICS:
+            raise bad_field(f"sets.{name}.metric", metric, f"must be one of {', '.join(METRICS)}")
+    present, missing = {}, {}
+    for name in config.order:
+        try:
+            present[name] = _load(config, name)
+        except UserError as e:
+            missing[name] = str(e)
+            say(f"{name} is left out: {e}")
+    if not present:
+        raise UserError("config.order: none of these data sets is there: " + ", ".join(missing))
+    extract = Extractor(
+        encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
+    )
+
+    def task(frozen: Frozen, folder: str) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        for name, splits in present.items():
+            results |= _evaluate(config, name, splits, extract, frozen)
+            if parallel.is_writer():
+                _write_table(config, folder, results, missing)
+        return results
+
+    found = {"sets": list(present), "left_out": sorted(missing)}
+    return Prepared(task, found)
+
+
+def _load(config: ConfigDict, name: str) -> Splits:
+    entry = config.sets[name]
+    data = config.data.copy_and_resolve_references()
+    data.name, data.dir = entry.name, entry.dir or data.dir
+    data.train_split, data.test_split = entry.train_split, entry.test_split
+    inputs.fill_in_splits(data)
+    several = entry.metric == "voc_map"
+
+    def load(split: str, field: str) -> sources.Source:
+        source = inputs.load_split(data, split, field, several_labels=several)
+        if not source.num_classes:
+            raise bad_field(field, split, f"{source.name} has no labels")
+        return source
+
+    return Splits(
+        load(entry.train_split, f"sets.{name}.train_split"),
+        load(entry.validation_split, f"sets.{name}.validation_split")
+        if entry.validation_split
+        else None,
+        load(entry.test_split, f"sets.{name}.test_split"),
+    )
+
+
+def _evaluate(
+    config: ConfigDict, name: str, splits: Splits, extract: Extractor, frozen: Frozen
+) -> dict[str, Any]:
+    """One data set: `transfer_NAME`, its metric and the penalty that was picked."""
+    classes = frozen_features.class_count(splits.train, splits.test)
+
+    def features(source: sources.Source, limit: int = 0) -> Features:
+        batches = frozen_features.counted(config, source, limit or source.num_examples)
+        return extract(frozen.variables, batches)
+
+    train = features(splits.train, config.data.max_train_images)
+    test = features(splits.test)
+    if splits.validation is not None:
+        validation = features(splits.validation)
+        held = np.arange(len(train.x) + len(validation.x)) >= len(train.x)
+        train = Features(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
+    else:
+        held = frozen_features.held_out_rows(train.labels, len(train.x) // 5, config.seed)
+    if not parallel.is_writer():
+        return {}
+    metric = METRICS[config.sets[name].metric]
+
+    def fit(penalties: tuple[float, ...], rows: np.ndarray) -> logistic.Heads:
+        # The loss is the images' mean.
+        inverse = [1.0 / (penalty * np.sum(rows)) for penalty in penalties]
+        return logistic.fit(
+            train,
+            classes,
+            inverse,
+            weights=rows.astype(np.float32),
+            standardize=config.standardize,
+            max_iterations=config.max_iterations,
+            tolerance=config.tolerance,
+        )
+
+    penalties = tuple(config.penalties)
+    logits = fit(penalties, ~held).logits(train.x[held])
+    found = [metric(each, train.labels[held]) for each in logits]
+    best = penalties[int(np.argmax(found))]
+    heads = fit((best,), np.ones(len(train.x), bool))
+    score = metric(heads.logits(test.x)[0], test.labels)
+    say(f"{name}: {100 * score:.1f} % {_HEADINGS[config.sets[name].metric]}, penalty {best:g}")
+    return {
+        f"transfer_{name}": score,
+        f"transfer_{name}_metric": config.sets[name].metric,
+        f"transfer_{name}_penalty": best,
+        f"transfer_{name}_validation": max(found),
+    }
+
+
+def _write_table(
+    config: ConfigDict, folder: str, results: dict[str, Any], missing: dict[str, str]
+) -> None:
+    rows = [("data set", "metric", "test"), ("---", "---", "---")]
+    for name in config.order:
+        if f"transfer_{name}" in results:
+            metric = _HEADINGS[results[f"transfer_{name}_metric"]]
+            rows.append((name, metric, f"{100 * results[f'transfer_{name}']:.1f} %"))
+    lines = [f"| {name:<12} | {metric:<14} | {value:>7} |" for name, metric, value in rows]
+    lines += ["", *(f"Left out: {name}: {why}" for name, why in missing.items())]
+    with endings.writing_to(folder):
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "table.md")
+        with open(path + ".partial", "w", encoding="utf-8") as f:
+            f.write("\n".join(lines).rstrip() + "\n")
+        os.replace(path + ".partial", path)
