@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import MEAN, NUM_CLASSES, STD, assert_same
 from ml_collections import ConfigDict
+from scipy import stats
 
 from selfsup_jax.evaluation import final, knn, linear_probe
 from selfsup_jax.evaluation.features import Extractor, Features, pixels
@@ -49,18 +50,25 @@ def knn_by_hand(train, test, k, temperature):
     return np.asarray(predicted)
 
 
-@pytest.mark.parametrize("chunk", [7, 10, 30, 64])
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.02), (20, 0.5), (200, 0.1)])
-def test_knn_is_brute_force(chunk, k, temperature):
-    """Overlapping classes, chunks that don't divide the queries, k above the bank's size."""
+def test_knn_is_brute_force(k, temperature):
+    """Overlapping classes; k above the bank's size takes all of it."""
     train, test = noise(50, NUM_CLASSES, 0), noise(30, NUM_CLASSES, 1)
     predicted = knn_by_hand(train, test, k, temperature)
     expected = np.mean(predicted == test.labels)
-    got = knn.knn_accuracy(train, test, k=k, temperature=temperature, chunk=chunk)
-    assert got == pytest.approx(expected)
+    assert knn.knn_accuracy(train, test, k=k, temperature=temperature) == pytest.approx(expected)
     # Each prediction, not their count alone: with these labels all or none must be right.
     agreeing = test._replace(labels=predicted.astype(np.int32))
-    assert knn.knn_accuracy(train, agreeing, k=k, temperature=temperature, chunk=chunk) == 1.0
+    assert knn.knn_accuracy(train, agreeing, k=k, temperature=temperature) == 1.0
+
+
+@pytest.mark.parametrize(("bank_rows", "query_rows"), [(3, 7), (64, 10), (1, 64)])
+def test_knn_votes_do_not_depend_on_the_blocks(bank_rows, query_rows):
+    """Blocks that don't divide the bank or the queries."""
+    train, test = noise(50, NUM_CLASSES, 0), noise(30, NUM_CLASSES, 1)
+    found = knn.nearest(train.x, test.x, 20, bank_rows=bank_rows, query_rows=query_rows)
+    votes = knn.vote(found, train.labels, NUM_CLASSES, k=20, temperature=0.1)
+    np.testing.assert_array_equal(votes.argmax(axis=1), knn_by_hand(train, test, 20, 0.1))
 
 
 def test_knn_weighs_the_near_more():
@@ -171,7 +179,28 @@ def test_few_shot_is_mean_and_deviation_of_its_draws():
     assert alone[1].std == pytest.approx(abs(first - second) / 2)
     assert first != second
     separable = linear_probe.few_shot(blobs(60, 3, 0), blobs(30, 3, 1), labels_per_class=2, draws=2)
-    assert separable == (1.0, 0.0)
+    assert separable == (1.0, 0.0, 0.0)
+
+
+def test_few_shot_tells_the_interval_of_its_mean():
+    """Student's t of the draws, whose results are had one by one from means over fewer draws."""
+    train, test = noise(200, 2, 0), noise(100, 2, 1)
+    runs = [
+        linear_probe.few_shot(train, test, labels_per_class=3, draws=n, seed=4)
+        for n in (1, 2, 3, 4)
+    ]
+    totals = [n * run.top1 for n, run in enumerate(runs, start=1)]
+    draws = np.diff([0.0, *totals])
+    assert draws[0] != draws[1]
+    # The 97.5 % points of Student's t with 1, 2 and 3 degrees of freedom, from a printed table.
+    points = {2: 12.706, 3: 4.303, 4: 3.182}
+    for n, point in points.items():
+        deviation = np.sqrt(np.sum((draws[:n] - draws[:n].mean()) ** 2) / (n - 1))
+        by_hand = point * deviation / np.sqrt(n)
+        assert runs[n - 1].ci95 == pytest.approx(by_hand, rel=1e-3, abs=1e-9)
+        low, high = stats.t.interval(0.95, n - 1, draws[:n].mean(), stats.sem(draws[:n]))
+        assert runs[n - 1].ci95 == pytest.approx((high - low) / 2, abs=1e-9)
+    assert runs[0].ci95 == 0.0  # one draw tells nothing of others
 
 
 # ------------------------------------------------------------------------------ features
@@ -194,8 +223,8 @@ def batches(images, size):
 @pytest.fixture(scope="module")
 def variables(initial_state):
     """An encoder whose running averages are not those of any batch."""
-    stats = jax.tree.map(lambda x: x + 0.3, initial_state.online_stats)
-    return encoder_variables(dataclasses.replace(initial_state, online_stats=stats))
+    moved = jax.tree.map(lambda x: x + 0.3, initial_state.online_stats)
+    return encoder_variables(dataclasses.replace(initial_state, online_stats=moved))
 
 
 def test_features_do_not_depend_on_batches_or_devices(networks, variables, images):

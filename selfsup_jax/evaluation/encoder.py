@@ -191,7 +191,7 @@ def untrained(config: dict[str, Any], seed: int) -> Any:
     """Variables of an encoder of that architecture that has seen nothing, drawn from the seed."""
     size = config["data"]["image_size"]
     images = jnp.zeros((1, size, size, 3))
-    variables = module(config, "float32").init(jax.random.PRNGKey(seed), images)
+    variables = jax.jit(module(config, "float32").init)(jax.random.PRNGKey(seed), images)
     return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
 
 
@@ -224,8 +224,9 @@ def _load_exported(folder: str) -> Frozen:
             about = json.load(f)
         with np.load(os.path.join(folder, VARIABLES), allow_pickle=False) as arrays:
             variables = unflatten_dict({k: arrays[k] for k in arrays.files}, sep="/")
-        frozen = Frozen(variables, about["config"], folder, None, int(about.get("step") or 0))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        config = dict(about["config"])
+        frozen = Frozen(variables, config, folder, None, int(about.get("step") or 0))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise UserError(f"the exported encoder {folder} cannot be read: {e}") from e
     check(frozen)
     return frozen

@@ -88,7 +88,9 @@ def fit(
     found = []
     for start in range(0, len(inverse_penalties), at_once):
         part = np.asarray(inverse_penalties[start : start + at_once], np.float32)
-        shared = (mean, scale, basis, curvature, 1.0 / (part * total))
+        # Two columns of softmax share what is one column of scikit-learn's: half the penalty.
+        share = 2.0 if num_classes == 2 and features.labels.ndim == 1 else 1.0
+        shared = (mean, scale, basis, curvature, share / (part * total))
         found.append(jax.device_get(solve(parts, shared)))
     kernel, bias, iterations = (np.concatenate(column) for column in zip(*found, strict=True))
     return Heads(kernel, bias, tuple(map(float, inverse_penalties)), iterations)

@@ -227,7 +227,9 @@ def finetune_step(
     stats, means, _ = collectives.accumulate(
         microbatch_step, state.online_stats, batch, accumulate_steps
     )
-    (grads, metrics), stats = collectives.mean((means, stats), axis_name)
+    grads, metrics = collectives.mean(means, axis_name)
+    if train_batch_norm:  # else they are what they were, which a mean would round
+        stats = collectives.mean(stats, axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.online_params)
     metrics |= {"learning_rate": schedule(state.step)} | diagnostics.norms(grads, updates)
     new_state = state.replace(
