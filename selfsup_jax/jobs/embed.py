@@ -33,6 +33,8 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
     data = config.data
     # The run's held-out images; of another data set all that there is.
     split = config.split or data.test_split
+    if not config.split and split.endswith("[:0]"):  # of a run without labels
+        split = ""
     split = split or "+".join(sources.split_names(data.name, data.dir, data.download))
     source = frame.load_split(config, split, "split", labelled=False)
     extract = Extractor(

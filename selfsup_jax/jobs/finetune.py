@@ -97,14 +97,13 @@ def _named(wanted: set[str], path: str, labels: np.ndarray, names: list[str]) ->
     """The examples whose file, by its whole name or its last part, is in a list."""
     del labels
     rows = [i for i, name in enumerate(names) if {name, os.path.basename(name)} & wanted]
-    if len(rows) < len(wanted):
-        have = {name for i in rows for name in (names[i], os.path.basename(names[i]))}
-        lost = sorted(wanted - have)
-        if lost:
-            raise UserError(
-                f"config.label_list={path!r}: {len(lost)} of its {len(wanted)} files are not in "
-                f"the training split, such as {lost[0]}; the split has {os.path.basename(names[0])}"
-            )
+    have = {name for i in rows for name in (names[i], os.path.basename(names[i]))}
+    lost = sorted(wanted - have)
+    if lost:
+        raise UserError(
+            f"config.label_list={path!r}: {len(lost)} of its {len(wanted)} files are not in "
+            f"the training split, such as {lost[0]}; the split has {os.path.basename(names[0])}"
+        )
     return np.asarray(rows)
 
 

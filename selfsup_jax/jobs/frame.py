@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ RESULTS = "results.json"
 _FREE_FIELDS = (
     *("checkpoint", "watch", "watch_poll_seconds", "watch_patience_hours", "feature_batch_size"),
     *("data.dir", "data.download", "data.max_undecodable", "data.cache_gib"),
+    "data.allow_unseen_classes",
     *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"),
     *("bank_rows", "query_rows"),
 )
@@ -83,7 +85,7 @@ def adopt(config: ConfigDict, frozen: Frozen) -> ConfigDict:
     run = frozen.config
     with config.unlocked():
         data = config.data
-        same_data = not data.name or data.name == run["data"]["name"]
+        same_data = _is_the_runs_data(data, run["data"])
         taken = ["image_size", "test_resize", "resize_method", "crop_area", "crop_aspect"]
         if same_data:
             taken += ["name", "train_split", "test_split"]
@@ -102,11 +104,24 @@ def adopt(config: ConfigDict, frozen: Frozen) -> ConfigDict:
     return config
 
 
+def _is_the_runs_data(data: ConfigDict, run_data: dict[str, Any]) -> bool:
+    """Whether a job looks at the run's own data set, which may lie elsewhere by now.
+
+    A folder that is named as such, at another place, is another data set.
+    """
+    if data.name == "folder" and data.dir:
+        places = (data.dir, run_data["dir"])
+        here, there = (os.path.realpath(os.path.expanduser(place)) for place in places)
+        return run_data["name"] == "folder" and here == there
+    return not data.name or data.name == run_data["name"]
+
+
 def _begun_step(config: ConfigDict, directory: str) -> int | None:
     """The checkpoint's step that an earlier process here began with, if the newest is asked for."""
     path = os.path.join(directory, "config.json")
     root, newest = encoder.locate(config.checkpoint)
-    if newest is None or os.path.basename(os.path.abspath(config.checkpoint)).isdigit():
+    asked = os.path.abspath(os.path.expanduser(config.checkpoint))
+    if newest is None or os.path.dirname(asked) == os.path.join(root, "checkpoints"):
         return None
     if not os.path.exists(path):
         return None
@@ -139,8 +154,7 @@ def evaluate(
     if os.path.exists(path):
         say(f"{path} is there already; another --workdir evaluates again")
         return read_json(path)
-    with disk_errors(directory, lambda: None):
-        write_identity(identity, directory)
+    with disk_errors(directory, lambda: None), begun(identity, directory):
         say(f"{config.job}: {frozen.path}")
         results = prepared.task(frozen, directory)
         if config.get("random_init"):
@@ -184,12 +198,25 @@ def identity_of(config: ConfigDict, prepared: Prepared, frozen: Frozen) -> dict[
     return json.loads(config.to_json()) | {"found": frozen.about | prepared.found}
 
 
-def write_identity(identity: dict[str, Any], directory: str) -> None:
-    """Writes `config.json`."""
+@contextlib.contextmanager
+def begun(identity: dict[str, Any], directory: str) -> Iterator[None]:
+    """Writes `config.json`; takes it back where a mistake shows before anything is saved.
+
+    Some mistakes only the features tell: the mended command may then come here, too.
+    """
+    path = os.path.join(directory, "config.json")
+    new = not os.path.exists(path)
     if parallel.is_writer():
         os.makedirs(directory, exist_ok=True)
-        write_json(os.path.join(directory, "config.json"), identity)
+        write_json(path, identity)
     parallel.wait_for_all("job")
+    try:
+        yield
+    except UserError:
+        trained = os.path.exists(os.path.join(directory, "checkpoints"))
+        if new and not trained and parallel.is_writer():
+            os.remove(path)
+        raise
 
 
 def check_same(identity: dict[str, Any], directory: str, free: tuple[str, ...] = ()) -> None:

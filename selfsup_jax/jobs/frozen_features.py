@@ -217,8 +217,8 @@ def _knn(train: Features, test: Features, num_classes: int, config: ConfigDict) 
         knn.nearest, k=most, bank_rows=config.bank_rows, query_rows=config.query_rows
     )
     best, picked = grid[0], {}
-    if len(grid) > 1:
-        held = held_out_rows(train.labels, config.held_out_images, config.seed)
+    held = held_out_rows(train.labels, config.held_out_images, config.seed)
+    if len(grid) > 1 and held.any():
         neighbours = look(train.x[~held], train.x[held])
         found = [
             _top1(neighbours, train.labels[~held], train.labels[held], num_classes, *pair)

@@ -70,7 +70,7 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
                 _write_table(config, folder, results, missing)
         return results
 
-    found = {"sets": list(present), "left_out": sorted(missing)}
+    found = {"sets": ", ".join(present), "left_out": ", ".join(missing)}
     return Prepared(task, found)
 
 

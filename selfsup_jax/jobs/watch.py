@@ -60,15 +60,17 @@ def follow(config: ConfigDict, directory: str, prepare: frame.Prepare) -> dict[s
                 prepared = prepare(resolved, frozen)
             identity = frame.identity_of(resolved, prepared, frozen)
             frame.check_same(identity, directory, free=_OF_THE_STEP)
-            frame.write_identity(identity, directory)
             baseline = os.path.join(directory, "random_init")
             folder = step_folder(directory, frozen.step)
-            results = frame.evaluate(resolved, prepared, frozen, folder, baseline)
+            with frame.begun(identity, directory):
+                results = frame.evaluate(resolved, prepared, frozen, folder, baseline)
             write_json(os.path.join(directory, frame.RESULTS), results)
             log.record(frozen.step, results)
         done = done_steps(directory)
+        newest = frame.read_json(os.path.join(step_folder(directory, done[-1]), frame.RESULTS))
+        write_json(os.path.join(directory, frame.RESULTS), newest)  # a kill may have come between
         say(f"{run} has ended; its {len(done)} checkpoints are evaluated")
-        return frame.read_json(os.path.join(step_folder(directory, done[-1]), frame.RESULTS))
+        return newest
 
 
 def step_folder(directory: str, step: int) -> str:
@@ -160,8 +162,10 @@ class _Log:
     def record(self, step: int, results: dict[str, Any]) -> None:
         """Writes the measures of a step."""
         assert self._recorder is not None
-        self._recorder.write(step, frame.measures(results), {})
-        self._recorder.flush()
+        found = frame.measures(results)
+        if found:  # a job such as `embed` measures nothing
+            self._recorder.write(step, found, {})
+            self._recorder.flush()
 
     def __exit__(self, *_: object) -> None:
         if self._recorder is not None:

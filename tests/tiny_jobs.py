@@ -1,0 +1,193 @@
+"""Evaluation jobs that take a second: a run with an encoder of one block, and small images.
+
+As a program it is `run_experiment.py` with that encoder; `TINY_PAUSE` as in `tiny_process.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+told = dict(os.environ)
+import tiny_runs  # imports conftest, which makes eight devices  # noqa: E402
+
+if __name__ == "__main__":
+    os.environ.update(told)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import byol_jax.method  # noqa: E402
+from configs import embed, fewshot, finetune, knn, linear_probe, transfer  # noqa: E402
+from selfsup_jax import inputs, jobs, train  # noqa: E402
+from selfsup_jax.models import resnet  # noqa: E402
+
+CLASSES, TRAIN, TEST = 3, 96, 24  # images of the two splits
+STEPS = 4  # of the run; each has a checkpoint
+
+
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
+ONE_BLOCK = ((0, 0, 0, 1), False)
+_MAKE = {
+    "embed": embed.get_config,
+    "fewshot": fewshot.get_config,
+    "finetune": finetune.get_config,
+    "knn": knn.get_config,
+    "linear_probe": linear_probe.get_config,
+    "transfer": transfer.get_config,
+}
+# The same numbers of strengths in all tests: each is compiled anew.
+QUICK: dict[str, dict[str, Any]] = {
+    "embed": {},
+    "fewshot": {"labels_per_class": (1, 4), "draws": 3},
+    "finetune": {"batch_size": 8, "epochs": 2.0, "checkpoint_every_steps": 2},
+    "knn": {"neighbours": (5,), "random_init": False},
+    "linear_probe": {"inverse_penalties": (0.01, 1.0), "random_init": False},
+    "linear_probe:byol": {"batch_size": 16, "epochs": 2.0, "checkpoint_every_steps": 2},
+    "linear_probe:moco": {"batch_size": 16, "epochs": 2.0},
+    "transfer": {"penalties": (0.01, 1.0)},
+}
+
+
+@contextlib.contextmanager
+def small_encoder(cache: pathlib.Path) -> Iterator[None]:
+    """An encoder of depth 2, which compiles in a second; what is compiled is kept in `cache`."""
+    fields = {
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in fields}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.STAGES, 2, ONE_BLOCK)
+        try:
+            for name, value in fields.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()  # so that it is looked for anew
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+
+def write_split(folder: pathlib.Path, count: int, seed: int, classes: int = CLASSES) -> None:
+    """Images of 8 px in class folders; noisy, so that nothing tells all classes apart."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        label = i % classes
+        parent = folder / f"class_{label}"
+        parent.mkdir(parents=True, exist_ok=True)
+        tint = rng.integers(0, 100, 3) + 35 * np.eye(3, dtype=int)[label % 3]
+        pixels = rng.integers(0, 80, (8, 8, 3)) + tint
+        Image.fromarray(pixels.astype(np.uint8)).save(parent / f"{i:02d}.png")
+
+
+def write_data(folder: pathlib.Path) -> pathlib.Path:
+    write_split(folder / "train", TRAIN, seed=1)
+    write_split(folder / "test", TEST, seed=2)
+    return folder
+
+
+def _wander(config, *args):
+    """BYOL with a step in place of its own that compiles in a blink and moves the encoder."""
+    method = byol_jax.method.build(config, *args)
+
+    def step(state, batch, *, axis_name):
+        rng = jax.random.fold_in(state.rng, state.step)
+        moved = jax.tree.map(
+            lambda w: w + 0.05 * jax.random.normal(rng, w.shape), state.online_params["encoder"]
+        )
+        params = state.online_params | {"encoder": moved}
+        metrics = {"loss": jnp.ones(()), "finite": jnp.ones(())}
+        return state.replace(step=state.step + 1, online_params=params), metrics
+
+    return method._replace(train_step=step)
+
+
+def make_run(data: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """A run of `STEPS` steps that keeps the checkpoint of each."""
+    config = tiny_runs.tiny_config(
+        data,
+        steps=STEPS,
+        keep_every_steps=1,
+        monitor__diagnostics_every_steps=0,
+        encoder__width=0.03,
+        encoder__stem="cifar",
+        encoder__zero_init_gamma=False,
+        projector__hidden_size=8,
+        predictor__hidden_size=8,
+    )
+    config.encoder.depth = 2
+    train.pretrain(config, str(workdir), _wander)
+    assert tiny_runs.saved_steps(workdir) == list(range(1, STEPS + 1))
+    return workdir
+
+
+def make_config(name: str, checkpoint: pathlib.Path | str, **changes: Any) -> ConfigDict:
+    """The config of a job, `name` such as `linear_probe:byol`; `changes` have `__` for the dot."""
+    job, _, preset = name.partition(":")
+    config = _MAKE[job](preset or None)
+    quick = QUICK.get(name, QUICK[job])
+    config.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in (quick | changes).items()}
+    )
+    config.checkpoint = str(checkpoint)
+    return config.lock()  # as one from the command line is
+
+
+def run_job(
+    name: str, checkpoint: pathlib.Path | str, workdir: pathlib.Path, **changes: Any
+) -> dict[str, Any]:
+    return jobs.run(make_config(name, checkpoint, **changes), str(workdir))
+
+
+def copy_run(run: pathlib.Path, to: pathlib.Path, steps: int) -> pathlib.Path:
+    """The run as it was after so many of its steps."""
+    (to / "checkpoints").mkdir(parents=True)
+    for step in range(1, steps + 1):
+        add_checkpoint(run, to, step)
+    return to
+
+
+def add_checkpoint(run: pathlib.Path, to: pathlib.Path, step: int) -> None:
+    shutil.copytree(run / "checkpoints" / str(step), to / "checkpoints" / str(step))
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def confusion(workdir: pathlib.Path) -> np.ndarray:
+    with np.load(workdir / "confusion.npz") as arrays:
+        return arrays["matrix"]
+
+
+if __name__ == "__main__":
+    from absl import app
+
+    import run_experiment
+
+    resnet.STAGES[2] = ONE_BLOCK
+    train_batches = inputs.train_batches
+
+    def paused(*args, **kwargs):
+        for batch in train_batches(*args, **kwargs):
+            time.sleep(float(os.environ.get("TINY_PAUSE", "0")))
+            yield batch
+
+    inputs.train_batches = paused
+    app.run(run_experiment.main, flags_parser=run_experiment.parse_flags)
