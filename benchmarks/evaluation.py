@@ -39,36 +39,39 @@ def main() -> None:
     parser.add_argument(
         "--penalty", type=float, default=0.03, help="of the comparison, sklearn's C"
     )
+    parser.add_argument("--images", type=int, default=10000, help="for the rates")
+    parser.add_argument("--rates_only", action="store_true", help="no probe, no kNN")
     parser.add_argument("--no_sklearn", action="store_true", help="it takes minutes")
     parser.add_argument("--json", default="")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    rows, train, test = _features(args)
-    rows += _probe(args, train, test)
-    rows += _knn(args, train, test)
+    if args.rates_only:
+        rows = _rates_of_run(args, args.runs[0])
+    else:
+        rows, train, test = _features(args)
+        rows += _probe(args, train, test)
+        rows += _knn(args, train, test)
     show("evaluation", rows, args.json)
 
 
+def _open(args: argparse.Namespace, run: str) -> tuple[encoder.Frozen, ConfigDict, Extractor]:
+    frozen = encoder.load(run)
+    data = ConfigDict(frozen.config["data"])
+    data.dir = args.data_dir or data.dir
+    represent = encoder.represent(frozen.config)
+    return frozen, data, Extractor(represent, *frozen.normalization)
+
+
 def _features(args: argparse.Namespace) -> tuple[list[Row], Features, Features]:
-    """Rates of extraction and of the bare forward, in turn, and the features of all runs."""
+    """Rates of the first run, and the features of all."""
+    rows = _rates_of_run(args, args.runs[0])
     found: dict[str, list[Features]] = {"train": [], "test": []}
-    rows: list[Row] = []
     for run in args.runs:
-        frozen = encoder.load(run)
-        data = ConfigDict(frozen.config["data"])
-        data.dir = args.data_dir or data.dir
-        represent = encoder.represent(frozen.config)
-        extract = Extractor(represent, *frozen.normalization)
-        sources = {
-            name: inputs.load_split(data, data[f"{name}_split"], f"data.{name}_split")
-            for name in found
-        }
-        batches = inputs.eval_batches(data, sources["test"], args.batch_size)
-        if not rows:
-            rows = _rates(args, frozen, represent, extract, batches, sources["test"].num_examples)
-        for name, source in sources.items():
+        frozen, data, extract = _open(args, run)
+        for name, each in found.items():
+            source = inputs.load_split(data, data[f"{name}_split"], f"data.{name}_split")
             batches = inputs.eval_batches(data, source, args.batch_size)
-            found[name].append(extract(frozen.variables, batches()))
+            each.append(extract(frozen.variables, batches()))
     joined = {
         name: Features(np.concatenate([f.x for f in each], axis=1), each[0].labels)
         for name, each in found.items()
@@ -76,7 +79,13 @@ def _features(args: argparse.Namespace) -> tuple[list[Row], Features, Features]:
     return rows, joined["train"], joined["test"]
 
 
-def _rates(args, frozen, represent, extract, batches, count: int) -> list[Row]:
+def _rates_of_run(args: argparse.Namespace, run: str) -> list[Row]:
+    """Rates of extraction and of the bare forward, in turn."""
+    frozen, data, extract = _open(args, run)
+    represent = encoder.represent(frozen.config)
+    source = inputs.load_split(data, data.test_split, "data.test_split")
+    count = min(args.images, source.num_examples)
+    batches = inputs.eval_batches(data, source, args.batch_size, count)
     first = next(iter(batches()))["image"]
     on_devices = parallel.shard(first)
 

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class NoData(UserError):
+    """A data set that is not there."""
+
+
 class NotFinite(UserError):
     """A loss or a gradient that is no number: the same run would come to the same end again."""
 

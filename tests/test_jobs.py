@@ -313,7 +313,7 @@ def test_knns_grid_is_picked_on_held_out_training_images(done, embedded):
     best = max(found, key=found.get)
     results = read(done("knn", **GRID) / "results.json")
     assert (results["knn_k"], results["knn_temperature"]) == best
-    assert results["knn_held_out_top1"] == pytest.approx(found[best])
+    assert results["knn_top1_held_out"] == pytest.approx(found[best])
     assert results["knn_top1"] == brute_force_knn(train, test, *best)
 
 
@@ -362,7 +362,7 @@ def test_a_probes_classifier_is_one_of_the_runs_features(name, done, embedded):
     assert results["linear_probe_top1"] == pytest.approx(
         np.mean(logits.argmax(1) == test["labels"])
     )
-    assert ("linear_probe_held_out_top1" in results) == (name == "linear_probe:byol")
+    assert ("linear_probe_top1_held_out" in results) == (name == "linear_probe:byol")
     # Of 96 training images 19 are held out where there is something to pick.
     assert results["train_images"] == (TRAIN - TRAIN // 5 if len(rates) > 1 else TRAIN)
     assert not (workdir / "checkpoints").exists()
@@ -517,7 +517,7 @@ def test_nothing_is_picked_by_the_test_set(name, done, run, tmp_path, monkeypatc
     relabelled(monkeypatch, lambda labels: (labels + 1) % tiny_jobs.CLASSES)
     results = run_job(name, run, tmp_path / "job", **changes)
     assert results[field] == straight[field]
-    assert results[f"{prefix}_held_out_top1"] == straight[f"{prefix}_held_out_top1"]
+    assert results[f"{prefix}_top1_held_out"] == straight[f"{prefix}_top1_held_out"]
     matrix, before = (confusion(path) for path in (tmp_path / "job", done(name, **changes)))
     assert np.any(matrix != before)
     np.testing.assert_array_equal(matrix.sum(0), before.sum(0))  # the same predictions
@@ -737,7 +737,7 @@ MISTAKES = [
     ("transfer", {"order": ("cifar11",)}, "order=.'cifar11',.: must be one or more of aircraft"),
     ("transfer", {"sets__pets__metric": "top2"}, "sets.pets.metric='top2': must be one of top1"),
     ("transfer", {"penalties": ()}, r"penalties=\(\): must be one or more"),
-    ("transfer", {"order": ("cifar10",)}, "config.order: none of these data sets is there"),
+    ("transfer", {"order": ("cifar10",)}, "config.order: none of cifar10 is there"),
     ("embed", {"format": "csv"}, "format='csv': must be one of npz, npy"),
     ("embed", {"split": "tset"}, "split='tset': "),
     ("embed", {"rows_per_file": 0}, "rows_per_file=0: must be at least 1"),
@@ -875,7 +875,7 @@ def test_a_handful_of_training_images_leaves_nothing_to_pick_on(run, tmp_path):
     """Four images: the first of the grid is taken."""
     changes = {"data__train_split": "train[:4]", "neighbours": (1, 2)}
     results = run_job("knn", run, tmp_path / "knn", data__allow_unseen_classes=True, **changes)
-    assert results["knn_k"] == 1 and "knn_held_out_top1" not in results
+    assert results["knn_k"] == 1 and "knn_top1_held_out" not in results
 
 
 # ---------------------------------------------------------------------------- real processes

@@ -95,6 +95,12 @@ def follow(run: pathlib.Path, workdir: pathlib.Path, name: str = "knn", **change
     return jobs.run(make_config(name, run, watch=True, **changes), str(workdir))
 
 
+def log_of(run, name):
+    """Where the only watch of that name writes its points."""
+    (folder,) = (run / "evaluation").glob(f"{name}-*")
+    return folder
+
+
 def points(folder: pathlib.Path) -> list[int]:
     """The steps in `metrics.jsonl`, which are also those of TensorBoard."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -144,11 +150,11 @@ def test_each_checkpoint_of_a_run_is_evaluated_once_until_it_ends(
         assert jobs.run(config, str(tmp_path / f"alone_{step}")) == found
         assert found["checkpoint"] == str(checkpoint)
         assert (job / f"step_{step:08d}" / "confusion.npz").exists()
-    assert points(going_on / "evaluation" / "watched") == [1, 2, 3, 4]
+    assert points(log_of(going_on, "watched")) == [1, 2, 3, 4]
     # Once more: nothing is left to be done.
     evaluated.clear()
     assert follow(going_on, job, random_init=True) == results
-    assert not evaluated and points(going_on / "evaluation" / "watched") == [1, 2, 3, 4]
+    assert not evaluated and points(log_of(going_on, "watched")) == [1, 2, 3, 4]
 
 
 @pytest.fixture
@@ -175,7 +181,7 @@ def test_after_a_kill_only_what_is_left_is_evaluated(run, going_on, killed_watch
     end(run, going_on)
     assert follow(going_on, killed_watch)["step"] == 4
     assert evaluated == [3, 4]
-    assert points(going_on / "evaluation" / "job") == [1, 2, 3, 4]
+    assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
 
 
 def test_a_removed_checkpoint_stays_evaluated(run, going_on, killed_watch, evaluated):
@@ -186,7 +192,7 @@ def test_a_removed_checkpoint_stays_evaluated(run, going_on, killed_watch, evalu
     assert follow(going_on, killed_watch)["step"] == 4
     assert evaluated == [3, 4]
     assert watch.done_steps(str(killed_watch)) == [1, 2, 3, 4]
-    assert points(going_on / "evaluation" / "job") == [1, 2, 3, 4]
+    assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("before_the_copy", [True, False])
@@ -207,10 +213,10 @@ def test_a_kill_between_a_result_and_its_point_loses_none(
         with pytest.raises(Killed):
             follow(going_on, killed_watch)
     assert evaluated == [3]
-    assert points(going_on / "evaluation" / "job") == [1, 2]
+    assert points(log_of(going_on, "job")) == [1, 2]
     assert follow(going_on, killed_watch)["step"] == 4
     assert evaluated == [3, 4]
-    assert points(going_on / "evaluation" / "job") == [1, 2, 3, 4]
+    assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
     assert read(killed_watch / "results.json")["step"] == 4
 
 
@@ -228,7 +234,7 @@ def test_a_kill_between_the_last_result_and_its_point(
         with pytest.raises(Killed):
             follow(going_on, killed_watch)
     assert follow(going_on, killed_watch)["step"] == 3
-    assert evaluated == [3] and points(going_on / "evaluation" / "job") == [1, 2, 3]
+    assert evaluated == [3] and points(log_of(going_on, "job")) == [1, 2, 3]
     assert read(killed_watch / "results.json")["step"] == 3
 
 
@@ -236,7 +242,7 @@ def test_a_job_without_measures_leaves_no_points(run, going_on, tmp_path, clock)
     end(run, going_on, steps=(2,))
     for _ in range(2):
         follow(going_on, tmp_path / "job", "embed")
-        assert points(going_on / "evaluation" / "job") == []
+        assert points(log_of(going_on, "job")) == []
     assert (tmp_path / "job" / "step_00000002" / "features.npz").exists()
 
 
@@ -258,10 +264,10 @@ def test_a_job_that_trains_goes_on_with_the_checkpoint_it_was_stopped_at(
     monkeypatch.setattr(inputs, "train_batches", batches)
     with pytest.raises(Stopped, match=r"after step 4,.*step_00000002"):
         follow(going_on, job, "finetune:all", steps=9)
-    assert points(job) == [1]
+    assert points(log_of(going_on, "finetuned")) == [1]
     results = follow(going_on, job, "finetune:all", steps=9)
     assert results["step"] == 2 and evaluated == [1, 2, 2] and len(trained) == 18
-    assert points(job) == [1, 2]
+    assert points(log_of(going_on, "finetuned")) == [1, 2]
     alone = make_config("finetune:all", going_on, steps=9)
     assert jobs.run(alone, str(tmp_path / "alone")) == results
 
@@ -366,3 +372,11 @@ def test_a_run_that_may_not_be_written_to_has_its_points_beside_the_results(
     end(run, going_on, steps=(2,))
     follow(going_on, tmp_path / "job")
     assert points(tmp_path / "job") == [1, 2]
+
+
+def test_two_watches_of_one_name_keep_their_points_apart(run, going_on, tmp_path, clock):
+    end(run, going_on, steps=(2,))
+    for parent in ("a", "b"):
+        follow(going_on, tmp_path / parent / "same")
+    logs = sorted((going_on / "evaluation").glob("same-*"))
+    assert [points(log) for log in logs] == [[1, 2], [1, 2]]

@@ -12,7 +12,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 
-from selfsup_jax.errors import UserError, bad_field, nearest
+from selfsup_jax.errors import NoData, bad_field, nearest
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 EMBEDDED = ("digits", "folder")
@@ -233,9 +233,9 @@ def load_folder(directory: str, split: str, field: str) -> Source:
 
 def _check_folder(directory: str) -> str:
     if not directory:
-        raise bad_field("data.dir", directory, "must name the folder of images")
+        raise NoData(str(bad_field("data.dir", directory, "must name the folder of images")))
     if not os.path.isdir(directory):
-        raise bad_field("data.dir", directory, "is not a directory")
+        raise NoData(str(bad_field("data.dir", directory, "is not a directory")))
     return directory
 
 
@@ -349,24 +349,20 @@ def _tfds_builder(name: str, directory: str, download: bool = False) -> tfds.cor
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as e:
         known = [*tfds.list_builders(with_community_datasets=False), *EMBEDDED]
-        raise bad_field(
-            "data.name", name, f"is no known data set; did you mean: {nearest(name, known)}?"
-        ) from e
+        hint = f"is no known data set; did you mean: {nearest(name, known)}?"
+        raise NoData(str(bad_field("data.name", name, hint))) from e
     if download:
         try:
             builder.download_and_prepare()
         except Exception as e:  # whatever the network, the disk or a data set's own code says
             first_line = (str(e).splitlines() or [type(e).__name__])[0]
-            raise UserError(
-                f"config.data.name={name!r}: could not be prepared: {first_line}"
-            ) from e
+            raise NoData(f"config.data.name={name!r}: could not be prepared: {first_line}") from e
     if not builder.info.splits:
         where = data_dir or builder._data_dir_root
         there = sorted(os.listdir(where)) if os.path.isdir(where) else []
-        raise bad_field(
-            "data.dir",
-            str(where),
+        hint = (
             f"holds no prepared {name} (it holds: {', '.join(there) or 'nothing'}); point it to "
-            "where it lies, or add --config.data.download=True",
+            "where it lies, or add --config.data.download=True"
         )
+        raise NoData(str(bad_field("data.dir", str(where), hint)))
     return builder

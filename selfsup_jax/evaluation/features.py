@@ -12,6 +12,7 @@ import numpy as np
 
 from selfsup_jax import parallel
 from selfsup_jax.augment import normalize
+from selfsup_jax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
 
@@ -57,8 +58,14 @@ class Extractor:
             yield x, waiting.popleft()
 
     def __call__(self, variables: Any, batches: Iterable[HostBatch]) -> Features:
-        """All hosts' features of an encoder with these variables (`{"params", "batch_stats"}`)."""
+        """All hosts' features of an encoder with these variables (`{"params", "batch_stats"}`).
+
+        Raises:
+            UserError: there are none.
+        """
         parts = [(x, batch["label"]) for x, batch in self.stream(variables, batches)]
+        if not parts:
+            raise UserError("config.data: a split holds no image that can be decoded")
         x, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Features(*parallel.gather_hosts((x, labels.astype(np.int32))))
 

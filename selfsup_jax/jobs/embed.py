@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from selfsup_jax import parallel
 from selfsup_jax.data import sources
 from selfsup_jax.data.sources import Source
 from selfsup_jax.errors import bad_field
@@ -47,8 +48,9 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
         rows = (_rows(x, batch) for x, batch in extract.stream(frozen.variables, batches))
         write = _write_one if config.format == "npz" else _write_parts
         files, shape = write(rows, source, folder, config.get("rows_per_file"))
-        say(f"features {shape} in {folder}: {files[0]}" + " ..." * (len(files) > 1))
-        return {"embedded_images": shape[0], "embedded_dimensions": shape[1], "split": split}
+        count = int(parallel.gather_hosts(np.asarray([shape[0]])).sum())
+        say(f"{count:,} x {shape[1]} features in {folder}: {files[0]}" + " ..." * (len(files) > 1))
+        return {"embedded_images": count, "embedded_dimensions": shape[1], "split": split}
 
     found = {"classes": source.num_classes or 0, "test_images": source.num_examples}
     return Prepared(task, found)

@@ -94,17 +94,30 @@ def _read_list(path: str) -> set[str]:
 
 
 def _named(wanted: set[str], path: str, labels: np.ndarray, names: list[str]) -> np.ndarray:
-    """The examples whose file, by its whole name or its last part, is in a list."""
+    """The examples whose file is in a list, by as much of its path's end as the list gives."""
     del labels
-    rows = [i for i, name in enumerate(names) if {name, os.path.basename(name)} & wanted]
-    have = {name for i in rows for name in (names[i], os.path.basename(names[i]))}
-    lost = sorted(wanted - have)
+    lengths = {len(name.split("/")) for name in wanted}
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        parts = name.split(os.sep)
+        for length in lengths:
+            end = "/".join(parts[-length:])
+            if end in wanted and length <= len(parts):
+                found.setdefault(end, []).append(i)
+    lost = sorted(wanted - found.keys())
     if lost:
         raise UserError(
-            f"config.label_list={path!r}: {len(lost)} of its {len(wanted)} files are not in "
-            f"the training split, such as {lost[0]}; the split has {os.path.basename(names[0])}"
+            f"config.label_list={path!r}: {len(lost)} of its {len(wanted)} files are not in the "
+            f"training split, such as {lost[0]}; the split has {os.path.basename(names[0])}"
         )
-    return np.asarray(rows)
+    several = [name for name, rows in found.items() if len(rows) > 1]
+    if several:
+        first, *_, last = (names[i] for i in found[several[0]])
+        raise UserError(
+            f"config.label_list={path!r}: {several[0]} may be {first} or {last}; give more of its "
+            "path"
+        )
+    return np.sort(np.concatenate(list(found.values())))
 
 
 def _train(

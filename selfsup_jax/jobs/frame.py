@@ -21,6 +21,7 @@ from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.progress import say
 
 RESULTS = "results.json"
+_REMOVED = -1  # the step of a job that is done and whose checkpoint is no more
 # Fields that change nothing in the results.
 _FREE_FIELDS = (
     *("checkpoint", "watch", "watch_poll_seconds", "watch_patience_hours", "feature_batch_size"),
@@ -69,6 +70,9 @@ def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
     """
     with workdir.locked(directory):
         step = _begun_step(config, directory)
+        if step == _REMOVED:
+            say(f"{directory} is done, of a checkpoint that is removed since")
+            return read_json(os.path.join(directory, RESULTS))
         frozen = encoder.load(config.checkpoint, step)
         config = adopt(config, frozen)
         config_lib.check_values(config)
@@ -129,6 +133,8 @@ def _begun_step(config: ConfigDict, directory: str) -> int | None:
     if found.get("run") != root or found.get("step") == newest:
         return None
     if found["step"] not in encoder.checkpoint_steps(root):
+        if os.path.exists(os.path.join(directory, RESULTS)):
+            return _REMOVED
         raise UserError(
             f"--workdir={directory}: was begun with the checkpoint of step {found['step']}, which "
             f"is no more in {root}; take another --workdir for step {newest}"

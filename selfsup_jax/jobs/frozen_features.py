@@ -38,17 +38,17 @@ Measure = Callable[[Features, Features, int, ConfigDict], Measured]
 
 
 def prepare_for(
-    measure: Measure, check: Callable[[ConfigDict], None]
+    measure: Measure, check: Callable[[ConfigDict, int], None]
 ) -> Callable[[ConfigDict, Frozen], Prepared]:
     """The `Prepare` of a job that looks at the features of a training and a test split."""
 
     def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
-        check(config)
         inputs.fill_in_splits(config.data)
         train = frame.load_split(config, config.data.train_split, "data.train_split")
         test = frame.load_split(config, config.data.test_split, "data.test_split")
         num_classes = class_count(train, test)
-        limit = config.data.max_train_images or train.num_examples
+        limit = min(config.data.max_train_images or train.num_examples, train.num_examples)
+        check(config, limit)
         extract = Extractor(
             encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
         )
@@ -65,7 +65,7 @@ def prepare_for(
                 scores.write_confusion(folder, matrix, train.class_names or ())
             return found.results
 
-        counts = {"train_images": min(limit, train.num_examples), "test_images": test.num_examples}
+        counts = {"train_images": limit, "test_images": test.num_examples}
         return Prepared(task, {"classes": num_classes} | counts)
 
     return prepare
@@ -92,15 +92,18 @@ def class_count(train: Source, test: Source) -> int:
     return train.num_classes or 0
 
 
-def check_labels(config: ConfigDict, train: Features, test: Features, num_classes: int) -> None:
+def check_labels(
+    config: ConfigDict, train: Features, test: Features, num_classes: int, section: Any = None
+) -> None:
     """Checks that the labels are such that a classifier of the training images can be tested.
 
     Raises:
         UserError: no image, no label, labels beyond the classes, or test images of classes that no
             training image has.
     """
-    for field, features in (("data.train_split", train), ("data.test_split", test)):
-        split = config.data[field.partition(".")[2]]
+    data = section or config.data
+    for name, features in (("train_split", train), ("test_split", test)):
+        field, split = f"data.{name}", data[name]
         if not len(features.labels):
             raise bad_field(field, split, "holds no image that can be decoded")
         low, high = int(features.labels.min()), int(features.labels.max())
@@ -112,12 +115,12 @@ def check_labels(config: ConfigDict, train: Features, test: Features, num_classe
         return
     classes = np.unique(train.labels)
     if len(classes) < 2:
-        raise bad_field("data.train_split", config.data.train_split, "has images of one class only")
+        raise bad_field("data.train_split", data.train_split, "has images of one class only")
     unseen = np.setdiff1d(test.labels, classes)
     if len(unseen) and not config.data.allow_unseen_classes:
         raise UserError(
-            f"config.data.test_split={config.data.test_split!r}: {len(unseen)} of its classes have "
-            f"no image in data.train_split={config.data.train_split!r} ({len(classes)} classes); "
+            f"config.data.test_split={data.test_split!r}: {len(unseen)} of its classes have "
+            f"no image in data.train_split={data.train_split!r} ({len(classes)} classes); "
             "--config.data.allow_unseen_classes=True counts them as wrong"
         )
 
@@ -142,7 +145,8 @@ def held_out_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 # ------------------------------------------------------------------------ fast linear probe
 
 
-def _check_fast(config: ConfigDict) -> None:
+def _check_fast(config: ConfigDict, train_images: int) -> None:
+    del train_images
     check_numbers(config, "inverse_penalties", above_zero=True)
     if config.held_out_images < 1 and len(config.inverse_penalties) > 1:
         raise bad_field(
@@ -172,7 +176,7 @@ def fast_probe(train: Features, test: Features, num_classes: int, config: Config
         found = [scores.top_k(each, train.labels[held], 1) for each in logits]
         best = penalties[int(np.argmax(found))]
         say(told("C", penalties, found, best))
-        picked = {"linear_probe_held_out_top1": max(found)}
+        picked = {"linear_probe_top1_held_out": max(found)}
     logits = fit((best,)).logits(test.x)[0]
     results = {
         f"linear_probe_{k}": v for k, v in scores.classification(logits, test.labels).items()
@@ -195,9 +199,12 @@ fast = prepare_for(fast_probe, _check_fast)
 # ------------------------------------------------------------------------------------- kNN
 
 
-def _check_knn(config: ConfigDict) -> None:
+def _check_knn(config: ConfigDict, train_images: int) -> None:
     check_numbers(config, "neighbours", above_zero=True, whole=True)
     check_numbers(config, "temperatures", above_zero=True)
+    if max(config.neighbours) > train_images:
+        valid = f"must be at most the {train_images} training images"
+        raise bad_field("neighbours", tuple(config.neighbours), valid)
     several = len(config.neighbours) * len(config.temperatures) > 1
     if config.held_out_images < 1 and several:
         raise bad_field(
@@ -209,12 +216,11 @@ def _check_knn(config: ConfigDict) -> None:
 
 def _knn(train: Features, test: Features, num_classes: int, config: ConfigDict) -> Measured:
     grid = [(k, t) for k in config.neighbours for t in config.temperatures]
-    most = max(config.neighbours)
-    if most > len(train.x):
-        valid = f"must be at most the {len(train.x)} training images"
-        raise bad_field("neighbours", tuple(config.neighbours), valid)
     look = functools.partial(
-        knn.nearest, k=most, bank_rows=config.bank_rows, query_rows=config.query_rows
+        knn.nearest,
+        k=min(max(config.neighbours), len(train.x)),
+        bank_rows=config.bank_rows,
+        query_rows=config.query_rows,
     )
     best, picked = grid[0], {}
     held = held_out_rows(train.labels, config.held_out_images, config.seed)
@@ -229,7 +235,7 @@ def _knn(train: Features, test: Features, num_classes: int, config: ConfigDict) 
             f"k {k} T {t:g}: {100 * v:.1f} %" for (k, t), v in zip(grid, found, strict=True)
         )
         say(f"held-out top-1: {shown}")
-        picked = {"knn_held_out_top1": max(found)}
+        picked = {"knn_top1_held_out": max(found)}
     k, temperature = best
     neighbours = look(train.x, test.x)
     votes = knn.vote(neighbours, train.labels, num_classes, k=k, temperature=temperature)
@@ -248,7 +254,8 @@ nearest_neighbours = prepare_for(_knn, _check_knn)
 # ------------------------------------------------------------------------------ few labels
 
 
-def _check_fewshot(config: ConfigDict) -> None:
+def _check_fewshot(config: ConfigDict, train_images: int) -> None:
+    del train_images
     check_numbers(config, "labels_per_class", above_zero=True, whole=True)
     if config.draws < 2:
         raise bad_field("draws", config.draws, "must be at least 2, for an interval")

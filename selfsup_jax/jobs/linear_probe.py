@@ -127,7 +127,7 @@ def _evaluate(
         ]
         best = int(np.argmax(found))
         say(frozen_features.told("learning rate", rates, found, rates[best]))
-        picked = {"linear_probe_held_out_top1": found[best]}
+        picked = {"linear_probe_top1_held_out": found[best]}
     features = extract(frozen.variables, frozen_features.counted(config, test, test.num_examples))
     if not parallel.is_writer():
         return {}

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import endings, inputs, parallel
 from selfsup_jax.data import sources
-from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.errors import NoData, UserError, bad_field
 from selfsup_jax.evaluation import encoder, logistic, scores
 from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.evaluation.features import Extractor, Features
-from selfsup_jax.jobs import frozen_features
+from selfsup_jax.jobs import frame, frozen_features
 from selfsup_jax.jobs.frame import Prepared
 from selfsup_jax.progress import say
 
@@ -28,6 +28,9 @@ METRICS: dict[str, Metric] = {
     "voc_map": scores.voc_map,
 }
 _HEADINGS = {"top1": "top-1", "mean_per_class": "mean per class", "voc_map": "VOC mAP"}
+
+
+_DONE = "sets.json"  # results of the data sets that are done: after a kill the rest is to do
 
 
 class Splits(NamedTuple):
@@ -53,21 +56,24 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
     for name in config.order:
         try:
             present[name] = _load(config, name)
-        except UserError as e:
+        except NoData as e:
             missing[name] = str(e)
             say(f"{name} is left out: {e}")
     if not present:
-        raise UserError("config.order: none of these data sets is there: " + ", ".join(missing))
+        first = next(iter(missing.values()))
+        raise UserError(f"config.order: none of {', '.join(missing)} is there: {first}")
     extract = Extractor(
         encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
     )
 
     def task(frozen: Frozen, folder: str) -> dict[str, Any]:
-        results: dict[str, Any] = {}
+        path = os.path.join(folder, _DONE)
+        results = frame.read_json(path) if os.path.exists(path) else {}
         for name, splits in present.items():
-            results |= _evaluate(config, name, splits, extract, frozen)
-            if parallel.is_writer():
-                _write_table(config, folder, results, missing)
+            if f"transfer_{name}" not in results:
+                results |= _evaluate(config, name, splits, extract, frozen)
+                if parallel.is_writer():
+                    _write_table(config, folder, results, missing)
         return results
 
     found = {"sets": ", ".join(present), "left_out": ", ".join(missing)}
@@ -115,6 +121,14 @@ def _evaluate(
         train = Features(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
     else:
         held = frozen_features.held_out_rows(train.labels, len(train.x) // 5, config.seed)
+    if train.labels.ndim == 1:
+        try:
+            frozen_features.check_labels(config, train, test, classes, config.sets[name])
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from e
+    if not held.any():
+        entry = config.sets[name].train_split
+        raise bad_field(f"sets.{name}.train_split", entry, "too few images to pick a penalty on")
     if not parallel.is_writer():
         return {}
     metric = METRICS[config.sets[name].metric]
@@ -159,6 +173,7 @@ def _write_table(
     lines += ["", *(f"Left out: {name}: {why}" for name, why in missing.items())]
     with endings.writing_to(folder):
         os.makedirs(folder, exist_ok=True)
+        endings.write_json(os.path.join(folder, _DONE), results)
         path = os.path.join(folder, "table.md")
         with open(path + ".partial", "w", encoding="utf-8") as f:
             f.write("\n".join(lines).rstrip() + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -141,7 +142,9 @@ class _Log:
 
     def __init__(self, run: str, directory: str):
         self._directory = directory
-        self._folder = os.path.join(run, "evaluation", os.path.basename(directory.rstrip(os.sep)))
+        here = os.path.realpath(directory)
+        mark = hashlib.md5(here.encode()).hexdigest()[:6]  # two watches may have a name in common
+        self._folder = os.path.join(run, "evaluation", f"{os.path.basename(here)}-{mark}")
         self._recorder: Recorder | None = None
 
     def __enter__(self) -> _Log:
