@@ -8,7 +8,7 @@ Presets:
 
 - `fast` (the default): features once, without augmentation; logistic regression at all L2 strengths
   of `inverse_penalties` at once, the best picked on held-out training images, then fitted to all.
-  A minute for CIFAR-10 on two CPU cores.
+  12 seconds for 50,000 x 512 features on two CPU cores, after the features.
 - `byol`: Grill et al. 2020, appendix C.1: 80 epochs of SGD with Nesterov momentum, batch 1024,
   crops and flips; five learning rates, picked on held-out training images. 74.3 % for ResNet-50
   after 1000 epochs on ImageNet (their table 1).

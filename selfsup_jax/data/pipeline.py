@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -273,13 +274,17 @@ def eval_batches(
     # Resized together: of small images a call for each would cost more than what it does.
     by_batch = source.shape is not None and max(source.shape) <= 128
     ids: list[bytes] = []
+    # Not tuned as it goes: at a data set's end the tuner may sleep for seconds before it lets go.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    parallel = os.cpu_count() or 1
     if by_batch:
-        decoded = examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+        decoded = examples.map(decode, num_parallel_calls=parallel).ignore_errors()
         viewed = decoded.batch(batch_size).map(view)
     else:
-        both = examples.map(lambda *x: view(decode(*x)), num_parallel_calls=tf.data.AUTOTUNE)
+        both = examples.map(lambda *x: view(decode(*x)), num_parallel_calls=parallel)
         viewed = both.ignore_errors().batch(batch_size)
-    for batch in viewed.prefetch(2).as_numpy_iterator():
+    for batch in viewed.prefetch(2).with_options(options).as_numpy_iterator():
         found = batch.pop("id")
         ids.extend(found)
         names = [source.describe(int(i)) if held else i.decode() for i in found]
