@@ -11,7 +11,7 @@ import signal
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -172,11 +172,18 @@ def _disk_reason(e: BaseException, workdir: str) -> str | None:
     return _disk_reason(e.__cause__, workdir) if e.__cause__ is not None else None
 
 
-def write_json(path: str, tree: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    with open(path + ".partial", "w") as f:
-        json.dump(tree, f, indent=2, sort_keys=True)
-        f.write("\n")
+@contextlib.contextmanager
+def whole_file(path: str, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+    """`open(path, mode)` to write: the file is there whole when the block ends, or as it was."""
+    with open(path + ".partial", mode, **options) as f:
+        yield f
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".partial", path)
+
+
+def write_json(path: str, tree: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    with whole_file(path) as f:
+        json.dump(tree, f, indent=2, sort_keys=True)
+        f.write("\n")

@@ -15,6 +15,7 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from selfsup_jax import parallel
+from selfsup_jax.endings import whole_file
 from selfsup_jax.errors import UserError
 from selfsup_jax.progress import say
 
@@ -50,9 +51,8 @@ class Recorder:
             say(f"no checkpoint to go on from: what was recorded before is moved to {aside}")
             os.replace(path, aside)
         self.history = _history(lines)
-        with open(path + ".partial", "w") as f:
+        with whole_file(path) as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
-        os.replace(path + ".partial", path)
         for events in glob.glob(os.path.join(glob.escape(workdir), "events.out.tfevents.*")):
             _cut_events(events, first_step)
         self._file = open(path, "a")  # noqa: SIM115

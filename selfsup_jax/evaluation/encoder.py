@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from selfsup_jax.endings import write_json, writing_to
+from selfsup_jax.endings import whole_file, write_json, writing_to
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models import branch, resnet
 
@@ -211,10 +211,8 @@ def export(frozen: Frozen, folder: str) -> None:
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
     with writing_to(folder):
         os.makedirs(folder, exist_ok=True)
-        partial = os.path.join(folder, VARIABLES + ".partial")
-        with open(partial, "wb") as f:
+        with whole_file(os.path.join(folder, VARIABLES), "wb") as f:
             np.savez(f, **arrays)  # type: ignore[arg-type]
-        os.replace(partial, os.path.join(folder, VARIABLES))
         write_json(os.path.join(folder, ABOUT), about)  # last: it says that all is there
 
 

@@ -12,6 +12,7 @@ from absl import logging
 from sklearn.metrics import confusion_matrix
 
 from selfsup_jax import plots
+from selfsup_jax.endings import whole_file
 
 
 def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
@@ -76,16 +77,13 @@ def write_confusion(folder: str, matrix: np.ndarray, class_names: Sequence[str])
         class_names: of its rows.
     """
     os.makedirs(folder, exist_ok=True)
-    partial = os.path.join(folder, "confusion.npz.partial")
-    with open(partial, "wb") as f:
+    with whole_file(os.path.join(folder, "confusion.npz"), "wb") as f:
         np.savez_compressed(f, matrix=matrix, class_names=np.asarray(class_names, dtype=str))
-    os.replace(partial, os.path.join(folder, "confusion.npz"))
-    partial = os.path.join(folder, "per_class.csv.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as f:
+    path = os.path.join(folder, "per_class.csv")
+    with whole_file(path, newline="", encoding="utf-8") as f:
         table = csv.writer(f)
         table.writerow(["class", "images", "accuracy", "most_taken_for", "how_often"])
         table.writerows(_rows(matrix, class_names))
-    os.replace(partial, os.path.join(folder, "per_class.csv"))
     try:
         picture = os.path.join(folder, "plots", "confusion_matrix.png")
         plots.confusion_matrix(picture, matrix, class_names, title="Confusion matrix")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from selfsup_jax import parallel
 from selfsup_jax.data import sources
 from selfsup_jax.data.sources import Source
+from selfsup_jax.endings import whole_file
 from selfsup_jax.errors import bad_field
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import Frozen
@@ -72,10 +73,9 @@ def _write_one(
         raise bad_field("split", source.name, "holds no image that can be decoded")
     table = _joined(parts)
     path = os.path.join(folder, "features.npz")
-    with open(path + ".partial", "wb") as f:
+    with whole_file(path, "wb") as f:
         names = np.asarray(source.class_names or (), dtype=str)
         np.savez(f, **table, class_names=names)  # type: ignore[arg-type]
-    os.replace(path + ".partial", path)
     return [os.path.basename(path)], table["features"].shape
 
 
@@ -92,10 +92,8 @@ def _write_parts(
         nonlocal written, width
         for name, column in table.items():
             file = f"{name}-{host}{len(files) // 3:05d}.npy"
-            path = os.path.join(folder, file)
-            with open(path + ".partial", "wb") as f:
+            with whole_file(os.path.join(folder, file), "wb") as f:
                 np.save(f, column)
-            os.replace(path + ".partial", path)
             files.append(file)
         written, width = written + len(table["names"]), table["features"].shape[1]
 

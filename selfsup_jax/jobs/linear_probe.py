@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import optim, parallel
 from selfsup_jax.data.sources import Source
+from selfsup_jax.endings import whole_file
 from selfsup_jax.errors import bad_field
 from selfsup_jax.evaluation import encoder, scores, supervised
 from selfsup_jax.evaluation.encoder import Frozen
@@ -56,7 +57,8 @@ def _prepare_sgd(config: ConfigDict, frozen: Frozen) -> Prepared:
         if not os.path.exists(path):
             heads = _train_heads(config, frozen, train, classes, folder)
             if parallel.is_writer():
-                _write_heads(path, heads)
+                with whole_file(path, "wb") as f:
+                    np.savez(f, **heads)  # type: ignore[arg-type]
                 # What they grew from, with a copy of the encoder, is of no more use.
                 shutil.rmtree(os.path.join(folder, "checkpoints"))
             parallel.wait_for_all("heads")
@@ -97,12 +99,6 @@ def _train_heads(
     )
     say(f"learning rates {', '.join(f'{rate:g}' for rate in rates)} times what follows")
     return training.train(config, train, init_state, step, folder).online_params["classifier"]
-
-
-def _write_heads(path: str, heads: dict[str, np.ndarray]) -> None:
-    with open(path + ".partial", "wb") as f:
-        np.savez(f, **heads)  # type: ignore[arg-type]
-    os.replace(path + ".partial", path)
 
 
 def _evaluate(

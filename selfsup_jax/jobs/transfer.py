@@ -174,7 +174,5 @@ def _write_table(
     with endings.writing_to(folder):
         os.makedirs(folder, exist_ok=True)
         endings.write_json(os.path.join(folder, _DONE), results)
-        path = os.path.join(folder, "table.md")
-        with open(path + ".partial", "w", encoding="utf-8") as f:
+        with endings.whole_file(os.path.join(folder, "table.md"), encoding="utf-8") as f:
             f.write("\n".join(lines).rstrip() + "\n")
-        os.replace(path + ".partial", path)
