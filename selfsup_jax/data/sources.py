@@ -360,6 +360,7 @@ def _tfds_builder(name: str, directory: str, download: bool = False) -> tfds.cor
     if not builder.info.splits:
         where = data_dir or builder._data_dir_root
         there = sorted(os.listdir(where)) if os.path.isdir(where) else []
+        there = there[:10] + ["..."] * (len(there) > 10)
         hint = (
             f"holds no prepared {name} (it holds: {', '.join(there) or 'nothing'}); point it to "
             "where it lies, or add --config.data.download=True"
