@@ -4,8 +4,8 @@
         --workdir=DIR
 
 Presets by the share of labels; epochs and rates of the first two as in SimCLR's paper (appendix
-B.5: Nesterov momentum, no decay, no warm-up, batch 1024), the encoder's and the head's apart;
-published top-1 as in BYOL's paper, table 2:
+B.5: Nesterov momentum, no decay, no warm-up; the batch of 1024 is BYOL's), the encoder's and the
+head's apart; published top-1 as in BYOL's paper, table 2:
 
 - `hundredth`: 1 % of the labels, 60 epochs; 48.3 % for SimCLR's ResNet-50, 53.2 % for BYOL's.
 - `tenth` (the default): 10 %, 30 epochs; 65.6 % and 68.8 %.

@@ -15,8 +15,9 @@ Presets:
 - `moco`: He et al. 2019, section 4.1: 100 epochs of SGD, learning rate 30, a tenth of it from
   epochs 60 and 80, batch 256. 60.6 % for MoCo v1, 67.7 % for v2 (200 epochs).
 
-The test set is looked at once, with what was picked, by the last step's classifier. Both protocols
-train all learning rates on one pass through the encoder.
+Crops reach as far as those of the run's pretraining, where `data.crop_area` doesn't say otherwise
+(`byol`; the same in its paper). The test set is looked at once, with what was picked, by the last
+step's classifier. Both protocols train all learning rates on one pass through the encoder.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ L2 strength is picked on the validation split from 45 log-spaced values, then fi
 validation images together, and the test set is looked at once. Sets that are not prepared in
 `data.dir` are named and left out (`--config.data.download=True` lets TFDS fetch them). Birdsnap
 and Aircraft are not in TFDS: `--config.sets.aircraft.name=folder --config.sets.aircraft.dir=DIR`
-takes a folder with `train` and `test` in it.
+takes a folder with `train` and `test` in it. VOC's objects that are marked as difficult count like
+the others, where its own scoring leaves them out.
 
 Published for BYOL's ResNet-50: Food-101 75.3, CIFAR-10 91.3, CIFAR-100 78.4, Birdsnap 57.2,
 SUN397 62.2, Cars 67.8, Aircraft 60.6, VOC2007 82.5, DTD 75.5, Pets 90.4, Caltech-101 94.2,

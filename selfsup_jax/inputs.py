@@ -45,14 +45,14 @@ def fill_in_splits(data: ConfigDict) -> None:
     """Names the splits that a `data` section leaves empty; prepares the data set if it may."""
     if data.download and not parallel.is_writer():
         parallel.wait_for_all("prepared")  # one host prepares, the others find it done
-    if not (data.train_split and data.test_split):
-        train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
-        data.train_split = data.train_split or train_split
-        data.test_split = data.test_split or test_split
-    elif data.download:
-        sources.choose_splits(data.name, data.dir, data.download)
-    if data.download and parallel.is_writer():
-        parallel.wait_for_all("prepared")
+    try:
+        if data.download or not (data.train_split and data.test_split):
+            train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
+            data.train_split = data.train_split or train_split
+            data.test_split = data.test_split or test_split
+    finally:
+        if data.download and parallel.is_writer():
+            parallel.wait_for_all("prepared")
 
 
 def load_split(

@@ -923,3 +923,21 @@ def test_real_processes(run, done, tmp_path):
     undisturbed = done("finetune:all")
     assert read(tmp_path / "job" / "results.json") == read(undisturbed / "results.json")
     assert_same(read_state(tmp_path / "job"), read_state(undisturbed))
+
+
+@pytest.mark.parametrize("partial", ["sets.json", "classifier.npz", "checkpoints", None])
+def test_a_workdir_with_something_to_go_on_from_stays_its_jobs(partial, tmp_path):
+    """Else another encoder's job would go on from it."""
+    if partial:
+        (tmp_path / partial).write_text("")
+    with pytest.raises(UserError, match="later"), frame.begun({"job": "knn"}, str(tmp_path)):
+        raise UserError("later")
+    assert (tmp_path / "config.json").exists() == (partial is not None)
+
+
+def test_parts_of_a_stopped_embedding_do_not_stay(run, tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "features-00099.npy").write_bytes(b"of fewer rows to a file")
+    run_job("embed", run, tmp_path / "job", format="npy", rows_per_file=9)
+    parts = sorted(path.name for path in (tmp_path / "job").glob("features-*.npy"))
+    assert parts and parts == [f"features-{i:05d}.npy" for i in range(len(parts))]

@@ -292,8 +292,19 @@ def test_a_broken_checkpoint_that_stays_is_told(run, going_on, tmp_path, clock):
     for path in (going_on / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
+    clock.events = iter([lambda: None])  # it may be on its way out
     with pytest.raises(UserError, match="checkpoints/1 cannot be read"):
         follow(going_on, tmp_path / "job")
+
+
+def test_a_checkpoint_on_its_way_out_is_left_out(run, going_on, tmp_path, clock, evaluated):
+    for path in (going_on / "checkpoints" / "1" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    end(run, going_on, steps=(2,))
+    clock.events = iter([lambda: shutil.rmtree(going_on / "checkpoints" / "1")])
+    assert follow(going_on, tmp_path / "job")["step"] == 2
+    assert evaluated == [2]
 
 
 def test_another_job_in_a_watchs_workdir_is_refused(run, going_on, killed_watch, evaluated):

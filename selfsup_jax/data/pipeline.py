@@ -254,9 +254,11 @@ def eval_batches(
         )
     else:
         assert source.stream is not None
-        seed = None if count == source.num_examples else 0
-        part = count // hosts + (host < count % hosts)
-        examples = source.stream(seed, host, hosts).take(part)
+        whole = count == source.num_examples
+        examples = source.stream(None if whole else 0, host, hosts)
+        if not whole:
+            examples = examples.take(count // hosts + (host < count % hosts))
+        part = int(examples.cardinality())  # negative where it isn't known
 
     @_as_written
     def decode(image, label, name):

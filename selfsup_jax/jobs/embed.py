@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -84,6 +85,11 @@ def _write_parts(
 ) -> tuple[list[str], tuple[int, int]]:
     """Writes each part when it is full: no more than one is in memory."""
     host = f"host{jax.process_index()}-" if jax.process_count() > 1 else ""
+    if parallel.is_writer():
+        for name in ("features", "labels", "names"):  # of an attempt that was stopped
+            for stale in glob.glob(os.path.join(glob.escape(folder), f"{name}-*.npy")):
+                os.remove(stale)
+    parallel.wait_for_all("cleared")
     waiting: list[Rows] = []
     files: list[str] = []
     size, written, width = 0, 0, 0
@@ -109,7 +115,7 @@ def _write_parts(
         flush(_joined(waiting))
     if not files:
         raise bad_field("split", source.name, "holds no image that can be decoded")
-    if source.class_names:
-        with open(os.path.join(folder, "class_names.txt"), "w", encoding="utf-8") as f:
+    if source.class_names and parallel.is_writer():
+        with whole_file(os.path.join(folder, "class_names.txt"), encoding="utf-8") as f:
             f.writelines(f"{name}\n" for name in source.class_names)
     return files, (written, width)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax import config as config_lib
@@ -21,11 +22,13 @@ from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.progress import say
 
 RESULTS = "results.json"
+# What a job that is stopped goes on from: while it is there, the directory is this job's.
+_PARTIAL = ("checkpoints", "classifier.npz", "sets.json")
 _REMOVED = -1  # the step of a job that is done and whose checkpoint is no more
 # Fields that change nothing in the results.
 _FREE_FIELDS = (
     *("checkpoint", "watch", "watch_poll_seconds", "watch_patience_hours", "feature_batch_size"),
-    *("data.dir", "data.download", "data.max_undecodable", "data.cache_gib"),
+    *("data.dir", "data.download", "data.max_undecodable"),
     "data.allow_unseen_classes",
     *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"),
     *("bank_rows", "query_rows"),
@@ -73,7 +76,10 @@ def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
         if step == _REMOVED:
             say(f"{directory} is done, of a checkpoint that is removed since")
             return read_json(os.path.join(directory, RESULTS))
-        frozen = encoder.load(config.checkpoint, step)
+        _, step = encoder.locate(config.checkpoint, step)
+        # Of a run that goes on hosts may see different newest ones: the first host's counts.
+        agreed = int(parallel.gather_hosts(np.asarray([-1 if step is None else step]))[0])
+        frozen = encoder.load(config.checkpoint, None if agreed < 0 else agreed)
         config = adopt(config, frozen)
         config_lib.check_values(config)
         return evaluate(config, prepare(config, frozen), frozen, directory)
@@ -219,8 +225,8 @@ def begun(identity: dict[str, Any], directory: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        trained = os.path.exists(os.path.join(directory, "checkpoints"))
-        if new and not trained and parallel.is_writer():
+        saved = any(os.path.exists(os.path.join(directory, name)) for name in _PARTIAL)
+        if new and not saved and parallel.is_writer():
             os.remove(path)
         raise
 

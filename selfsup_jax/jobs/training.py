@@ -55,7 +55,7 @@ def hold_out(
                 "data.train_split",
                 name,
                 "of a split that is streamed only the whole can be divided; give its name alone, "
-                "or --config.held_out_images=0",
+                "or --config.held_out_images=0 and a single learning rate",
             )
         field = "data.train_split"
         rest = frame.load_split(config, f"{name}[{count}:]", field)

@@ -52,10 +52,12 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
         metric = config.sets[name].metric
         if metric not in METRICS:
             raise bad_field(f"sets.{name}.metric", metric, f"must be one of {', '.join(METRICS)}")
-    present, missing = {}, {}
+    present: list[str] = []
+    missing: dict[str, str] = {}
     for name in config.order:
         try:
-            present[name] = _load(config, name)
+            _load(config, name)  # looked at now, held later: one at a time
+            present.append(name)
         except NoData as e:
             missing[name] = str(e)
             say(f"{name} is left out: {e}")
@@ -69,9 +71,9 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
     def task(frozen: Frozen, folder: str) -> dict[str, Any]:
         path = os.path.join(folder, _DONE)
         results = frame.read_json(path) if os.path.exists(path) else {}
-        for name, splits in present.items():
+        for name in present:
             if f"transfer_{name}" not in results:
-                results |= _evaluate(config, name, splits, extract, frozen)
+                results |= _evaluate(config, name, _load(config, name), extract, frozen)
                 if parallel.is_writer():
                     _write_table(config, folder, results, missing)
         return results

@@ -111,14 +111,9 @@ def _checkpoints(config: ConfigDict, run: str, directory: str) -> Iterator[Froze
         steps = encoder.checkpoint_steps(run)
         new = sorted(set(steps) - set(done_steps(directory)))
         for step in new:
-            try:
-                frozen = encoder.load(run, step)
-            except UserError:
-                if step in encoder.checkpoint_steps(run):
-                    raise
-                say(f"the checkpoint of step {step} was removed before it could be read")
-                continue
-            yield frozen
+            frozen = _load_if_there(run, step, config.watch_poll_seconds)
+            if frozen is not None:
+                yield frozen
         if new:
             last_news, waiting = time.monotonic(), False
             continue
@@ -135,6 +130,19 @@ def _checkpoints(config: ConfigDict, run: str, directory: str) -> Iterator[Froze
             say(f"waiting for the next checkpoint of {run}")
             waiting = True
         time.sleep(config.watch_poll_seconds)
+
+
+def _load_if_there(run: str, step: int, patience: float) -> Frozen | None:
+    """The checkpoint of a step; None where the run removed it before it could be read."""
+    try:
+        return encoder.load(run, step)
+    except UserError:
+        if step in encoder.checkpoint_steps(run):
+            time.sleep(patience)  # it may be on its way out
+            if step in encoder.checkpoint_steps(run):
+                raise
+    say(f"the checkpoint of step {step} was removed before it could be read")
+    return None
 
 
 class _Log:
