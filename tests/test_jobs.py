@@ -22,6 +22,7 @@ from conftest import REPOSITORY, assert_same, flatten, process_env
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from test_subset import TinyScenes
 from tiny_jobs import (
     TEST,
     TRAIN,
@@ -941,3 +942,40 @@ def test_parts_of_a_stopped_embedding_do_not_stay(run, tmp_path):
     run_job("embed", run, tmp_path / "job", format="npy", rows_per_file=9)
     parts = sorted(path.name for path in (tmp_path / "job").glob("features-*.npy"))
     assert parts and parts == [f"features-{i:05d}.npy" for i in range(len(parts))]
+
+
+def test_transfer_of_images_of_several_classes(run, tmp_path):
+    """A problem for each class, and VOC's metric."""
+    TinyScenes(data_dir=str(tmp_path / "sets")).download_and_prepare()
+    splits = {"train": "train[:10]", "validation": "train[10:16]", "test": "train[16:]"}
+    entry = {f"sets__voc2007__{name}_split": split for name, split in splits.items()}
+    results = run_job(
+        "transfer",
+        run,
+        tmp_path / "job",
+        order=("voc2007",),
+        sets__voc2007__name="tiny_scenes",
+        penalties=(0.01, 1.0),
+        data__dir=str(tmp_path / "sets"),
+        **entry,
+    )
+    frozen = encoder.load(str(run))
+    data = make_config("transfer", run).data
+    data.update({k: frozen.config["data"][k] for k in ("image_size", "test_resize")})
+    data.resize_method = frozen.config["data"]["resize_method"]
+    data.update({"name": "tiny_scenes", "dir": str(tmp_path / "sets")})
+    extract = features.Extractor(encoder.represent(frozen.config), *frozen.normalization)
+    found = {}
+    for name, split in (("fitted", "train[:16]"), ("test", "train[16:]")):
+        source = inputs.load_split(data, split, "split", several_labels=True)
+        found[name] = extract(frozen.variables, inputs.eval_batches(data, source, 5)())
+    strength = 1 / (16 * results["transfer_voc2007_penalty"])
+    scores_of_classes = [
+        LogisticRegression(C=strength, tol=1e-8, max_iter=2000)
+        .fit(found["fitted"].x, found["fitted"].labels[:, i])
+        .decision_function(found["test"].x)
+        for i in range(3)
+    ]
+    expected = scores.voc_map(np.stack(scores_of_classes, axis=1), found["test"].labels)
+    assert results["transfer_voc2007_metric"] == "voc_map"
+    assert results["transfer_voc2007"] == pytest.approx(expected, abs=1e-3)
