@@ -246,7 +246,12 @@ def spread_rows(table: np.ndarray, block: int) -> RowsPart:
     rows = np.pad(table, [(0, padding)] + [(0, 0)] * (table.ndim - 1))
     numbers = np.pad(np.arange(len(table), dtype=np.int32), (0, padding), constant_values=-1)
     part = RowsPart(rows.reshape(*shape, *table.shape[1:]), numbers.reshape(shape))
-    return jax.pmap(lambda x: x, devices=devices)(part)
+    return _placed()(part)
+
+
+@functools.cache  # so that tables of one shape are compiled for once
+def _placed() -> Callable[..., Any]:
+    return jax.pmap(lambda x: x, devices=jax.local_devices())
 
 
 def pmap_parts(fn: Callable[..., Any]) -> Callable[..., Any]:

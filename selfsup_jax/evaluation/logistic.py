@@ -44,12 +44,6 @@ class Heads(NamedTuple):
         """`[N, D]` to `[S, N, C]` float32."""
         return np.stack([x @ w + b for w, b in zip(self.kernel, self.bias, strict=True)])
 
-    def pick(self, i: int) -> Heads:
-        """The i-th alone."""
-        rows = slice(i, i + 1)
-        penalties = self.inverse_penalties[rows]
-        return Heads(self.kernel[rows], self.bias[rows], penalties, self.iterations[rows])
-
 
 def fit(
     features: Features,

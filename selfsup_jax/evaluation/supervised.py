@@ -6,8 +6,6 @@ its target network: in `target_params` and `target_stats`, which nothing updates
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -245,8 +243,5 @@ def finetune_optimizer(
     encoder: optax.GradientTransformation, head: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """One optimizer for the encoder's parameters and another for the classifier's."""
-    label: Callable[[Any], Any] = lambda params: {  # noqa: E731
-        part: jax.tree.map(functools.partial(lambda part, _: part, part), tree)
-        for part, tree in params.items()
-    }
-    return optax.partition({"encoder": encoder, "classifier": head}, label)
+    parts = {"encoder": encoder, "classifier": head}
+    return optax.partition(parts, {name: name for name in parts})

@@ -56,7 +56,7 @@ def prepare_for(
         def task(frozen: Frozen, folder: str) -> dict[str, Any]:
             bank = extract(frozen.variables, counted(config, train, limit))
             queries = extract(frozen.variables, counted(config, test, test.num_examples))
-            check_labels(config, bank, queries, num_classes)
+            check_labels(config, bank.labels, queries.labels, num_classes)
             if not parallel.is_writer():
                 return {}
             found = measure(bank, queries, num_classes, config)
@@ -93,7 +93,7 @@ def class_count(train: Source, test: Source) -> int:
 
 
 def check_labels(
-    config: ConfigDict, train: Features, test: Features, num_classes: int, section: Any = None
+    config: ConfigDict, train: np.ndarray, test: np.ndarray, num_classes: int, section: Any = None
 ) -> None:
     """Checks that the labels are such that a classifier of the training images can be tested.
 
@@ -102,21 +102,21 @@ def check_labels(
             training image has.
     """
     data = section or config.data
-    for name, features in (("train_split", train), ("test_split", test)):
+    for name, labels in (("train_split", train), ("test_split", test)):
         field, split = f"data.{name}", data[name]
-        if not len(features.labels):
+        if not len(labels):
             raise bad_field(field, split, "holds no image that can be decoded")
-        low, high = int(features.labels.min()), int(features.labels.max())
+        low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             raise bad_field(
                 field, split, f"has labels from {low} to {high}, but {num_classes} classes"
             )
-    if train.labels.ndim > 1:
+    if train.ndim > 1:
         return
-    classes = np.unique(train.labels)
+    classes = np.unique(train)
     if len(classes) < 2:
         raise bad_field("data.train_split", data.train_split, "has images of one class only")
-    unseen = np.setdiff1d(test.labels, classes)
+    unseen = np.setdiff1d(test, classes)
     if len(unseen) and not config.data.allow_unseen_classes:
         raise UserError(
             f"config.data.test_split={data.test_split!r}: {len(unseen)} of its classes have "

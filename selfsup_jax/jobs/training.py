@@ -18,8 +18,7 @@ from selfsup_jax import config as config_lib
 from selfsup_jax.data import pipeline, sources
 from selfsup_jax.durations import to_steps
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.jobs import frame
-from selfsup_jax.jobs.frozen_features import held_out_rows
+from selfsup_jax.jobs import frame, frozen_features
 from selfsup_jax.metrics import Recorder
 from selfsup_jax.progress import say
 from selfsup_jax.state import TrainState
@@ -61,7 +60,7 @@ def hold_out(
         rest = frame.load_split(config, f"{name}[{count}:]", field)
         return rest, frame.load_split(config, f"{name}[:{count}]", field)
     assert train.labels is not None
-    mask = held_out_rows(train.labels, count, config.seed)
+    mask = frozen_features.held_out_rows(train.labels, count, config.seed)
     rest = sources.subset(train, lambda labels, names: np.flatnonzero(~mask))
     held = sources.subset(train, lambda labels, names: np.flatnonzero(mask))
     return rest, dataclasses.replace(held, name=f"{train.name}, held out")
@@ -69,14 +68,8 @@ def hold_out(
 
 def check_labels(config: ConfigDict, train: sources.Source, test: sources.Source) -> None:
     """As `frozen_features.check_labels`, before anything is trained; a stream isn't looked at."""
-    from selfsup_jax.evaluation.features import Features
-    from selfsup_jax.jobs import frozen_features
-
-    if train.labels is None or test.labels is None:
-        return
-    nothing = np.zeros((0, 0), np.float32)
-    features = (Features(nothing, train.labels), Features(nothing, test.labels))
-    frozen_features.check_labels(config, *features, train.num_classes or 0)
+    if train.labels is not None and test.labels is not None:
+        frozen_features.check_labels(config, train.labels, test.labels, train.num_classes or 0)
 
 
 def total_steps(config: ConfigDict, num_examples: int) -> tuple[int, int]:

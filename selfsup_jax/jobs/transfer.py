@@ -125,7 +125,9 @@ def _evaluate(
         held = frozen_features.held_out_rows(train.labels, len(train.x) // 5, config.seed)
     if train.labels.ndim == 1:
         try:
-            frozen_features.check_labels(config, train, test, classes, config.sets[name])
+            frozen_features.check_labels(
+                config, train.labels, test.labels, classes, config.sets[name]
+            )
         except UserError as e:
             raise UserError(f"{name}: {e}") from e
     if not held.any():

@@ -46,9 +46,8 @@ def follow(config: ConfigDict, directory: str, prepare: frame.Prepare) -> dict[s
             checkpoint within `config.watch_patience_hours`.
     """
     run = os.path.abspath(os.path.expanduser(config.checkpoint))
-    if not config.checkpoint or not os.path.isdir(run):
-        raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to be watched")
-    if os.path.exists(os.path.join(run, encoder.ABOUT)) or _inside_a_run(run):
+    exported = os.path.exists(os.path.join(run, encoder.ABOUT))
+    if not config.checkpoint or not os.path.isdir(run) or exported or _inside_a_run(run):
         raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to be watched")
     if jax.process_count() > 1:
         raise bad_field("watch", True, "is for one host")
