@@ -38,8 +38,8 @@ class BatchLayout:
             return 1
         return len(self.index_groups[0]) if self.index_groups else lax.axis_size(self.axis_name)
 
-    def mean(self, x: jax.Array) -> jax.Array:
-        """The mean of `x` over the devices that share this device's batch-norm groups."""
+    def mean(self, x: Any) -> Any:
+        """The mean of a tree over the devices that share this device's batch-norm groups."""
         if self.axis_name is None or (self.index_groups and self.sharing == 1):
             return x
         return lax.pmean(x, self.axis_name, axis_index_groups=self.index_groups)

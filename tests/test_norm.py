@@ -11,7 +11,7 @@ import pytest
 
 from selfsup_jax import collectives
 from selfsup_jax.collectives import BatchLayout
-from selfsup_jax.models.norm import BatchNorm
+from selfsup_jax.models.norm import BatchNorm, batch_norm, relu
 
 CHANNELS, BATCH = 3, 16  # the batch is that of one view
 EPSILON = 1e-5
@@ -107,6 +107,43 @@ def test_bfloat16_input_keeps_float32_statistics():
         assert new["batch_stats"][name].dtype == jnp.float32
         np.testing.assert_allclose(new["batch_stats"][name], expected, rtol=1e-4)
     np.testing.assert_allclose(np.asarray(y, np.float32), outputs, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("views", "groups"), [(1, 1), (2, 4)])
+@pytest.mark.parametrize("shape", [(2 * BATCH, CHANNELS), (2 * BATCH, 2, 3, CHANNELS)])
+def test_gradient_is_that_of_the_plain_formula(shape, views, groups, relu):
+    x, weights, v = noise(shape), noise(shape, 2), variables()["params"]
+
+    def plain(x, scale, bias):
+        sets = x.reshape(views * groups, -1, *shape[1:])
+        axes = tuple(range(1, sets.ndim - 1))
+        mean, var = sets.mean(axes, keepdims=True), sets.var(axes, keepdims=True)
+        y = (sets - mean) / jnp.sqrt(var + EPSILON) * scale + bias
+        return jnp.sum((jnp.maximum(y, 0) if relu else y).reshape(shape) * weights)
+
+    def ours(x, scale, bias):
+        y, _, _ = batch_norm(x, scale, bias, BatchLayout(views, groups), EPSILON, relu)
+        return jnp.sum(y * weights)
+
+    gradients = [jax.grad(f, (0, 1, 2))(x, v["scale"], v["bias"]) for f in (ours, plain)]
+    for got, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_relu_in_the_norm_is_relu_after_it():
+    x, v, layout = noise((2 * BATCH, 2, 3, CHANNELS)), variables(), BatchLayout(2, 2)
+    for mode in (layout, None):
+        apart = BatchNorm().apply(v, x, mode, mutable=["batch_stats"])[0]
+        together = BatchNorm(relu=True).apply(v, x, mode, mutable=["batch_stats"])[0]
+        np.testing.assert_array_equal(together, np.maximum(apart, 0))
+
+
+def test_relu_passes_gradient_where_its_result_is_positive():
+    x = jnp.asarray([-1.0, 0.0, 2.0])
+    y, pull = jax.vjp(relu, x)
+    np.testing.assert_array_equal(y, [0.0, 0.0, 2.0])
+    np.testing.assert_array_equal(pull(jnp.asarray([3.0, 4.0, 5.0]))[0], [0.0, 0.0, 5.0])
 
 
 # ------------------------------------------------------------------ groups over devices

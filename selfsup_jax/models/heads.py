@@ -68,8 +68,7 @@ class MLPHead(nn.Module):
         )
         if self.hidden_size:
             x = self._linear(x, "hidden", self.hidden_size, style.hidden_bias)
-            x = norm(name="bn")(x, layout) if style.hidden_norm else x
-            x = nn.relu(x)
+            x = norm(relu=True, name="bn")(x, layout) if style.hidden_norm else nn.relu(x)
         x = self._linear(x, "output", self.output_size, style.output_bias)
         x = norm(use_bias=False, name="output_bn")(x, layout) if style.output_norm else x
         return x.astype(jnp.float32)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from selfsup_jax.collectives import BatchLayout
-from selfsup_jax.models.norm import BatchNorm
+from selfsup_jax.models.convolution import Margins, convolve, max_pool
+from selfsup_jax.models.norm import BatchNorm, relu
 
 # depth -> (blocks of each of the four stages, whether they are bottlenecks)
 STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
@@ -45,51 +45,17 @@ class Conv(nn.Module):
         """`[B, H, W, C]` to `[B, H / stride, W / stride, features]`, in the type of `x`."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", KERNEL_INITS[self.kernel_init], shape, jnp.float32)
-        kernel = kernel.astype(x.dtype)
-        if self.size == 1:
-            # A 1x1 convolution is a matmul: on the CPU its backward pass is twice as fast as that
-            # of XLA's convolution, and accelerators compile both to the same.
-            return jnp.dot(x[:, :: self.stride, :: self.stride], kernel[0, 0])
-        margin = (self.size - 1) // 2
-        padding = [
-            _same_padding(n, self.size, self.stride) if self.padding == "same" else (margin, margin)
-            for n in x.shape[1:3]
-        ]
-        if x.shape[1] * x.shape[2] <= (4 * self.stride) ** 2 // 4:
-            return _conv_of_small_map(x, kernel, self.stride, padding)
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        margins = _margins(x.shape[1:3], self.size, self.stride, self.padding)
+        return convolve(x, kernel.astype(x.dtype), self.stride, margins)
 
 
-def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's `SAME`: the odd pixel goes to the end."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
-
-
-def _conv_of_small_map(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: list[tuple[int, int]]
-) -> jax.Array:
-    """A convolution as one matmul of its patches, for outputs of up to 2x2.
-
-    On such maps XLA's convolution is some 15 times slower on the CPU than this matmul.
-    """
-    height, width, _, outputs = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows = (x.shape[1] - height) // stride + 1
-    columns = (x.shape[2] - width) // stride + 1
-    patches = [
-        x[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
-        for i in range(height)
-        for j in range(width)
-    ]
-    patches = [patch[:, :rows, :columns] for patch in patches]
-    return jnp.dot(jnp.concatenate(patches, -1), kernel.reshape(-1, outputs))
+def _margins(sizes: Sequence[int], kernel: int, stride: int, padding: str) -> Margins:
+    """Rows and columns added before and after, for a kernel of odd size."""
+    if padding != "same":
+        return (((kernel - 1) // 2,) * 2,) * 2
+    # TensorFlow's: the odd pixel goes to the end.
+    totals = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in sizes]
+    return tuple((total // 2, total - total // 2) for total in totals)  # type: ignore[return-value]
 
 
 class ResNet(nn.Module):
@@ -133,11 +99,11 @@ class ResNet(nn.Module):
         blocks, bottleneck = STAGES[self.depth]
         x = x.astype(self.dtype)
         if self.stem == "imagenet":
-            x = self._conv_bn(x, layout, "stem", self._channels(0), 7, 2)
-            margin = [(1, 1), (1, 1)] if self.padding == "torch" else "SAME"
-            x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), margin)
+            x = self._conv_bn(x, layout, "stem", self._channels(0), 7, 2, relu=True)
+            pool_padding = "torch" if self.padding == "torch" else "same"
+            x = max_pool(x, _margins(x.shape[1:3], 3, 2, pool_padding))
         else:
-            x = nn.relu(self._conv_bn(x, layout, "stem", self._channels(0), 3, 1))
+            x = self._conv_bn(x, layout, "stem", self._channels(0), 3, 1, relu=True)
         for stage, count in enumerate(blocks):
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
@@ -163,12 +129,11 @@ class ResNet(nn.Module):
         if x.shape[-1] != sizes[-1][0] or stride > 1:
             shortcut = self._conv_bn(x, layout, f"{name}_shortcut", sizes[-1][0], 1, stride)
         for i, (features, size, conv_stride) in enumerate(sizes):
-            last = i == len(sizes) - 1
+            inner = i < len(sizes) - 1
             conv_name = f"{name}_conv{i + 1}"
-            x = self._conv_bn(x, layout, conv_name, features, size, conv_stride, last)
-            if not last:
-                x = nn.relu(x)
-        return nn.relu(x + shortcut)
+            zero = self.zero_init_gamma and not inner
+            x = self._conv_bn(x, layout, conv_name, features, size, conv_stride, inner, zero)
+        return relu(x + shortcut)
 
     def _conv_bn(
         self,
@@ -178,15 +143,16 @@ class ResNet(nn.Module):
         features: int,
         size: int,
         stride: int,
-        ends_branch: bool = False,
+        relu: bool = False,
+        zero_init_gamma: bool = False,
     ) -> jax.Array:
         x = Conv(features, size, stride, self.padding, self.kernel_init, name=name)(x)
-        zero = ends_branch and self.zero_init_gamma
         norm = BatchNorm(
             self.bn_decay,
             self.bn_epsilon,
-            zero_init_scale=zero,
+            zero_init_scale=zero_init_gamma,
             unbiased_average=self.bn_unbiased_average,
+            relu=relu,
             name=f"{name}_bn",
         )
         return norm(x, layout)

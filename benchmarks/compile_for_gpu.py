@@ -1,0 +1,132 @@
+"""A training step as an NVIDIA H100 would run it, compiled where there is none: what it moves.
+
+    python -m benchmarks.compile_for_gpu --config=configs/byol.py --config.batch_size=256
+    python -m benchmarks.compile_for_gpu --config=configs/byol.py:cifar10 --gpus=2 --hlo=step.txt
+
+Needs `jax[cuda13]` (the plugin alone will do: `jax-cuda13-plugin`, `jax-cuda13-pjrt`) and neither a
+GPU nor a driver. Kernels are not tuned, so this tells nothing of time, but which kernels there are,
+and the bytes that each kind reads and writes: what bounds a ResNet's step. What an array costs is
+counted once for each kernel that reads or writes it; caches may make it less.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import functools
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from benchmarks import report
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
+_JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
+_HLO = flags.DEFINE_string("hlo", "", "where to write the compiled program")
+_GPUS = flags.DEFINE_integer("gpus", 1, "of one machine; the global batch is spread over them")
+_CLASSES = flags.DEFINE_integer("classes", 1000, "of the online probe")
+
+# What XLA asks of a device before it compiles for it.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+_BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+
+def kernels(hlo: str) -> Iterator[tuple[str, int]]:
+    """(kind, bytes read and written) of each kernel of a compiled program's main computation."""
+    sizes: dict[str, int] = {}
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        found = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:,|$)", line)
+        if not found:
+            continue
+        name, shape, operation, operands = found.groups()
+        if operation == "custom-call":
+            shape = re.sub(r"u8\[\d+\]", "", shape)  # its scratch space
+        sizes[name] = _size(shape)
+        if operation in ("fusion", "custom-call", "copy", "sort", "while"):
+            read = sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
+            yield re.sub(r"[.\d]+$", "", name), sizes[name] + read
+
+
+def _size(shape: str) -> int:
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    dims = lambda text: (int(n) for n in text.split(",") if n)  # noqa: E731
+    return sum(_BYTES.get(kind, 0) * math.prod(dims(text)) for kind, text in arrays)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    del argv
+    config, gpus = _CONFIG.value, _GPUS.value
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=_H100, topology=f"1x1x{gpus}"
+    )
+    build = importlib.import_module(f"{config.method}_jax.method").build
+    method = build(config, _CLASSES.value, 1000, 10)
+    step = jax.pmap(
+        functools.partial(method.train_step, axis_name="devices"),
+        axis_name="devices",
+        donate_argnums=(0,),
+        devices=topology.devices,
+    )
+
+    def on_each(x, *, cut: int) -> jax.ShapeDtypeStruct:
+        shape = (gpus, x.shape[0] // gpus, *x.shape[1:]) if cut else (gpus, *x.shape)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    state = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
+    batch = report.fake_batch(config.batch_size, config.data.image_size)
+    start = time.perf_counter()
+    compiled = step.lower(
+        jax.tree.map(functools.partial(on_each, cut=False), state),
+        jax.tree.map(functools.partial(on_each, cut=True), batch),
+    ).compile()
+    seconds = time.perf_counter() - start
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    if _HLO.value:
+        with open(_HLO.value, "w") as f:
+            f.write(hlo)
+
+    moved: collections.Counter = collections.Counter()
+    count = 0
+    for kind, size in kernels(hlo):
+        moved[kind] += size
+        count += 1
+    rows: list[report.Row] = [
+        ("compile, untuned", seconds, "s"),
+        ("kernels", count, ""),
+        ("bytes moved", moved.total() / 1e9, "GB"),
+        ("state, renewed in place", memory.alias_size_in_bytes / 2**30, "GiB"),
+        ("temporaries", memory.temp_size_in_bytes / 2**30, "GiB"),
+    ]
+    rows += [(kind, size / 1e9, "GB") for kind, size in moved.most_common(12)]
+    report.show(f"{config.method}, batch {config.batch_size}, for {gpus} x H100", rows, _JSON.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

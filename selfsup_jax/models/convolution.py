@@ -1,0 +1,123 @@
+"""Convolution and max-pooling in the forms that each backend is fast at; the results are the same.
+
+What was measured, and on what, stands in `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Margins = tuple[tuple[int, int], tuple[int, int]]  # added (before, after) rows, then columns
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
+    """Cross-correlates `x` `[B, H, W, C]` with `kernel` `[k, k, C, D]`: `[B, H', W', D]`."""
+    size = len(kernel)
+    if size == 7 and stride == 2 and not (x.shape[1] % 2 or x.shape[2] % 2):
+        return _stem_on_blocks(x, kernel, margins)
+    as_convolution = functools.partial(_convolve, stride=stride, margins=margins)
+    small_map = x.shape[1] * x.shape[2] <= (2 * stride) ** 2
+    if size > 1 and not small_map:
+        return as_convolution(x, kernel)
+    # XLA's convolution is slow on the CPU for 1x1 kernels (backward, by two) and for outputs of up
+    # to 2x2 pixels (by some fifteen). On a GPU matmuls in their place upset the layout of all that
+    # lies between them: ResNet-50's step took 1.3 times as long.
+    on_cpu = functools.partial(_patches_matmul, stride=stride, margins=margins)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_convolution)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride, stride), margins, dimension_numbers=numbers)
+
+
+def _patches_matmul(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
+    """As one matmul of the patches."""
+    size = len(kernel)
+    if size == 1:
+        return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+    patches = jnp.concatenate([part for _, _, part in _taps(x, size, stride, margins, 0)], -1)
+    return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _taps(x, size, stride, margins, fill):
+    """(i, j, `[B, H', W', C]`) for each place in the window: what each output sees there."""
+    x = jnp.pad(x, ((0, 0), *margins, (0, 0)), constant_values=fill)
+    rows, columns = ((n - size) // stride + 1 for n in x.shape[1:3])
+    for i in range(size):
+        for j in range(size):
+            part = x[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
+            yield i, j, part[:, :rows, :columns]
+
+
+def _stem_on_blocks(x: jax.Array, kernel: jax.Array, margins: Margins) -> jax.Array:
+    """A 7x7 convolution of stride 2 as one of 4x4 and stride 1 over blocks of 2x2 pixels.
+
+    Tensor cores take channels by eights, and images have three: the blocks have twelve.
+    """
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(batch, height // 2, width // 2, 4 * channels)
+    # The window begins `before` pixels ahead: where that is odd, one pixel into its first block.
+    grow = [(before % 2, 1 - before % 2) for before, _ in margins]
+    kernel = jnp.pad(kernel, (*grow, (0, 0), (0, 0)))
+    kernel = kernel.reshape(4, 2, 4, 2, channels, -1).transpose(0, 2, 1, 3, 4, 5)
+    kernel = kernel.reshape(4, 4, 4 * channels, -1)
+    blocks = tuple(((before + 1) // 2, 3 - (before + 1) // 2) for before, _ in margins)
+    return _convolve(x, kernel, 1, blocks)  # type: ignore[arg-type]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(x: jax.Array, margins: Margins) -> jax.Array:
+    """The maximum of 3x3 windows, stride 2: `[B, H, W, C]` to `[B, H', W', C]`.
+
+    The gradient goes to the first of a window's maxima, as it does in the authors' frameworks. It
+    has a form of its own: XLA's, which scatters, is slow on CPUs and GPUs alike.
+    """
+    return _max_pool_forward(x, margins)[0]
+
+
+def _max_pool_forward(x, margins):
+    best, where = None, jnp.zeros((), jnp.uint8)
+    for i, j, part in _taps(x, 3, 2, margins, -jnp.inf):
+        if best is None:
+            best = part
+            continue
+        better = part > best
+        best = jnp.where(better, part, best)
+        where = jnp.where(better, jnp.uint8(3 * i + j), where)
+    return best, (where, x.shape)
+
+
+def _max_pool_backward(margins, saved, g):
+    where, shape = saved
+    halves = [-(-n // 2) for n in shape[1:3]]
+
+    def from_windows(i: int, j: int, shift: tuple[int, int]) -> jax.Array:
+        """What comes to pixels at (i, j) of the windows that lie so many rows and columns off."""
+        part = jnp.where(where == 3 * i + j, g, 0).astype(jnp.float32)
+        ends = [(-s, n - m + s, 0) for s, n, m in zip(shift, halves, part.shape[1:3], strict=True)]
+        return lax.pad(part, jnp.float32(0), [(0, 0, 0), *ends, (0, 0, 0)])
+
+    def windows(parity: int, before: int) -> list[tuple[int, int]]:
+        """(place in the window, how far off it is) of the windows with the even or odd pixels."""
+        return [(i, (parity + before - i) // 2) for i in range(3) if (parity + before - i) % 2 == 0]
+
+    def pixels(odd_row: int, odd_column: int) -> jax.Array:
+        """The gradient of every second pixel of every second row, `[B, H / 2, W / 2, C]`."""
+        (top, _), (left, _) = margins
+        pairs = itertools.product(windows(odd_row, top), windows(odd_column, left))
+        return sum(from_windows(i, j, (di, dj)) for (i, di), (j, dj) in pairs).astype(g.dtype)  # type: ignore[union-attr]
+
+    rows = [jnp.stack([pixels(odd, 0), pixels(odd, 1)], axis=3) for odd in (0, 1)]
+    d_x = jnp.stack(rows, axis=2)  # [B, H / 2, 2, W / 2, 2, C]
+    d_x = d_x.reshape(shape[0], 2 * halves[0], 2 * halves[1], shape[3])
+    return (d_x[:, : shape[1], : shape[2]],)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
