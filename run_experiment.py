@@ -12,7 +12,6 @@ Exit status:
 
 from __future__ import annotations
 
-import functools
 import glob
 import math
 import os
@@ -49,28 +48,14 @@ _CACHE = flags.DEFINE_string(
 
 
 def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Hands the config to its job, and to that job its method."""
-    import byol_jax.method
-    import moco_jax.method
-    import simclr_jax.method
+    """Hands the config to its job."""
     from selfsup_jax import jobs, study, train
 
-    methods = {
-        "byol": byol_jax.method.build,
-        "moco": moco_jax.method.build,
-        "simclr": simclr_jax.method.build,
-    }
-    all_jobs = {
-        "pretrain": lambda: train.pretrain(config, workdir, methods[config.method]),
-        "study": lambda: study.run(config, workdir, methods),
-        **{name: functools.partial(jobs.run, config, workdir) for name in jobs.NAMES},
-    }
-    for field, choices in (("job", all_jobs), ("method", methods)):
-        if field in config and config[field] not in choices:
-            raise UserError(
-                f"config.{field}={config[field]!r}: must be one of {', '.join(sorted(choices))}"
-            )
-    return all_jobs[config.job]()
+    all_jobs = dict.fromkeys(jobs.NAMES, jobs.run)
+    all_jobs |= {"pretrain": train.pretrain, "study": study.run}
+    if config.job not in all_jobs:
+        raise UserError(f"config.job={config.job!r}: must be one of {', '.join(sorted(all_jobs))}")
+    return all_jobs[config.job](config, workdir)
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,6 @@ counted once for each kernel that reads or writes it; caches may make it less.
 from __future__ import annotations
 
 import collections
-import importlib
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from benchmarks import report
+from selfsup_jax.method import find
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
@@ -86,8 +86,7 @@ def main(argv: list[str]) -> None:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", target_config=_H100, topology=f"1x1x{gpus}"
     )
-    build = importlib.import_module(f"{config.method}_jax.method").build
-    method = build(config, _CLASSES.value, 1000, 10)
+    method = find(config.method)(config, _CLASSES.value, 1000, 10)
     step = jax.pmap(
         functools.partial(method.train_step, axis_name="devices"),
         axis_name="devices",

@@ -20,7 +20,6 @@ the compiled step, two per multiply-add; the peak is a 2048^3 float32 matmul, me
 
 from __future__ import annotations
 
-import importlib
 import time
 from typing import Any
 
@@ -35,7 +34,8 @@ from ml_collections import config_flags
 from benchmarks import report
 from selfsup_jax import collectives, parallel
 from selfsup_jax.augment import normalize
-from selfsup_jax.models import branch
+from selfsup_jax.method import find
+from selfsup_jax.models import network
 from selfsup_jax.models.resnet import Conv
 from selfsup_jax.state import encoder_variables
 
@@ -121,58 +121,51 @@ def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
     online network sees through all of it, those of the target through the target. MoCo's queries
     are made of one view and its keys of the other, unless it is symmetric.
     """
-    networks = method.train_step.keywords["networks_"]
     one_sided = config.method == "moco" and not config.symmetric
     views = 1 if one_sided else 2
     # SimCLR's two views are one batch for batch norm.
     layout = collectives.batch_layout(
         config.bn_groups, 1 if config.method == "simclr" else views, None
     )
-
-    def through(names: tuple[str, ...], params: Any, stats: Any, images: jax.Array) -> jax.Array:
-        x = images.reshape(-1, *images.shape[2:])
-        network = branch.Pass(networks, params, stats, layout)
-        for name in names:
-            x = network(name, x)
-        return x
-
-    parts = ("encoder", "projector", "predictor")
-    online_parts = tuple(part for part in parts if part in state.online_params)
+    net = method.network
 
     def forward(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        z = through(online_parts, params, state.online_stats, images[:views])
-        target = None
+        online = {"params": params, "batch_stats": state.online_stats}
+        outputs, _ = network.apply(net, online, network.stack_views(images[:views]), layout)
+        z, projected = outputs[-1], None
         if state.target_params:
-            seen = images[1:] if one_sided else images
-            target = through(parts[:2], state.target_params, state.target_stats, seen)
+            target = {"params": state.target_params, "batch_stats": state.target_stats}
+            seen = network.stack_views(images[1:] if one_sided else images)
+            project = getattr(net, "project", None)  # without the predictor
+            projected, _ = network.apply(net, target, seen, layout, method=project)
         # A direction of no meaning: the gradient of a plain sum would be simplified away.
-        return jnp.vdot(z, jnp.sin(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)), target
+        direction = jnp.sin(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)
+        return jnp.vdot(z, direction), projected
 
     return jax.jit(forward), jax.jit(jax.grad(forward, has_aux=True))
 
 
 def parts(config: Any, method: Any, batch: dict, repeats: int) -> dict[str, float]:
     """Seconds of each part alone, on one device."""
-    bound = method.train_step.keywords
-    networks, optimizer = bound["networks_"], bound["optimizer"]
+    encoder_module, optimizer = method.network.encoder, method.optimizer
     state = jax.jit(method.init_state)(jax.random.PRNGKey(0))
     layout = collectives.batch_layout(1, 2, None)
 
     @jax.jit
     def augmentation(rng, batch):
-        return normalize(method.augment_views(rng, batch), bound["mean"], bound["std"])
+        return normalize(method.augment_views(rng, batch), method.augment.mean, method.augment.std)
 
     def timed(fn, *args):
         return report.median_seconds(fn, *args, repeats=repeats)
 
     seconds = {"augmentation": timed(augmentation, state.rng, batch)}
     views = augmentation(state.rng, batch)
-    images = views.reshape(-1, *views.shape[2:])
+    images = network.stack_views(views)
 
     variables = encoder_variables(state)
-    convs, inputs, kernels = convolutions(networks.encoder, variables, images)
+    convs, inputs, kernels = convolutions(encoder_module, variables, images)
     seconds["convolutions"] = timed(convs, inputs, kernels)
-    encode = jax.jit(lambda v, x: networks.encoder.apply(v, x, layout, mutable=["batch_stats"]))
+    encode = jax.jit(lambda v, x: network.apply(encoder_module, v, x, layout))
     encoder = timed(encode, variables, images)
     seconds["encoder forward"] = encoder
     seconds["rest of the encoder"] = max(0.0, encoder - seconds["convolutions"])
@@ -196,10 +189,7 @@ def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
     config = _CONFIG.value
-    builds = {
-        m: importlib.import_module(f"{m}_jax.method").build for m in ("byol", "moco", "simclr")
-    }
-    method = builds[config.method](config, _CLASSES.value, 1000, 10)
+    method = find(config.method)(config, _CLASSES.value, 1000, 10)
     batch = report.fake_batch(config.batch_size, config.data.image_size)
     rows, step, flops = whole_step(method, batch, _REPEATS.value)
     peak = matmul_peak(_REPEATS.value)

@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from moco_jax import networks
-from moco_jax.networks import Networks
 from selfsup_jax import collectives
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.method import Context
+from selfsup_jax.models.network import apply, split_views, stack_views
+from selfsup_jax.state import PyTree
 
 
 def encode_keys(
-    rng: jax.Array,
-    params: dict,
-    stats: dict,
-    views: jax.Array,
-    index: jax.Array,
-    *,
-    networks_: Networks,
-    layout: BatchLayout,
-    bn_groups: int,
-) -> tuple[jax.Array, dict]:
+    variables: PyTree, views: jax.Array, context: Context, *, net: Any
+) -> tuple[jax.Array, PyTree]:
     """Keys of shuffled batches (section 3.3, "shuffling BN"), in the order of the views.
 
     Each view's images are dealt out to the batch-norm groups anew before they are encoded, so
     that a query and its key share their statistics with the same images no more often than a
-    query and any other key do; afterwards the keys are put back.
+    query and any other key do; afterwards the keys are put back. One group leaves the order as it
+    is.
 
     Args:
-        rng: the key of this step.
-        params, stats: of the key encoder.
-        views: `[V, B, H, W, C]` float32.
-        index: `[B]` int32, the images' places in the global batch.
-        networks_: the modules.
-        layout: of the V views.
-        bn_groups: G, of the global batch; 1 leaves the order as it is.
+        variables: of the key encoder.
+        views: `[V, b, H, W, C]` float32.
+        context: the step's.
+        net: the module.
 
     Returns:
-        `[V, B, D]` unit vectors, and the new batch statistics.
+        `[V, b, D]` unit vectors, and the new batch statistics.
     """
-    num_views, rows = views.shape[:2]
-    axis_name = layout.axis_name
-    if bn_groups == 1:
-        _, keys, stats = networks.apply(
-            networks_, params, stats, views.reshape(-1, *views.shape[2:]), layout
-        )
-        return keys.reshape(num_views, rows, -1), stats
+    layout, axis_name = context.layout(len(views)), context.axis_name
+    if context.groups == 1:
+        (_, keys), stats = apply(net, variables, stack_views(views), layout)
+        return split_views(keys, len(views)), stats
 
-    images = views.astype(networks_.encoder.dtype)  # what the encoder makes of them anyway
+    rng = jax.random.fold_in(context.rng, 0)
     orders = [
-        dealing_order(jax.random.fold_in(rng, view), index, bn_groups) for view in range(num_views)
+        dealing_order(jax.random.fold_in(rng, view), context.index, context.groups)
+        for view in range(len(views))
     ]
+    images = views.astype(net.encoder.dtype)  # what the encoder makes of them anyway
     dealt = [collectives.deal(x, order, axis_name) for x, order in zip(images, orders, strict=True)]
-    _, keys, stats = networks.apply(networks_, params, stats, jnp.concatenate(dealt), layout)
-    keys = keys.reshape(num_views, rows, -1)
+    (_, keys), stats = apply(net, variables, jnp.concatenate(dealt), layout)
     restored = [
-        collectives.collect(x, order, axis_name) for x, order in zip(keys, orders, strict=True)
+        collectives.collect(x, order, axis_name)
+        for x, order in zip(split_views(keys, len(views)), orders, strict=True)
     ]
     return jnp.stack(restored), stats
 

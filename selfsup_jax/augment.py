@@ -57,6 +57,26 @@ class ViewAugmentation:
     solarize_threshold: float = 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A section `config.augment`.
+
+    Attributes:
+        views: how each view is augmented.
+        mean, std: per channel, that the images are normalised by afterwards.
+    """
+
+    views: tuple[ViewAugmentation, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_config(cls, config: Any) -> Augmentation:
+        """Of the section's fields."""
+        views = (ViewAugmentation(**config.view_1), ViewAugmentation(**config.view_2))
+        return cls(views, tuple(config.mean), tuple(config.std))
+
+
 def augment_view(
     rng: jax.Array, images: jax.Array, index: jax.Array, view: ViewAugmentation
 ) -> jax.Array:
@@ -115,12 +135,6 @@ def augment_views(
         for i, view in enumerate(augment, start=1)
     ]
     return jnp.stack(views)
-
-
-def from_config(config: Any) -> dict[str, Any]:
-    """What a training step takes of a `config.augment` section: `augment`, `mean` and `std`."""
-    views = (ViewAugmentation(**config.view_1), ViewAugmentation(**config.view_2))
-    return {"augment": views, "mean": tuple(config.mean), "std": tuple(config.std)}
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

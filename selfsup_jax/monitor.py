@@ -16,9 +16,10 @@ from selfsup_jax import diagnostics, inputs, parallel, plots, reference
 from selfsup_jax.evaluation.features import Features
 from selfsup_jax.evaluation.knn import knn_accuracy
 from selfsup_jax.inputs import Data
+from selfsup_jax.method import Method
 from selfsup_jax.metrics import Recorder
 from selfsup_jax.progress import Progress
-from selfsup_jax.state import Method, Outputs, TrainState, encoder_variables
+from selfsup_jax.state import Outputs, TrainState, encoder_variables
 
 
 class Look(NamedTuple):

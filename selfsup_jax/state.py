@@ -1,12 +1,13 @@
-"""The state that a training step carries, and what a method hands to the loop."""
+"""The state that a training step carries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -50,25 +51,31 @@ class Outputs(NamedTuple):
     target: jax.Array
 
 
-class Method(NamedTuple):
-    """A method, ready to run: what `build` of each method's package gives to the loop.
+def fresh_state(
+    params: PyTree,
+    stats: PyTree,
+    step_rng: jax.Array,
+    target_parts: Sequence[str] = (),
+    target: tuple[PyTree, PyTree] | None = None,
+) -> TrainState:
+    """The state before the first step, but for the optimizer's, which `Method.init_state` adds.
 
-    Attributes:
-        init_state: `rng -> TrainState`.
-        train_step: `(state, batch, *, axis_name) -> (state, metrics)`, pure. The metrics are
-            scalars, equal on every device, and "outputs", this device's `Outputs`.
-        represent: `({"params", "batch_stats"} of the encoder, images [B, H, W, C] float32) ->
-            representation [B, D] float32`, in evaluation mode.
-        augment_views: `(rng, batch) -> [V, B, H, W, 3]` float32 in [0, 1], what a step with that
-            key makes of a batch before it is normalised.
-        notes: lines that the run begins with: what is particular to the method, and warnings.
+    Args:
+        params, stats: the online network's, from `models.network.init`.
+        step_rng: the base key of all steps.
+        target_parts: the parts that the target has.
+        target: the target's own parameters and statistics; None for a copy of the online ones.
     """
-
-    init_state: Callable[[jax.Array], TrainState]
-    train_step: Callable[..., tuple[TrainState, Metrics]]
-    represent: Callable[[PyTree, jax.Array], jax.Array]
-    augment_views: Callable[[jax.Array, Batch], jax.Array]
-    notes: tuple[str, ...] = ()
+    target_params, target_stats = target or jax.tree.map(jnp.copy, (params, stats))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        rng=step_rng,
+        online_params=params,
+        target_params={part: target_params[part] for part in target_parts},
+        online_stats=stats,
+        target_stats={part: target_stats[part] for part in target_parts if part in target_stats},
+        opt_state=(),
+    )
 
 
 def encoder_variables(state: TrainState) -> PyTree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,9 @@ from selfsup_jax import config as config_lib
 from selfsup_jax.comparison import flat
 from selfsup_jax.endings import write_json, writing_to
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
+from selfsup_jax.method import Build, find
 from selfsup_jax.progress import format_seconds, say
-from selfsup_jax.train import Build, pretrain
+from selfsup_jax.train import pretrain
 
 RECORD = "runs.json"
 TABLE = "table.md"
@@ -56,7 +57,7 @@ class Cell(NamedTuple):
         return {k: v for k, v in flat(self.config).items() if k not in _FREE_FIELDS}
 
 
-def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict[str, Any]:
+def run(config: ConfigDict, directory: str, find: Callable[[str], Build] = find) -> dict[str, Any]:
     """Pretrains what is not done yet, seed by seed, and renews the table after each run.
 
     A run lies in `directory/VARIANT/seed_N`, where it goes on if it was stopped. `runs.json` holds
@@ -65,7 +66,7 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
     Args:
         config: see `configs/common.py:study`.
         directory: takes the runs, `runs.json`, `table.md`, `table.png` and `results.json`.
-        builds: `build` of each method.
+        find: the `build` of a method by its name.
 
     Returns:
         What `results.json` holds: mean and standard deviation over the seeds, flat.
@@ -77,7 +78,7 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
         Stopped: see `pretrain`.
     """
     workdir.check_path(directory)
-    cells = list(_cells(config, builds))
+    cells = list(_cells(config, find))
     record = _read_record(directory)
     for cell in cells:
         _check_same(cell, record, directory)
@@ -89,14 +90,14 @@ def run(config: ConfigDict, directory: str, builds: Mapping[str, Build]) -> dict
             continue
         left = sum(c.name not in record for c in cells)
         say(f"\n[{number}/{len(cells)}] {cell.name}{_expected(record, left)}")
-        record[cell.name] = _one(cell, os.path.join(directory, cell.name), builds)
+        record[cell.name] = _one(cell, os.path.join(directory, cell.name), find)
         results, table = _write(config, directory, cells, record)
         jax.clear_caches()  # the next run compiles its own
     say(f"\n{table}\nwrote {os.path.join(directory, TABLE)} and {PICTURE}")
     return results
 
 
-def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
+def _cells(config: ConfigDict, find: Callable[[str], Build]) -> Iterator[Cell]:
     seeds, order = tuple(config.seeds), tuple(config.order)
     whole = all(isinstance(seed, int) for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
@@ -120,21 +121,20 @@ def _cells(config: ConfigDict, builds: Mapping[str, Build]) -> Iterator[Cell]:
             cell = Cell(variant, seed, config.variants[variant].copy_and_resolve_references())
             cell.config.seed = seed
             try:
-                if cell.config.method not in builds:
-                    raise bad_field("method", cell.config.method, f"must be one of {list(builds)}")
+                build = find(cell.config.method)
                 config_lib.validate(cell.config)
                 reference.load(cell.config.monitor.reference)  # that there is one of that name
-                builds[cell.config.method](cell.config, None, 1, 0)  # that its method can take it
+                build(cell.config, None, 1, 0)  # that its method can take it
             except UserError as e:
                 message = str(e).removeprefix("config.")
                 raise UserError(f"config.variants.{variant}.{message}") from e
             yield cell
 
 
-def _one(cell: Cell, folder: str, builds: Mapping[str, Build]) -> dict[str, Any]:
+def _one(cell: Cell, folder: str, find: Callable[[str], Build]) -> dict[str, Any]:
     began = time.perf_counter()
     try:
-        results = pretrain(cell.config, folder, builds[cell.config.method], started=began)
+        results = pretrain(cell.config, folder, find(cell.config.method), started=began)
     except NotFinite as e:
         say(f"{cell.name}: {e}")
         results = {"diverged": str(e).partition(";")[0]}

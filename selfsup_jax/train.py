@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,13 +28,11 @@ from selfsup_jax import config as config_lib
 from selfsup_jax.durations import to_steps
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import features, final
+from selfsup_jax.method import Build, Method, find
 from selfsup_jax.metrics import Recorder
 from selfsup_jax.monitor import Monitor
 from selfsup_jax.progress import say
-from selfsup_jax.state import Method, TrainState, encoder_variables
-
-# `(config, num_classes or None, total_steps, warmup_steps) -> Method`
-Build = Callable[[ConfigDict, int | None, int, int], Method]
+from selfsup_jax.state import TrainState, encoder_variables
 
 
 class Run(NamedTuple):
@@ -53,7 +50,7 @@ class Run(NamedTuple):
 
 
 def pretrain(
-    config: ConfigDict, directory: str, build: Build, started: float = STARTED
+    config: ConfigDict, directory: str, build: Build | None = None, started: float = STARTED
 ) -> dict[str, Any]:
     """Trains, goes on where an earlier run in `directory` stopped, evaluates, writes the results.
 
@@ -61,7 +58,7 @@ def pretrain(
         config: see `configs/`.
         directory: the workdir; takes `config.json`, `metrics.jsonl`, checkpoints, TensorBoard
             events, `plots/` and `results.json`.
-        build: the method's `build`.
+        build: the method's `build`; None for that of the package that `config.method` names.
         started: what "the start" is where it says how long the first step took to come.
 
     Returns:
@@ -73,6 +70,7 @@ def pretrain(
         Stopped: after SIGTERM or Ctrl-C, once the step just done is saved.
     """
     config = config.copy_and_resolve_references()
+    build = build or find(config.method)
     config_lib.validate(config)
     reference.load(config.monitor.reference)  # that there is one of that name
     data = inputs.load_data(config)

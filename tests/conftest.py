@@ -7,12 +7,14 @@ whatever is compiled is shared through fixtures.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # Before JAX is imported: eight devices on the CPU, whatever the machine has. Level 0 compiles
@@ -31,10 +33,11 @@ import numpy as np
 import optax
 import pytest
 
-from byol_jax import method
-from byol_jax.networks import Networks
+from byol_jax import method as byol
 from selfsup_jax import optim
-from selfsup_jax.augment import ViewAugmentation
+from selfsup_jax.augment import Augmentation, ViewAugmentation
+from selfsup_jax.method import Context, Method
+from selfsup_jax.method import total_loss as total
 from selfsup_jax.models.heads import LinearClassifier, MLPHead
 from selfsup_jax.models.norm import BatchNorm
 from selfsup_jax.models.resnet import Conv
@@ -46,6 +49,7 @@ NO_AUGMENTATION = ViewAugmentation(
     flip_prob=0.0, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0, solarize_prob=0.0
 )
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+PLAIN_VIEWS = Augmentation((NO_AUGMENTATION, NO_AUGMENTATION), MEAN, STD)
 IMAGE_SHAPE = (4, 4, 3)
 NUM_CLASSES = 3
 
@@ -63,9 +67,9 @@ class TinyEncoder(nn.Module):
         return nn.relu(x).mean((1, 2))
 
 
-def tiny_networks(classes: int | None = NUM_CLASSES) -> Networks:
+def tiny_networks(classes: int | None = NUM_CLASSES) -> byol.BYOL:
     """BYOL's networks with a few hundred parameters in all."""
-    return Networks(
+    return byol.BYOL(
         encoder=TinyEncoder(),
         projector=MLPHead(hidden_size=12, output_size=3),
         predictor=MLPHead(hidden_size=12, output_size=3),
@@ -128,8 +132,8 @@ def messages(lowered) -> dict[str, list[int]]:
     return found
 
 
-def tiny_step(networks: Networks, *, schedule=None, eta=0.2, decay=0.05, **changes):
-    """(`train_step` with everything but the axis bound, its optimizer): LARS, in large steps."""
+def tiny_method(networks: byol.BYOL, *, schedule=None, eta=0.2, decay=0.05, **changes) -> Method:
+    """BYOL with LARS, in large steps."""
     schedule = schedule or optax.constant_schedule(0.5)
     optimizer = optim.make_optimizer(
         schedule,
@@ -138,16 +142,60 @@ def tiny_step(networks: Networks, *, schedule=None, eta=0.2, decay=0.05, **chang
         exclude=("bias$", "scale$"),
         trust_coefficient=eta,
     )
+    start = functools.partial(byol.start, image_shape=IMAGE_SHAPE, target_parts=byol.TARGET_PARTS)
     arguments = {
-        "networks_": networks,
+        "network": networks,
+        "loss": byol.loss,
+        "start": start,
         "optimizer": optimizer,
         "schedule": schedule,
         "tau": lambda step: 0.9,
-        "augment": (NO_AUGMENTATION, NO_AUGMENTATION),
-        "mean": MEAN,
-        "std": STD,
+        "augment": PLAIN_VIEWS,
+        "target_parts": byol.TARGET_PARTS,
     }
-    return functools.partial(method.train_step, **(arguments | changes)), optimizer
+    return Method(**(arguments | changes))
+
+
+def tiny_step(networks: byol.BYOL, **changes):
+    """(the step of `tiny_method`, its optimizer)."""
+    made = tiny_method(networks, **changes)
+    return made.train_step, made.optimizer
+
+
+def with_network(made: Method, **parts) -> Method:
+    """The method with other parts in its network."""
+    return dataclasses.replace(made, network=made.network.clone(**parts))
+
+
+@dataclasses.dataclass
+class StandIn:
+    """What the loop needs of a method, for methods that are none."""
+
+    init_state: Callable
+    train_step: Callable
+    represent: Callable = lambda variables, images: images
+    augment_views: Callable = lambda rng, batch: batch
+    notes: tuple[str, ...] = ()
+
+
+def total_loss(made: Method, state, views, labels, **context):
+    """`(online params, target params) -> (loss, Loss)` of normalised views `[2, B, ...]`."""
+    given = {"rng": state.rng, "index": np.arange(views.shape[1]), "groups": 1, "axis_name": None}
+
+    def loss(online_params, target_params):
+        return total(
+            online_params,
+            target_params,
+            state.online_stats,
+            state.target_stats,
+            views,
+            labels,
+            method=made,
+            state=state,
+            context=Context(**(given | context)),
+        )
+
+    return loss
 
 
 def replicated(tree, devices: int, axis_name: str):
@@ -168,14 +216,12 @@ def process_env(devices: int = 1) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def networks() -> Networks:
+def networks() -> byol.BYOL:
     return tiny_networks()
 
 
 @pytest.fixture(scope="session")
 def initial_state(networks):
     """A state before its first update, its `opt_state` still empty."""
-    init = functools.partial(
-        method.init_state, networks_=networks, optimizer=optax.identity(), image_shape=IMAGE_SHAPE
-    )
-    return jax.device_get(jax.jit(init)(jax.random.PRNGKey(0)))
+    start = tiny_method(networks).start
+    return jax.device_get(jax.jit(lambda rng: start(rng, networks))(jax.random.PRNGKey(0)))

@@ -18,15 +18,18 @@ from conftest import (
     assert_same,
     flatten,
     random_batch,
+    tiny_method,
     tiny_networks,
     tiny_step,
+    total_loss,
+    with_network,
 )
 
 from byol_jax import losses, method
-from byol_jax import networks as networks_lib
 from configs import byol
 from selfsup_jax import diagnostics, optim, parallel
 from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.models.network import apply
 from selfsup_jax.models.norm import BatchNorm
 
 TWO_VIEWS = BatchLayout(num_views=2)
@@ -184,12 +187,13 @@ def cosine_run(networks, initial_state):
 @pytest.fixture(scope="module")
 def step_with_tau(networks, initial_state):
     """`tau -> (state before, state after)` of one update that moves the online network."""
-    step, optimizer = tiny_step(networks)
-    before = initial_state.replace(opt_state=optimizer.init(initial_state.online_params))
+    opt_state = tiny_method(networks).optimizer.init(initial_state.online_params)
+    before = initial_state.replace(opt_state=opt_state)
 
     @jax.jit
     def after(tau):
-        return step(before, random_batch(BATCH, seed=0), tau=lambda _: tau)[0]
+        made = tiny_method(networks, tau=lambda _: tau)
+        return made.train_step(before, random_batch(BATCH, seed=0))[0]
 
     return lambda tau: (before, jax.device_get(after(jnp.float32(tau))))
 
@@ -250,26 +254,14 @@ def losses_and_gradients(networks, initial_state, views, labels):
     def of(networks, labels):
         s = initial_state
         parts = [name for name in s.online_params if getattr(networks, name) is not None]
-
-        def loss(online, target):
-            return method.loss_fn(
-                online,
-                target,
-                s.online_stats,
-                s.target_stats,
-                views,
-                labels,
-                networks_=networks,
-                layout=TWO_VIEWS,
-            )
-
+        loss = total_loss(tiny_method(networks), s, views.reshape(2, BATCH, *IMAGE_SHAPE), labels)
         both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         return jax.device_get(both({k: s.online_params[k] for k in parts}, s.target_params))
 
     return {
         "labels": of(networks, labels),
         "no labels": of(networks, None),
-        "no predictor": of(networks._replace(predictor=None), labels),
+        "no predictor": of(networks.clone(predictor=None), labels),
     }
 
 
@@ -286,7 +278,8 @@ def test_outputs_are_what_the_loss_compares(
     losses_and_gradients, initial_state, views, labels, setting, parts
 ):
     """Each of them against the oracle, and the loss again from the predictions and targets."""
-    (total, (metrics, outputs, _, _)), _ = losses_and_gradients[setting]
+    (total, found), _ = losses_and_gradients[setting]
+    metrics, outputs = found.metrics, found.outputs
     online, target = as_float64((initial_state.online_params, initial_state.target_params))
     both_views = np.split(views.astype(np.float64), 2)
     representations, predictions, _ = oracle_forward(online, both_views, parts)
@@ -454,7 +447,7 @@ def test_without_a_predictor(networks, initial_state):
     assert set(made.online_params) == {*TARGET, "classifier"}
     assert set(made.online_stats) == set(made.target_params) == set(TARGET)
 
-    step, optimizer = tiny_step(networks._replace(predictor=None))
+    step, optimizer = tiny_step(networks.clone(predictor=None))
     params = {k: v for k, v in initial_state.online_params.items() if k != "predictor"}
     stats = {k: v for k, v in initial_state.online_stats.items() if k != "predictor"}
     state = initial_state.replace(
@@ -491,9 +484,9 @@ def test_augment_views_are_what_a_step_sees():
     config.data.image_size = size
     config.augment.mean, config.augment.std = (0.0,) * 3, (1.0,) * 3  # nothing is normalised
     built = method.build(config, num_classes=10, total_steps=9, warmup_steps=0)
-    networks_ = built.train_step.keywords["networks_"]._replace(encoder=Showing(3 * size**2))
-    state = built.init_state(jax.random.PRNGKey(0), networks_=networks_)
-    step = jax.jit(functools.partial(built.train_step, networks_=networks_))
+    built = with_network(built, encoder=Showing(3 * size**2))
+    state = built.init_state(jax.random.PRNGKey(0))
+    step = jax.jit(built.train_step)
     batch = random_batch(BATCH, seed=0) | {"index": np.arange(5, 5 + BATCH, dtype=np.int32)}
 
     views = {}
@@ -567,15 +560,19 @@ def test_target_starts_from_its_own_draw_without_a_predictor(initial_state):
 def test_online_and_target_read_the_views_apart(networks, initial_state, views):
     """Each view is normalised by its own statistics: exchanging the views exchanges the outputs."""
     s = initial_state
-    apply = jax.jit(
-        lambda views: networks_lib.apply_target(
-            networks, s.target_params, s.target_stats, views, TWO_VIEWS
+    project = jax.jit(
+        lambda views: apply(
+            networks,
+            {"params": s.target_params, "batch_stats": s.target_stats},
+            views,
+            TWO_VIEWS,
+            method=networks.project,
         )[0]
     )
     first, second = np.split(views, 2)
     # Another offset for the second view would change the first's outputs if they shared statistics.
-    apart = apply(np.concatenate([first, 5 * second + 3]))
-    np.testing.assert_allclose(apart[:BATCH], apply(views)[:BATCH], rtol=1e-5, atol=1e-6)
+    apart = project(np.concatenate([first, 5 * second + 3]))
+    np.testing.assert_allclose(apart[:BATCH], project(views)[:BATCH], rtol=1e-5, atol=1e-6)
 
 
 def test_pmap_step_is_traced_once(networks, initial_state):

@@ -8,7 +8,6 @@ import math
 
 import jax
 import numpy as np
-import optax
 import pytest
 import tiny_runs
 from conftest import (
@@ -22,9 +21,12 @@ from conftest import (
     flatten,
     random_batch,
     replicated,
+    tiny_method,
     tiny_networks,
+    total_loss,
+    with_network,
 )
-from test_byol import TARGET, TWO_VIEWS, as_float64, oracle_forward
+from test_byol import TARGET, as_float64, oracle_forward
 
 from byol_jax import losses, method
 from configs import byol, byol_to_simclr
@@ -126,12 +128,7 @@ def tiny_build(config, num_classes=NUM_CLASSES, total_steps=4, warmup_steps=0):
     """`method.build` with an encoder of a hundred parameters."""
     config_lib.validate(config)
     built = method.build(config, num_classes, total_steps, warmup_steps)
-    networks = built.train_step.keywords["networks_"]._replace(encoder=TinyEncoder())
-    return built._replace(
-        init_state=functools.partial(built.init_state, networks_=networks),
-        train_step=functools.partial(built.train_step, networks_=networks),
-        represent=networks.encoder.apply,
-    )
+    return with_network(built, encoder=TinyEncoder())
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +140,12 @@ def full_state():
 
 def state_of(full, built):
     """What a variant has of it."""
-    bound = built.train_step.keywords
     made = jax.eval_shape(built.init_state, jax.random.PRNGKey(0))
     fields = {
         name: {part: getattr(full, name)[part] for part in getattr(made, name)}
         for name in ("online_params", "online_stats", "target_params", "target_stats")
     }
-    opt_state = jax.device_get(bound["optimizer"].init(fields["online_params"]))
+    opt_state = jax.device_get(built.optimizer.init(fields["online_params"]))
     return full.replace(**fields, opt_state=opt_state)
 
 
@@ -160,28 +156,13 @@ def views():
 
 @pytest.fixture(scope="module")
 def losses_and_gradients(full_state, views):
-    """`variant -> (state, (loss, (metrics, outputs, ...)), gradients by online and target)`."""
+    """`variant -> (state, (loss, Loss), gradients by online and target)`."""
 
     @functools.cache
     def of(predictor, target, beta):
         built = tiny_build(tiny_config(predictor, target, beta), num_classes=None)
-        bound = built.train_step.keywords
         state = state_of(full_state, built)
-
-        def loss(online, target):
-            return method.loss_fn(
-                online,
-                target,
-                state.online_stats,
-                state.target_stats,
-                views.reshape(-1, *IMAGE_SHAPE),
-                None,
-                networks_=bound["networks_"],
-                layout=TWO_VIEWS,
-                negatives_weight=bound["negatives_weight"],
-                temperature=bound["temperature"],
-            )
-
+        loss = total_loss(built, state, views, None)
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         return state, *jax.device_get(run(state.online_params, state.target_params))
 
@@ -195,7 +176,8 @@ def losses_and_gradients(full_state, views):
 def test_a_variant_is_the_papers(losses_and_gradients, views, predictor, target, beta):
     """Loss and gradient; without a target network the gradient passes through both sides."""
     state, found, (by_online, by_target) = losses_and_gradients(predictor, target, beta)
-    total, (metrics, outputs, _, target_stats) = found
+    total, out = found
+    metrics, outputs, target_stats = out.metrics, out.outputs, out.target_stats
     online, other = as_float64((state.online_params, state.target_params))
     images = list(views.astype(np.float64))
     loss = functools.partial(oracle_loss, online, other, images, predictor, beta)
@@ -227,7 +209,8 @@ def test_both_sides_carry_gradient_without_a_target_network(
 
 def test_byol_is_byols_loss(losses_and_gradients):
     """With predictor, target network and beta 0, whatever the temperature."""
-    _, (total, (_, outputs, _, _)), _ = losses_and_gradients(True, True, 0.0)
+    _, (total, out), _ = losses_and_gradients(True, True, 0.0)
+    outputs = out.outputs
     target_2, target_1 = outputs.target
     expected = losses.byol_loss(*outputs.prediction, target_1, target_2)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
@@ -427,13 +410,7 @@ def test_fields_after_the_preset_are_set_in_each_variant():
 
 
 def test_a_linear_projector_has_no_statistics():
-    networks = tiny_networks()._replace(projector=MLPHead(hidden_size=0, output_size=3))
-    init = functools.partial(
-        method.init_state,
-        networks_=networks,
-        optimizer=optax.identity(),
-        image_shape=IMAGE_SHAPE,
-    )
-    state = jax.eval_shape(init, jax.random.PRNGKey(0))
+    networks = tiny_networks().clone(projector=MLPHead(hidden_size=0, output_size=3))
+    state = jax.eval_shape(tiny_method(networks).init_state, jax.random.PRNGKey(0))
     assert set(state.target_params) == {"encoder", "projector"}
     assert set(state.target_stats) == {"encoder"}

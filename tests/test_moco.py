@@ -14,8 +14,8 @@ import pytest
 from conftest import (
     IMAGE_SHAPE,
     MEAN,
-    NO_AUGMENTATION,
     NUM_CLASSES,
+    PLAIN_VIEWS,
     STD,
     TinyEncoder,
     assert_close,
@@ -23,19 +23,21 @@ from conftest import (
     messages,
     random_batch,
     replicated,
+    total_loss,
 )
 from flax.traverse_util import flatten_dict
 
 from configs import moco
 from moco_jax import keys as keys_lib
 from moco_jax import losses, method, queue
-from moco_jax import networks as networks_lib
-from moco_jax.networks import Networks
-from selfsup_jax import collectives, optim, parallel
+from moco_jax.method import MoCo
 from selfsup_jax import config as config_lib
+from selfsup_jax import optim, parallel
 from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import UserError
+from selfsup_jax.method import Context, Method
 from selfsup_jax.models.heads import LinearClassifier, MLPHead
+from selfsup_jax.models.network import apply, split_views, stack_views
 from selfsup_jax.models.norm import BatchNorm
 
 KEY_PARTS = ("encoder", "projector")
@@ -45,7 +47,7 @@ MOMENTUM, DECAY, TEMPERATURE = 0.9, 0.05, 0.2
 
 def moco_networks(hidden_size=12, output_size=WIDTH, dtype=np.float32):
     """MoCo's networks with a few hundred parameters; `hidden_size` 0 is v1's head."""
-    return Networks(
+    return MoCo(
         encoder=TinyEncoder(dtype=dtype),
         projector=MLPHead(hidden_size, output_size, style="moco", dtype=dtype),
         classifier=LinearClassifier(NUM_CLASSES),
@@ -56,28 +58,30 @@ def moco_step(networks, schedule=None, **changes):
     """(`train_step` with everything but the axis bound, its optimizer): SGD with decay on all."""
     schedule = schedule or optax.constant_schedule(0.05)
     optimizer = optim.make_optimizer(schedule, momentum=MOMENTUM, weight_decay=DECAY, exclude=())
+    made = moco_method(networks, optimizer, schedule=schedule, **changes)
+    return made.train_step, optimizer
+
+
+def moco_method(networks, optimizer=None, queue_size=24, symmetric=False, **changes):
     arguments = {
-        "networks_": networks,
-        "optimizer": optimizer,
-        "schedule": schedule,
+        "network": networks,
+        "loss": functools.partial(method.loss, temperature=TEMPERATURE, symmetric=symmetric),
+        "start": functools.partial(method.start, image_shape=IMAGE_SHAPE, queue_size=queue_size),
+        "optimizer": optimizer or optax.identity(),
+        "schedule": optax.constant_schedule(0.05),
         "tau": lambda step: 0.9,
-        "augment": (NO_AUGMENTATION, NO_AUGMENTATION),
-        "mean": MEAN,
-        "std": STD,
-        "temperature": TEMPERATURE,
+        "augment": PLAIN_VIEWS,
+        "target_parts": KEY_PARTS,
+        "average_first": True,
+        "carry": method.enqueue,
+        "bn_groups": 8,
     }
-    return functools.partial(method.train_step, **(arguments | changes)), optimizer
+    return Method(**(arguments | changes))
 
 
 def init_of(networks, optimizer=None, queue_size=24):
     """`rng -> state` of a run that is about to begin."""
-    return functools.partial(
-        method.init_state,
-        networks_=networks,
-        optimizer=optimizer or optax.identity(),
-        image_shape=IMAGE_SHAPE,
-        queue_size=queue_size,
-    )
+    return moco_method(networks, optimizer, queue_size).init_state
 
 
 @functools.cache
@@ -360,27 +364,21 @@ def test_loss_takes_keys_as_constants():
 def test_no_gradient_reaches_keys_and_queue():
     networks = moco_networks()
     state = fresh_state(networks)
-    views = np.random.default_rng(7).normal(size=(1, BATCH, *IMAGE_SHAPE)).astype(np.float32)
+    views = np.random.default_rng(7).normal(size=(2, BATCH, *IMAGE_SHAPE)).astype(np.float32)
 
-    def loss(params, keys, queue_):
-        return method.loss_fn(
-            params,
-            state.online_stats,
-            views,
-            keys,
-            queue_,
-            random_batch(BATCH, seed=7)["label"],
-            networks_=networks,
-            layout=BatchLayout(),
-            temperature=TEMPERATURE,
-        )[0]
+    made = moco_method(networks, bn_groups=1)
 
-    keys, queue_ = vectors(1, BATCH, WIDTH, seed=1), vectors(24, WIDTH, seed=2)
+    def loss(params, target_params, queue_):
+        with_queue = state.replace(queue=queue_)
+        labels = random_batch(BATCH, seed=7)["label"]
+        return total_loss(made, with_queue, views, labels)(params, target_params)[0]
+
+    queue_ = vectors(24, WIDTH, seed=2).astype(np.float32)
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
-        state.online_params, keys.astype(np.float32), queue_.astype(np.float32)
+        state.online_params, state.target_params, queue_
     )
     assert np.abs(grads[0]["encoder"]["conv"]["kernel"]).max() > 1e-3
-    assert not np.any(grads[1]) and not np.any(grads[2])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads[1:]))
 
 
 # ------------------------------------------------------------------------------ the queue
@@ -418,8 +416,8 @@ def test_keys_are_float32_unit_vectors(run):
 def test_keys_of_a_half_precision_encoder_are_float32_unit_vectors():
     networks, state = moco_networks(dtype=jnp.bfloat16), fresh_state(moco_networks())
     images = np.random.default_rng(0).normal(size=(BATCH, *IMAGE_SHAPE)).astype(np.float32)
-    apply = jax.jit(functools.partial(networks_lib.apply, networks, layout=BatchLayout()))
-    _, keys, _ = apply(state.target_params, state.target_stats, images)
+    variables = {"params": state.target_params, "batch_stats": state.target_stats}
+    (_, keys), _ = jax.jit(lambda v, x: apply(networks, v, x, BatchLayout()))(variables, images)
     assert keys.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(keys, axis=1), 1, rtol=1e-6)
 
@@ -580,14 +578,14 @@ class Same(nn.Module):
         return x
 
 
-TELLING = Networks(Telling(), Same(), None)
+TELLING = MoCo(Telling(), Same(), None)
 TOLD = 256  # images, in eight groups of 32
 
 
-def told(bn_groups, devices=0, seed=0):
+def told(shuffled, devices=0, seed=0):
     """Queries, and two views' keys, of images that `Telling` sees only the statistics of.
 
-    Batch norm has eight groups; the keys' images are shuffled over `bn_groups`.
+    Batch norm has eight groups; the keys' images are shuffled over them, or not.
     """
     rng = np.random.default_rng(0)
     views = np.zeros((3, TOLD, 1, 2, 16), np.float32)
@@ -598,18 +596,14 @@ def told(bn_groups, devices=0, seed=0):
 
     def both(views, index, axis_name=None):
         views = jnp.moveaxis(views, 1, 0)
-        layout = collectives.batch_layout(8, 1, axis_name)
-        _, query, _ = networks_lib.apply(TELLING, params, stats, views[0], layout)
-        keys, _ = keys_lib.encode_keys(
-            key,
-            params,
-            stats,
-            views[1:],
-            index,
-            networks_=TELLING,
-            layout=collectives.batch_layout(8, 2, axis_name),
-            bn_groups=bn_groups,
-        )
+        variables = {"params": params, "batch_stats": stats}
+        context = Context(key, index, 8, axis_name)
+        (_, query), _ = apply(TELLING, variables, views[0], context.layout(1))
+        if shuffled:
+            keys, _ = keys_lib.encode_keys(variables, views[1:], context, net=TELLING)
+        else:
+            (_, keys), _ = apply(TELLING, variables, stack_views(views[1:]), context.layout(2))
+            keys = split_views(keys)
         return query, jnp.moveaxis(keys, 0, 1)
 
     index = np.arange(TOLD, dtype=np.int32)
@@ -632,7 +626,7 @@ def found_by_statistics(query, keys):
 
 @pytest.mark.parametrize("devices", [0, 8])
 def test_statistics_give_the_positive_away_without_shuffling(devices):
-    query, keys = told(bn_groups=1, devices=devices)
+    query, keys = told(shuffled=False, devices=devices)
     for view in keys:
         assert found_by_statistics(query, view) > 0.95
 
@@ -640,7 +634,7 @@ def test_statistics_give_the_positive_away_without_shuffling(devices):
 @pytest.mark.parametrize("devices", [0, 8])
 def test_shuffled_statistics_tell_nothing(devices):
     """At chance: a group of queries has as many of its keys in each of the eight groups."""
-    query, keys = told(bn_groups=8, devices=devices)
+    query, keys = told(shuffled=True, devices=devices)
     for view in keys:
         assert found_by_statistics(query, view) == 1 / 8
 
@@ -649,7 +643,7 @@ def test_each_view_and_each_step_is_dealt_anew():
     """Which images share a group, by their keys: never two of a cell, and other ones each time."""
     partners = []
     for seed in (0, 1):
-        for keys in told(bn_groups=8, seed=seed)[1]:
+        for keys in told(shuffled=True, seed=seed)[1]:
             alike = keys @ keys.T > 1 - 1e-4  # [TOLD, TOLD]: in the same group
             np.testing.assert_array_equal(alike.sum(0), TOLD // 8)
             cells = alike.reshape(TOLD // 8, 8, TOLD // 8, 8)
@@ -804,7 +798,7 @@ def test_imagenet_is_v2s_recipe():
             ),
         },
     )
-    rate = built(config, total_steps=1000).train_step.keywords["schedule"]
+    rate = built(config, total_steps=1000).schedule
     expected = [0.03, 0.015 * (1 + math.cos(math.pi / 4)), 0.015, 0]
     np.testing.assert_allclose([rate(k) for k in (0, 250, 500, 1000)], expected, atol=1e-8)
 
@@ -823,13 +817,13 @@ def test_v1_is_v1s_recipe():
     )
     # By tens after 120 and after 160 of 200 epochs; ImageNet has 5,004 steps in each.
     made = built(config, total_steps=200 * 5004)
-    rate = made.train_step.keywords["schedule"]
+    rate = made.schedule
     drops = {0: 0.03, 120: 0.003, 160: 0.0003}
     for epoch, expected in drops.items():
         np.testing.assert_allclose(rate(epoch * 5004 + 1), expected, rtol=1e-5)
         np.testing.assert_allclose(rate(max(0, epoch * 5004 - 1)), 10 * expected if epoch else 0.03)
     np.testing.assert_allclose(rate(200 * 5004), 0.0003, rtol=1e-5)
-    np.testing.assert_allclose(made.train_step.keywords["tau"](7), 0.999, rtol=1e-6)
+    np.testing.assert_allclose(made.tau(7), 0.999, rtol=1e-6)
     state = jax.eval_shape(made.init_state, jax.random.PRNGKey(0))
     assert set(state.online_params["projector"]) == {"output"}
     assert state.queue.shape == (65536, 128) and state.queue.dtype == np.float32

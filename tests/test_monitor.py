@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import types
 
@@ -11,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from conftest import tiny_networks
+from conftest import tiny_method, tiny_networks, total_loss
 from PIL import Image
 
-from byol_jax import method
 from selfsup_jax import inputs, metrics, monitor, plots, reference, train, workdir
 from selfsup_jax.augment import normalize
-from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.evaluation.features import Features
 from selfsup_jax.evaluation.knn import knn_accuracy
 from selfsup_jax.progress import Progress
@@ -150,18 +147,10 @@ def test_view_pairs_are_what_the_step_saw(labelled, tmp_path):
     assert not np.array_equal(expected, draw(STEPS)[0])  # another step's are others
 
     # And the step did see them: they give the loss that it recorded.
-    flat = views.reshape(-1, *views.shape[2:])
-    loss_fn = functools.partial(
-        method.loss_fn, networks_=tiny_networks(), layout=BatchLayout(num_views=2)
-    )
-    loss, (values, *_) = jax.jit(loss_fn)(
-        before.online_params,
-        before.target_params,
-        before.online_stats,
-        before.target_stats,
-        normalize(flat, tuple(config.augment.mean), tuple(config.augment.std)),
-        batch["label"],
-    )
+    views = normalize(views, tuple(config.augment.mean), tuple(config.augment.std))
+    loss_fn = jax.jit(total_loss(tiny_method(tiny_networks()), before, views, batch["label"]))
+    loss, out = loss_fn(before.online_params, before.target_params)
+    values = out.metrics
     recorded = tiny_runs.recorded(directory)[-1]
     assert recorded["step"] == STEPS
     np.testing.assert_allclose(values["loss"], recorded["loss"], rtol=1e-4)

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from byol_jax.networks import Networks
+from byol_jax.method import BYOL
 from configs import byol
 from selfsup_jax import optim
 from selfsup_jax.errors import UserError
-from selfsup_jax.models import branch, heads, resnet
+from selfsup_jax.models import heads, network, resnet
 
 PARAMS = {
     "layer": {
@@ -156,14 +156,14 @@ def test_from_config(name):
 
 def test_mask_over_byols_parameters():
     """Every kernel is decayed and adapted, and no bias, no norm; by the path of each parameter."""
-    networks = Networks(
+    networks = BYOL(
         encoder=resnet.ResNet(50, width=1 / 16),
         projector=heads.MLPHead(8, 4),
         predictor=heads.MLPHead(8, 4),
         classifier=heads.LinearClassifier(10),
     )
     params = jax.eval_shape(
-        lambda rng: branch.init(rng, networks, (32, 32, 3))[0], jax.random.PRNGKey(0)
+        lambda rng: network.init(rng, networks, (32, 32, 3))[0], jax.random.PRNGKey(0)
     )
     exclude = byol.get_config("imagenet").optimizer.exclude
     mask = jax.tree_util.tree_flatten_with_path(optim.path_mask(params, exclude))[0]

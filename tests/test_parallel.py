@@ -16,20 +16,23 @@ import numpy as np
 import optax
 import pytest
 from conftest import (
+    MEAN,
     NO_AUGMENTATION,
     REPOSITORY,
+    STD,
     assert_close,
     assert_same,
     flatten,
     process_env,
     random_batch,
     replicated,
+    tiny_method,
     tiny_step,
 )
 from ml_collections import ConfigDict
 
-from byol_jax import method
 from selfsup_jax import collectives, parallel
+from selfsup_jax.augment import Augmentation
 from selfsup_jax.checkpoint import Checkpoints
 from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import UserError
@@ -59,16 +62,14 @@ def two_updates(networks, devices, bn_groups, accumulate_steps=1):
 
     The outputs are of the global batch, `[2, B, ...]`, in its order.
     """
-    step, optimizer = tiny_step(
+    made = tiny_method(
         networks,
         schedule=optax.constant_schedule(0.05),  # small: far steps would blow up the rounding
-        augment=(AUGMENT, AUGMENT),
+        augment=Augmentation((AUGMENT, AUGMENT), MEAN, STD),
         bn_groups=bn_groups,
         accumulate_steps=accumulate_steps,
     )
-    state = method.init_state(
-        jax.random.PRNGKey(0), networks_=networks, optimizer=optimizer, image_shape=(4, 4, 3)
-    )
+    step, state = made.train_step, made.init_state(jax.random.PRNGKey(0))
     batches = [random_batch(BATCH, seed=k) for k in range(2)]
     if devices == 0:
         run = jax.jit(step)

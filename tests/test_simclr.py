@@ -20,6 +20,8 @@ from conftest import (
     flatten,
     random_batch,
     replicated,
+    total_loss,
+    with_network,
 )
 from ml_collections import ConfigDict
 
@@ -27,7 +29,6 @@ from configs import simclr
 from selfsup_jax import collectives, parallel, train
 from selfsup_jax import config as config_lib
 from selfsup_jax.checkpoint import Checkpoints
-from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import UserError
 from selfsup_jax.models.heads import l2_normalize
 from simclr_jax import losses, method
@@ -172,12 +173,7 @@ def tiny_build(config, num_classes=NUM_CLASSES, total_steps=TOTAL_STEPS, warmup_
     """`method.build` with an encoder of a hundred parameters."""
     config_lib.validate(config)
     built = method.build(config, num_classes, total_steps, warmup_steps)
-    networks = built.train_step.keywords["networks_"]._replace(encoder=TinyEncoder())
-    return built._replace(
-        init_state=functools.partial(built.init_state, networks_=networks),
-        train_step=functools.partial(built.train_step, networks_=networks),
-        represent=networks.encoder.apply,
-    )
+    return with_network(built, encoder=TinyEncoder())
 
 
 @pytest.fixture(scope="module")
@@ -215,16 +211,11 @@ def images():
 
 @pytest.fixture(scope="module")
 def loss_and_gradient(built, first_state, images):
-    """`loss_fn` on one device, and its gradient by the parameters."""
-    loss = functools.partial(
-        method.loss_fn,
-        networks_=built.train_step.keywords["networks_"],
-        layout=BatchLayout(),
-        temperature=0.1,
-    )
-    s, labels = first_state, random_batch(BATCH, seed=7)["label"]
+    """The whole loss on one device, and its gradient by the parameters."""
+    labels = random_batch(BATCH, seed=7)["label"]
+    loss = total_loss(built, first_state, images, labels)
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return jax.device_get(run(s.online_params, s.online_stats, images, labels)), labels
+    return jax.device_get(run(first_state.online_params, {})), labels
 
 
 # ---------------------------------------------------------------------------------- loss
@@ -291,7 +282,8 @@ def test_gradients_reach_both_views_and_all_rows():
 
 
 def test_outputs_are_what_the_loss_compares(loss_and_gradient, first_state, images):
-    ((total, (metrics, outputs, _)), _), labels = loss_and_gradient
+    ((total, out), _), labels = loss_and_gradient
+    metrics, outputs = out.metrics, out.outputs
     params = as_float64(first_state.online_params)
     flat = images.astype(np.float64).reshape(-1, *IMAGE_SHAPE)
     h, z, _ = oracle_forward(params, flat)
@@ -382,23 +374,13 @@ def test_updates_are_the_papers(four_steps):
 
 def test_both_views_share_their_statistics(built, first_state, images):
     """Another offset of view 2 changes view 1's projections: they are normalised together."""
-    networks_ = built.train_step.keywords["networks_"]
 
     @jax.jit
     def loss(views):
-        s = first_state
-        return method.loss_fn(
-            s.online_params,
-            s.online_stats,
-            views,
-            None,
-            networks_=networks_,
-            layout=BatchLayout(),
-            temperature=0.1,
-        )
+        return total_loss(built, first_state, views, None)(first_state.online_params, {})[1]
 
-    _, (metrics, outputs, _) = loss(images)
-    _, (_, other, _) = loss(np.stack([images[0], 5 * images[1] + 3]))
+    found, other = loss(images), loss(np.stack([images[0], 5 * images[1] + 3])).outputs
+    metrics, outputs = found.metrics, found.outputs
     assert set(metrics) == {"loss", "contrast_top1"}  # without labels there is no probe
     assert np.abs(outputs.projection[0] - other.projection[0]).max() > 0.1
 
@@ -625,8 +607,8 @@ def test_imagenet_is_the_papers_recipe():
         config = simclr.get_config(arg)
         assert_fields(config, {"optimizer.learning_rate": base, "batch_size": 4096})
         built = method.build(config, 10, total_steps=100, warmup_steps=10)
-        assert built.train_step.keywords["schedule"](10) == pytest.approx(4.8)
-        assert built.train_step.keywords["temperature"] == 0.1
+        assert built.schedule(10) == pytest.approx(4.8)
+        assert built.loss.keywords["temperature"] == 0.1
 
 
 def test_cifar10_is_the_authors_recipe():

@@ -18,21 +18,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_runs
-from conftest import REPOSITORY, process_env
+from conftest import REPOSITORY, StandIn, process_env
 from ml_collections import ConfigDict
 
 from configs import byol_to_simclr, cifar10_methods, common
 from selfsup_jax import config as config_lib
 from selfsup_jax import endings, inputs, study
 from selfsup_jax.errors import NotFinite, Stopped, UserError
-from selfsup_jax.state import Method, Outputs, TrainState
+from selfsup_jax.state import Outputs, TrainState
 
 RATES = {"low": 0.1, "high": 0.5}
 MEASURES = ("linear_probe_top1", "loss", "projection_std")
 NAMES = ["low/seed_0", "high/seed_0", "low/seed_1", "high/seed_1"]
 
 
-def quick_build(config, *_) -> Method:
+def quick_build(config, *_) -> StandIn:
     """A method that compiles in a blink: pixels times a matrix that wanders with the images.
 
     Its numbers depend on the seed, on the rate, on each step's images and on every step before.
@@ -59,10 +59,10 @@ def quick_build(config, *_) -> Method:
         state = state.replace(step=state.step + 1, online_params=params)
         return state, metrics | {"outputs": Outputs(rows, rows, rows, rows)}
 
-    return Method(init_state, train_step, represent, lambda rng, batch: batch)
+    return StandIn(init_state, train_step, represent)
 
 
-BUILDS = {"byol": quick_build}
+BUILDS = {"byol": quick_build}.__getitem__
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +440,7 @@ def test_each_variant_is_built_by_its_method(images, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "pretrain", pretrain)
     builds = {name: functools.partial(quick_build) for name in ("moco", "byol", "simclr")}
     variants = {"one": {"method": "moco"}, "two": {"method": "byol"}}
-    study.run(make_config(images, variants=variants), str(tmp_path), builds)
+    study.run(make_config(images, variants=variants), str(tmp_path), builds.__getitem__)
     assert built == {name: builds[name] for name in ("moco", "byol")}
 
 
@@ -678,7 +678,7 @@ def test_what_a_method_cannot_take_is_told_before_the_first_run(images, pretende
         return quick_build(config, *args)
 
     with pytest.raises(UserError, match=r"^config\.variants\.high\.queue_size=7: must be"):
-        study.run(make_config(images), str(tmp_path), {"byol": build})
+        study.run(make_config(images), str(tmp_path), lambda name: build)
     assert pretended.begun == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from conftest import TinyEncoder, assert_same, flatten, tiny_networks
+from conftest import StandIn, TinyEncoder, assert_same, flatten, tiny_networks, with_network
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 from tiny_runs import build, recorded, write_images
 
-from byol_jax import method
 from selfsup_jax import checkpoint, inputs, parallel, plots, train
 from selfsup_jax.data import pipeline, sources
 from selfsup_jax.errors import Stopped, UserError
-from selfsup_jax.state import Method, TrainState
+from selfsup_jax.models.network import parts
+from selfsup_jax.state import TrainState
 
 STEPS = 6
 
@@ -48,15 +49,7 @@ def breaking_build(what, step):
 
     def make(config, *args):
         built = build(config, *args)
-        bound = built.train_step.keywords
-        networks = bound["networks_"]._replace(encoder=Brittle())
-        size = config.data.image_size
-        init_state = functools.partial(
-            method.init_state,
-            networks_=networks,
-            optimizer=bound["optimizer"],
-            image_shape=(size, size, 3),
-        )
+        brittle = with_network(built, encoder=Brittle())
 
         def train_step(state, batch, *, axis_name):
             params = jax.tree.map(lambda x: x, state.online_params)
@@ -65,14 +58,10 @@ def breaking_build(what, step):
                 params["projector"]["output"]["kernel"] *= jnp.where(now, jnp.nan, 1)
             elif what == "gradient":
                 params["encoder"]["brittle"] *= jnp.where(now, 0, 1)
-            return built.train_step(
-                state.replace(online_params=params),
-                batch,
-                axis_name=axis_name,
-                networks_=networks,
-            )
+            state = state.replace(online_params=params)
+            return brittle.train_step(state, batch, axis_name=axis_name)
 
-        return built._replace(init_state=init_state, train_step=train_step)
+        return StandIn(brittle.init_state, train_step, built.represent, built.augment_views)
 
     return make
 
@@ -91,7 +80,7 @@ def counting_build(*_, infinite_at=None):
         metrics = {"loss": loss, "finite": jnp.isfinite(loss) * 1.0, "outputs": ()}
         return state.replace(step=step, online_params=params), metrics
 
-    return Method(init_state, train_step, lambda v, x: x, lambda rng, batch: batch)
+    return StandIn(init_state, train_step)
 
 
 def counting_config(folder, **changes):
@@ -330,7 +319,7 @@ def test_what_a_run_leaves_behind(whole_run):
     lines = recorded(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     always = {"step", "loss", "probe_loss", "probe_top1", "tau", "learning_rate", "update_norm"}
-    always |= {f"grad_norm/{part}" for part in tiny_networks()._fields}
+    always |= {f"grad_norm/{part}" for part in parts(tiny_networks())}
     looks = {"projection_std", "effective_rank", "prediction_target_cosine", "alignment"}
     looks |= {"uniformity", "target_distance"}
     for line in lines:
@@ -680,7 +669,7 @@ def test_without_a_checkpoint_there_is_no_run_to_keep_to(folders, tmp_path):
         def init_state(rng):
             raise Killed
 
-        return counting_build(*args)._replace(init_state=init_state)
+        return dataclasses.replace(counting_build(*args), init_state=init_state)
 
     with pytest.raises(Killed):
         train.pretrain(counting_config(folders["labels"]), str(tmp_path), mistaken)

@@ -24,6 +24,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from conftest import StandIn  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -115,7 +116,7 @@ def _wander(config, *args):
         metrics = {"loss": jnp.ones(()), "finite": jnp.ones(())}
         return state.replace(step=state.step + 1, online_params=params), metrics
 
-    return method._replace(train_step=step)
+    return StandIn(method.init_state, step, method.represent, method.augment_views)
 
 
 def make_run(data: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:

@@ -8,44 +8,37 @@ import pathlib
 
 import jax
 import numpy as np
-from conftest import tiny_networks, tiny_step
+from conftest import tiny_method, tiny_networks
 from ml_collections import ConfigDict
 from PIL import Image
 
 from byol_jax import method
 from configs import byol
 from selfsup_jax import checkpoint, optim
-from selfsup_jax.augment import ViewAugmentation
-from selfsup_jax.state import Method, TrainState
+from selfsup_jax.augment import Augmentation
+from selfsup_jax.method import Method
+from selfsup_jax.state import TrainState
 
 
 def build(config, num_classes, total_steps, warmup_steps) -> Method:
     """`byol_jax.method.build` with networks of a few hundred parameters."""
     networks = tiny_networks(num_classes)
     if not config.use_predictor:
-        networks = networks._replace(predictor=None)
+        networks = networks.clone(predictor=None)
     schedule, optimizer = optim.from_config(
         config.optimizer, config.batch_size, total_steps, warmup_steps
     )
-    augment = tuple(ViewAugmentation(**config.augment[view]) for view in ("view_1", "view_2"))
-    step, _ = tiny_step(
+    size = config.data.image_size
+    return tiny_method(
         networks,
         optimizer=optimizer,
         schedule=schedule,
         tau=optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps),
-        augment=augment,
-        mean=tuple(config.augment.mean),
-        std=tuple(config.augment.std),
+        augment=Augmentation.from_config(config.augment),
+        start=functools.partial(
+            method.start, image_shape=(size, size, 3), target_parts=method.TARGET_PARTS
+        ),
     )
-
-    def init_state(rng):
-        size = config.data.image_size
-        return method.init_state(
-            rng, networks_=networks, optimizer=optimizer, image_shape=(size, size, 3)
-        )
-
-    views = functools.partial(method.augment_views, augment=augment)
-    return Method(init_state, step, networks.encoder.apply, views)
 
 
 def write_images(folder: pathlib.Path, classes: int, count: int, size: int = 10) -> pathlib.Path:

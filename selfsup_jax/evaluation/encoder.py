@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selfsup_jax.endings import whole_file, write_json, writing_to
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.models import branch, resnet
+from selfsup_jax.models.encoders import make_encoder
 
 # The two files of an exported encoder.
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"
@@ -176,15 +176,15 @@ def check(frozen: Frozen) -> None:
 # ---------------------------------------------------------------------------- using it
 
 
-def module(config: dict[str, Any], compute_dtype: str = "") -> resnet.ResNet:
+def module(config: dict[str, Any], compute_dtype: str = "") -> nn.Module:
     """The network of a run's config; `compute_dtype` replaces the run's."""
     dtype = jnp.dtype(compute_dtype or config.get("compute_dtype", "float32"))
-    return resnet.ResNet(**config["encoder"], dtype=dtype)
+    return make_encoder(config["encoder"], dtype)
 
 
 def represent(config: dict[str, Any], compute_dtype: str = "") -> Callable[[Any, jax.Array], Any]:
     """`(variables, normalised images [B, H, W, 3]) -> representation [B, D]` of a run's config."""
-    return functools.partial(branch.represent, module(config, compute_dtype))
+    return module(config, compute_dtype).apply
 
 
 def untrained(config: dict[str, Any], seed: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -72,13 +73,21 @@ def _stem_on_blocks(x: jax.Array, kernel: jax.Array, margins: Margins) -> jax.Ar
     return _convolve(x, kernel, 1, blocks)  # type: ignore[arg-type]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: jax.Array, margins: Margins) -> jax.Array:
     """The maximum of 3x3 windows, stride 2: `[B, H, W, C]` to `[B, H', W', C]`.
 
-    The gradient goes to the first of a window's maxima, as it does in the authors' frameworks. It
-    has a form of its own: XLA's, which scatters, is slow on CPUs and GPUs alike.
+    The gradient goes to the first of a window's maxima, as it does in the authors' frameworks.
     """
+    # XLA's own, whose gradient scatters, is slow on CPUs and GPUs; TPUs have an instruction for it.
+    return lax.platform_dependent(
+        x,
+        tpu=lambda x: nn.max_pool(x, (3, 3), (2, 2), margins),
+        default=lambda x: _max_pool(x, margins),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: jax.Array, margins: Margins) -> jax.Array:
     return _max_pool_forward(x, margins)[0]
 
 
@@ -120,4 +129,4 @@ def _max_pool_backward(margins, saved, g):
     return (d_x[:, : shape[1], : shape[2]],)
 
 
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
