@@ -70,8 +70,8 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.temperature = 0.3  # alpha, of the negatives
 
     config.encoder = common.encoder()
-    config.projector = ConfigDict({"hidden_size": 4096, "output_size": 256})
-    config.predictor = ConfigDict({"hidden_size": 4096, "output_size": 256})
+    config.projector = common.head()
+    config.predictor = common.head()
     config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
     config.augment = common.augmentation(
         common.view(blur_prob=1.0, solarize_prob=0.0), common.view(blur_prob=0.1, solarize_prob=0.2)
@@ -89,8 +89,8 @@ def cifar10() -> ConfigDict:
     config.batch_size = 128
     config.tau_base = 0.99
     config.encoder.padding = "torch"
-    config.projector.hidden_size = 1024
-    config.predictor.hidden_size = 1024
+    config.projector.hidden_sizes = (1024,)
+    config.predictor.hidden_sizes = (1024,)
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.03  # 0.06 x B / 128, a quarter
     config.optimizer.weight_decay = 2e-3  # 5e-4, four times
@@ -112,8 +112,8 @@ def folder() -> ConfigDict:
     """Your own images: the 300-epoch recipe with a batch for one device."""
     config = datasets.on_folder(_paper(epochs=300))
     config.tau_base = 0.99
-    config.projector.hidden_size = 1024
-    config.predictor.hidden_size = 1024
+    config.projector.hidden_sizes = (1024,)
+    config.predictor.hidden_sizes = (1024,)
     return config
 
 
@@ -122,9 +122,9 @@ def demo() -> ConfigDict:
     config = datasets.on_digits(_paper())
     config.epochs = 46.0
     config.tau_base = 0.98
-    config.projector.hidden_size = 512
+    config.projector.hidden_sizes = (512,)
     config.projector.output_size = 128
-    config.predictor.hidden_size = 512
+    config.predictor.hidden_sizes = (512,)
     config.predictor.output_size = 128
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.3

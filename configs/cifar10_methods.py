@@ -114,7 +114,7 @@ def _run(name: str, tuned: Tuned) -> ConfigDict:
     config.epochs = 3.0
     config.batch_size = 64
     config.encoder = common.encoder(depth=18, width=0.25, stem="cifar")
-    config.projector.hidden_size = 256
+    config.projector.hidden_sizes = (256,)
     config.projector.output_size = 64
     config.optimizer = common.optimizer(
         name="sgd",
@@ -140,7 +140,7 @@ def _run(name: str, tuned: Tuned) -> ConfigDict:
     config.monitor.plots_every_steps = 0
     config.checkpoint_every_steps = 400
     if config.method == "byol":
-        config.predictor.hidden_size = 256
+        config.predictor.hidden_sizes = (256,)
         config.predictor.output_size = 64
     if config.method == "moco":
         config.queue_size = 4096

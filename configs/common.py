@@ -10,6 +10,13 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict, config_dict
 
+# What fields of earlier versions are called now.
+RENAMED = {
+    "projector.hidden_size": "projector.hidden_sizes, such as (4096,)",
+    "predictor.hidden_size": "predictor.hidden_sizes, such as (4096,)",
+    "projector.style": "projector.linear_init, .hidden_norm, .output_bias and .output_norm",
+}
+
 
 def parse(
     arg: str | None, presets: dict[str, Callable[..., ConfigDict]], default: str
@@ -68,6 +75,8 @@ def set_field(config: ConfigDict, key: str, value: object) -> None:
 
 def check_field(config: ConfigDict, key: str) -> None:
     """Raises `ValueError`, naming the nearest ones, where the config has no field `a.b`."""
+    if key in RENAMED and not _has(config, key):
+        raise ValueError(f"unknown field config.{key}: it is now {RENAMED[key]}")
     if not _has(config, key):
         near = _nearest(key, field_names(config))
         raise ValueError(f"unknown field config.{key}; did you mean: {near}?")
@@ -208,6 +217,20 @@ def encoder(**changes) -> ConfigDict:
         "bn_unbiased_average": False,  # running variance times n / (n - 1), as PyTorch's
     }
     return _changed("an encoder", fields, changes)
+
+
+def head(**changes) -> ConfigDict:
+    """A projector or predictor, BYOL's where not said otherwise (`selfsup_jax/models/heads.py`)."""
+    fields = {
+        "hidden_sizes": (4096,),  # () is a linear head
+        "output_size": 256,
+        "linear_init": "haiku",  # BYOL's code; `torch`: MoCo's; `normal`: SimCLR's
+        "hidden_bias": True,
+        "hidden_norm": True,
+        "output_bias": False,
+        "output_norm": "none",  # or `affine`, `scale` (no offset), `plain` (neither)
+    }
+    return _changed("a head", fields, changes)
 
 
 def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:

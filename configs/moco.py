@@ -74,8 +74,13 @@ def _v2() -> ConfigDict:
         kernel_init="kaiming_fan_out",
         bn_unbiased_average=True,
     )
-    # hidden_size 0 is v1's linear head; styles: `selfsup_jax/models/heads.py:HEAD_STYLES`
-    config.projector = ConfigDict({"hidden_size": 2048, "output_size": 128, "style": "moco"})
+    config.projector = common.head(
+        hidden_sizes=(2048,),
+        output_size=128,
+        linear_init="torch",
+        hidden_norm=False,
+        output_bias=True,
+    )
     config.optimizer = common.optimizer(
         name="sgd",
         learning_rate=0.03,  # at batch 256
@@ -97,7 +102,7 @@ def as_v1(config: ConfigDict) -> ConfigDict:
     The authors turn images gray before the jitter; here it comes after, which is the same but for
     the hue.
     """
-    config.projector.hidden_size = 0
+    config.projector.hidden_sizes = ()  # linear
     config.temperature = 0.07
     config.optimizer.schedule = "step"
     config.optimizer.drops = (0.6, 0.8)  # epochs 120 and 160 of 200
@@ -114,7 +119,7 @@ def cifar10() -> ConfigDict:
     config.queue_size = 4096
     config.temperature = 0.1
     config.symmetric = True
-    config.projector.hidden_size = 512
+    config.projector.hidden_sizes = (512,)
     # There 0.06 x B / 128 and 5e-4, for the mean of both directions' losses; here they are added.
     config.optimizer.learning_rate = 0.06
     config.optimizer.weight_decay = 1e-3
@@ -127,7 +132,7 @@ def imagenette() -> ConfigDict:
     config.epochs = 800.0
     config.tau_base = 0.99
     config.queue_size = 4096
-    config.projector.hidden_size = 512
+    config.projector.hidden_sizes = (512,)
     return config
 
 
@@ -138,7 +143,7 @@ def folder() -> ConfigDict:
     config.epochs = 300.0
     config.tau_base = 0.99
     config.queue_size = 4096
-    config.projector.hidden_size = 512
+    config.projector.hidden_sizes = (512,)
     return config
 
 
@@ -150,7 +155,7 @@ def demo() -> ConfigDict:
     config.tau_base = 0.99
     config.temperature = 0.1
     config.queue_size = 1024  # a quarter of the images
-    config.projector.hidden_size = 128
+    config.projector.hidden_sizes = (128,)
     config.projector.output_size = 64
     config.optimizer.learning_rate = 0.24
     config.optimizer.weight_decay = 4e-4

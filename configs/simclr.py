@@ -55,8 +55,13 @@ def _paper(scaling: str = "linear") -> ConfigDict:
     config.temperature = 0.1
 
     config.encoder = common.encoder(padding="fixed")
-    # styles: `selfsup_jax/models/heads.py:HEAD_STYLES`
-    config.projector = ConfigDict({"hidden_size": 2048, "output_size": 128, "style": "simclr"})
+    config.projector = common.head(  # each linear layer is followed by a batch norm
+        hidden_sizes=(2048,),
+        output_size=128,
+        linear_init="normal",
+        hidden_bias=False,
+        output_norm="scale",
+    )
     config.optimizer = common.optimizer(
         learning_rate=_BASE_RATES[scaling],
         scaling=scaling,
@@ -91,7 +96,7 @@ def cifar10() -> ConfigDict:
     config.augment.mean, config.augment.std = mean, std
     config.batch_size = 512
     config.temperature = 0.5
-    config.projector.hidden_size = 512
+    config.projector.hidden_sizes = (512,)
     config.optimizer.learning_rate = 1.0
     config.optimizer.weight_decay = 1e-4
     return config
@@ -101,7 +106,7 @@ def imagenette() -> ConfigDict:
     """Imagenette: the square root's learning rate, for its small batch."""
     config = datasets.on_imagenette(_paper(scaling="sqrt"))
     config.epochs = 800.0
-    config.projector.hidden_size = 512
+    config.projector.hidden_sizes = (512,)
     return config
 
 
@@ -110,7 +115,7 @@ def folder() -> ConfigDict:
     config = datasets.on_folder(_paper(scaling="sqrt"))
     config.epochs = 300.0
     config.temperature = 0.2
-    config.projector.hidden_size = 512
+    config.projector.hidden_sizes = (512,)
     return config
 
 
@@ -119,7 +124,7 @@ def demo() -> ConfigDict:
     config = datasets.on_digits(_paper())
     config.epochs = 46.0
     config.temperature = 0.2
-    config.projector.hidden_size = 128
+    config.projector.hidden_sizes = (128,)
     config.projector.output_size = 64
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.3

@@ -12,7 +12,7 @@ from selfsup_jax import optim, parallel
 from selfsup_jax.augment import BLUR_PADDINGS, JITTER_STYLES
 from selfsup_jax.data.crops import RESIZE_METHODS
 from selfsup_jax.errors import bad_field, nearest
-from selfsup_jax.models.heads import HEAD_STYLES
+from selfsup_jax.models.heads import HEAD_INITS, OUTPUT_NORMS
 from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS
 
 
@@ -55,13 +55,14 @@ def _choices(config: ConfigDict) -> None:
         "encoder.stem": STEMS,
         "encoder.padding": PADDINGS,
         "encoder.kernel_init": tuple(KERNEL_INITS),
-        "projector.style": tuple(HEAD_STYLES),
         "optimizer.name": ("lars", "sgd"),
         "optimizer.scaling": optim.SCALINGS,
         "optimizer.schedule": optim.SCHEDULES,
         "tau_schedule": optim.TAU_SCHEDULES,
         "data.resize_method": RESIZE_METHODS,
     }
+    for head in ("projector", "predictor"):
+        choices |= {f"{head}.linear_init": tuple(HEAD_INITS), f"{head}.output_norm": OUTPUT_NORMS}
     for field, value in _present(config, choices):
         _one_of(field, value, choices[field])
 
@@ -78,7 +79,6 @@ def _ranges(config: ConfigDict) -> None:
         "data.image_size",
         "data.shuffle_buffer",
         "projector.output_size",
-        "predictor.hidden_size",
         "predictor.output_size",
         "eval.batch_size",
         "eval.knn_k",
@@ -116,7 +116,6 @@ def _ranges(config: ConfigDict) -> None:
     not_negative = (
         "seed",
         "negatives_weight",
-        "projector.hidden_size",
         "optimizer.learning_rate",
         "optimizer.weight_decay",
         "optimizer.trust_coefficient",
@@ -164,6 +163,11 @@ def _pairs(config: ConfigDict) -> None:
             raise bad_field(
                 field, tuple(pair), f"must be (low, high) with 0 < low <= high <= {top}"
             )
+    for field, sizes in _present(config, ("projector.hidden_sizes", "predictor.hidden_sizes")):
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise bad_field(field, tuple(sizes), "must be whole numbers, each at least 1")
+        if not sizes and field.startswith("predictor"):
+            raise bad_field(field, (), "must have at least one hidden layer")
     for field, triple in _present(config, ("augment.mean", "augment.std")):
         if len(triple) != 3 or (field.endswith("std") and not min(triple) > 0):
             raise bad_field(field, tuple(triple), "must be three numbers, deviations above 0")

@@ -71,8 +71,8 @@ def tiny_networks(classes: int | None = NUM_CLASSES) -> byol.BYOL:
     """BYOL's networks with a few hundred parameters in all."""
     return byol.BYOL(
         encoder=TinyEncoder(),
-        projector=MLPHead(hidden_size=12, output_size=3),
-        predictor=MLPHead(hidden_size=12, output_size=3),
+        projector=MLPHead(hidden_sizes=(12,), output_size=3),
+        predictor=MLPHead(hidden_sizes=(12,), output_size=3),
         classifier=LinearClassifier(classes) if classes else None,
     )
 

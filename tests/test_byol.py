@@ -480,7 +480,7 @@ class Showing(nn.Module):
 def test_augment_views_are_what_a_step_sees():
     """With the step's key, before the normalisation: bit by bit, and other ones at other steps."""
     size = IMAGE_SHAPE[0]
-    config = byol.get_config("demo,projector.hidden_size=4,predictor.hidden_size=4")
+    config = byol.get_config("demo,projector.hidden_sizes=(4,),predictor.hidden_sizes=(4,)")
     config.data.image_size = size
     config.augment.mean, config.augment.std = (0.0,) * 3, (1.0,) * 3  # nothing is normalised
     built = method.build(config, num_classes=10, total_steps=9, warmup_steps=0)

@@ -118,7 +118,7 @@ def tiny_config(predictor, target, beta, **changes):
     fields |= {
         f"{head}.{size}": value
         for head in ("projector", "predictor")
-        for size, value in (("hidden_size", 12), ("output_size", 3))
+        for size, value in (("hidden_sizes", (12,)), ("output_size", 3))
     }
     config.update_from_flattened_dict(fields | changes)
     return config
@@ -410,7 +410,7 @@ def test_fields_after_the_preset_are_set_in_each_variant():
 
 
 def test_a_linear_projector_has_no_statistics():
-    networks = tiny_networks().clone(projector=MLPHead(hidden_size=0, output_size=3))
+    networks = tiny_networks().clone(projector=MLPHead(hidden_sizes=(), output_size=3))
     state = jax.eval_shape(tiny_method(networks).init_state, jax.random.PRNGKey(0))
     assert set(state.target_params) == {"encoder", "projector"}
     assert set(state.target_stats) == {"encoder"}

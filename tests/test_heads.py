@@ -36,8 +36,19 @@ PARAMETERS = {
         {"output/kernel", "output_bn/scale"},
     ),
 }
+# Author's code -> the switches that make a head its.
+STYLES = {
+    "byol": {},
+    "moco": {"linear_init": "torch", "hidden_norm": False, "output_bias": True},
+    "simclr": {"linear_init": "normal", "hidden_bias": False, "output_norm": "scale"},
+}
 NORMS = {"byol": (("bn",), ()), "moco": ((), ()), "simclr": (("bn", "output_bn"), ("output_bn",))}
 BOTH = [(style, hidden) for style in PARAMETERS for hidden in (HIDDEN, 0)]
+
+
+def head_of(style, hidden, outputs=OUTPUT, **fields):
+    """A head with one hidden layer, or with none."""
+    return MLPHead((hidden,) if hidden else (), outputs, **STYLES[style], **fields)
 
 
 def drawn(tree, seed=0):
@@ -87,7 +98,7 @@ def head_by_hand(style, variables, x, training):
 
 @pytest.mark.parametrize(("style", "hidden"), BOTH)
 def test_a_style_has_its_parameters(style, hidden):
-    variables = variables_of(MLPHead(hidden, OUTPUT, style), (FEATURES,))
+    variables = variables_of(head_of(style, hidden), (FEATURES,))
     with_hidden, linear = PARAMETERS[style]
     assert set(flatten(variables["params"])) == (with_hidden if hidden else linear)
     norms = NORMS[style][0 if hidden else 1]
@@ -100,7 +111,7 @@ def test_a_style_has_its_parameters(style, hidden):
 @pytest.mark.parametrize(("style", "hidden"), BOTH)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_head_is_numpys(style, hidden, training):
-    head = MLPHead(hidden, OUTPUT, style)
+    head = head_of(style, hidden)
     variables = variables_of(head, (FEATURES,))
     x = np.random.default_rng(1).normal(size=(7, FEATURES)).astype(np.float32)
     expected, moments = head_by_hand(style, variables, x, training)
@@ -118,7 +129,7 @@ def test_a_head_is_numpys(style, hidden, training):
 
 def test_simclrs_output_is_centred():
     """By a norm without an offset: over a batch each dimension has mean 0 and deviation gamma."""
-    head = MLPHead(HIDDEN, OUTPUT, "simclr")
+    head = head_of("simclr", HIDDEN)
     variables = variables_of(head, (FEATURES,))
     x = np.random.default_rng(2).normal(size=(64, FEATURES)).astype(np.float32) + 3
     y, _ = head.apply(variables, x, BatchLayout(), mutable=["batch_stats"])
@@ -131,7 +142,7 @@ def test_simclrs_output_is_centred():
 def test_initialisation(style, hidden):
     """Haiku's truncated normal, PyTorch's uniform with its biases, SimCLR's deviation of 0.01."""
     features, outputs = 100, 80
-    init = MLPHead(hidden, outputs, style).init(jax.random.PRNGKey(0), jnp.zeros((1, features)))
+    init = head_of(style, hidden, outputs).init(jax.random.PRNGKey(0), jnp.zeros((1, features)))
     for path, leaf in flatten(init["params"]).items():
         inputs = features if not hidden or path.startswith("hidden") else hidden
         unit = inputs**-0.5
@@ -158,7 +169,7 @@ def test_initialisation(style, hidden):
 
 
 def test_moco_draws_kernels_and_biases_apart():
-    params = MLPHead(4, 4, "moco").init(jax.random.PRNGKey(0), jnp.zeros((1, 4)))["params"]
+    params = head_of("moco", 4, 4).init(jax.random.PRNGKey(0), jnp.zeros((1, 4)))["params"]
     leaves = [leaf.reshape(-1)[:4] for leaf in jax.tree.leaves(params)]
     assert len({tuple(np.asarray(leaf)) for leaf in leaves}) == 4
 
@@ -167,9 +178,9 @@ def test_a_heads_norms_are_the_encoders():
     """Decay, epsilon and the kind of average of a config reach every norm of the head."""
     config = simclr.get_config("demo,encoder.bn_decay=0.5,encoder.bn_epsilon=2.0")
     config.encoder.bn_unbiased_average = True
-    config.projector.update(hidden_size=HIDDEN, output_size=OUTPUT)
+    config.projector.update(hidden_sizes=(HIDDEN,), output_size=OUTPUT)
     head = from_config(config.projector, config.encoder, jnp.float32)
-    assert head.style == "simclr"
+    assert head.linear_init == "normal" and head.output_norm == "scale"
     variables = variables_of(head, (FEATURES,))
     x = np.random.default_rng(1).normal(size=(4, FEATURES)).astype(np.float32)
     _, new = head.apply(variables, x, BatchLayout(), mutable=["batch_stats"])
@@ -188,12 +199,13 @@ def test_a_heads_norms_are_the_encoders():
 def test_byols_heads_are_byols_unless_told():
     config = byol.get_config("demo")
     for section in (config.projector, config.predictor):
-        assert from_config(section, config.encoder, jnp.float32).style == "byol"
+        made = from_config(section, config.encoder, jnp.float32)
+        assert made == head_of("byol", *section.hidden_sizes, section.output_size)
 
 
 def test_bfloat16_is_for_the_matmuls_only():
     for style in PARAMETERS:
-        head = MLPHead(HIDDEN, OUTPUT, style, dtype=jnp.bfloat16)
+        head = head_of(style, HIDDEN, dtype=jnp.bfloat16)
         variables = variables_of(head, (FEATURES,))
         assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
         x = np.random.default_rng(1).normal(size=(7, FEATURES)).astype(np.float32)
@@ -359,3 +371,28 @@ def test_the_max_pool_pads_at_the_end_but_for_torch(maps, padding, before):
     windows = [padded[:, i : i + 15 : 2, j : j + 15 : 2] for i in range(3) for j in range(3)]
     expected = np.max(windows, axis=0)
     np.testing.assert_allclose(seen["stage1_block1_conv1"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_hidden_layers_one_after_the_other():
+    """Three layers, the output normalised without scale or offset: SimSiam's projector."""
+    head = MLPHead((HIDDEN, 4), OUTPUT, hidden_bias=False, output_norm="plain")
+    variables = variables_of(head, (FEATURES,))
+    assert set(flatten(variables["params"])) == {
+        *("hidden/kernel", "bn/scale", "bn/bias"),
+        *("hidden_2/kernel", "bn_2/scale", "bn_2/bias"),
+        "output/kernel",
+    }
+    x = np.random.default_rng(1).normal(size=(7, FEATURES)).astype(np.float32)
+    y, _ = head.apply(variables, x, BatchLayout(), mutable=["batch_stats"])
+    params = variables["params"]
+
+    def normal(x):
+        return (x - x.mean(0)) / np.sqrt(x.var(0) + EPSILON)
+
+    expected = x.astype(np.float64)
+    for place in ("", "_2"):
+        norm = params[f"bn{place}"]
+        expected = normal(expected @ params[f"hidden{place}"]["kernel"])
+        expected = np.maximum(expected * norm["scale"] + norm["bias"], 0)
+    expected = normal(expected @ params["output"]["kernel"])
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)

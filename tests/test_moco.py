@@ -45,11 +45,13 @@ WIDTH = 3  # of queries and keys
 MOMENTUM, DECAY, TEMPERATURE = 0.9, 0.05, 0.2
 
 
-def moco_networks(hidden_size=12, output_size=WIDTH, dtype=np.float32):
-    """MoCo's networks with a few hundred parameters; `hidden_size` 0 is v1's head."""
+def moco_networks(hidden_sizes=(12,), output_size=WIDTH, dtype=np.float32):
+    """MoCo's networks with a few hundred parameters; no `hidden_sizes` is v1's head."""
     return MoCo(
         encoder=TinyEncoder(dtype=dtype),
-        projector=MLPHead(hidden_size, output_size, style="moco", dtype=dtype),
+        projector=MLPHead(
+            hidden_sizes, output_size, "torch", hidden_norm=False, output_bias=True, dtype=dtype
+        ),
         classifier=LinearClassifier(NUM_CLASSES),
     )
 
@@ -216,7 +218,7 @@ def norm_of(*trees):
 
 STEPS, BATCH, GROUPS = 5, 12, 3  # three groups: a permutation of two undoes itself
 # name -> (the head's hidden size, whether the loss is symmetric)
-RECIPES = {"v1": (0, False), "v2 symmetric": (12, True)}
+RECIPES = {"v1": ((), False), "v2 symmetric": ((12,), True)}
 
 
 def tau_of(step):
@@ -233,8 +235,8 @@ def run(request):
 
     The queue takes the keys of three steps.
     """
-    hidden_size, symmetric = RECIPES[request.param]
-    networks, keys = moco_networks(hidden_size), BATCH * (1 + symmetric)
+    hidden_sizes, symmetric = RECIPES[request.param]
+    networks, keys = moco_networks(hidden_sizes), BATCH * (1 + symmetric)
     step, optimizer = moco_step(
         networks, schedule=rate_of, tau=tau_of, symmetric=symmetric, bn_groups=GROUPS
     )
@@ -682,7 +684,7 @@ def test_a_step_holds_no_second_queue():
 
 
 def test_both_encoders_start_equal_in_buffers_of_their_own():
-    state = init_of(moco_networks(hidden_size=0), optax.trace(0.9))(jax.random.PRNGKey(0))
+    state = init_of(moco_networks(hidden_sizes=()), optax.trace(0.9))(jax.random.PRNGKey(0))
     assert set(state.target_params) == {*KEY_PARTS}
     assert_same(state.target_params, {part: state.online_params[part] for part in KEY_PARTS})
     assert_same(state.target_stats, state.online_stats)
@@ -737,7 +739,8 @@ IMAGENET = {
     "encoder.bn_epsilon": 1e-5,
     "encoder.bn_unbiased_average": True,
     "projector.output_size": 128,
-    "projector.style": "moco",
+    "projector.linear_init": "torch",
+    "projector.hidden_norm": False,
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.03,
     "optimizer.scaling": "linear",
@@ -785,7 +788,7 @@ def test_imagenet_is_v2s_recipe():
         config,
         {
             "temperature": 0.2,
-            "projector.hidden_size": 2048,
+            "projector.hidden_sizes": (2048,),
             "optimizer.schedule": "cosine",
             **both_views(
                 {
@@ -810,7 +813,7 @@ def test_v1_is_v1s_recipe():
         config,
         {
             "temperature": 0.07,
-            "projector.hidden_size": 0,
+            "projector.hidden_sizes": (),
             "optimizer.schedule": "step",
             **both_views({"jitter_prob": 1.0, "hue": 0.4, "blur_prob": 0.0}),
         },
@@ -838,7 +841,7 @@ def test_cifar10_is_the_benchmarks_recipe():
         "queue_size": 4096,
         "temperature": 0.1,
         "symmetric": True,
-        "projector.hidden_size": 512,
+        "projector.hidden_sizes": (512,),
         "projector.output_size": 128,
         "optimizer.momentum": 0.9,
         "optimizer.learning_rate": 0.12 / 2,
@@ -894,7 +897,7 @@ def test_small_presets_have_a_small_queue(preset, name, most):
         ("temperature=-0.2", r"temperature=-0.2: must be above 0"),
         ("bn_groups=0", r"bn_groups=0: must be at least 1"),
         ("tau_base=1.5", r"tau_base=1.5: must be from 0 to 1"),
-        ("projector.style='mocco'", r"projector.style='mocco': .*did you mean moco"),
+        ("projector.linear_init='torhc'", r"projector.linear_init='torhc': .*did you mean torch"),
         ("tau_schedule='step'", r"tau_schedule='step': must be one of cosine, constant"),
     ],
 )

@@ -158,8 +158,8 @@ def test_mask_over_byols_parameters():
     """Every kernel is decayed and adapted, and no bias, no norm; by the path of each parameter."""
     networks = BYOL(
         encoder=resnet.ResNet(50, width=1 / 16),
-        projector=heads.MLPHead(8, 4),
-        predictor=heads.MLPHead(8, 4),
+        projector=heads.MLPHead((8,), 4),
+        predictor=heads.MLPHead((8,), 4),
         classifier=heads.LinearClassifier(10),
     )
     params = jax.eval_shape(

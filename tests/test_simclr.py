@@ -156,7 +156,7 @@ def tiny_config(**changes) -> ConfigDict:
         "compute_dtype": "float32",
         "data.image_size": IMAGE_SHAPE[0],
         "data.test_resize": IMAGE_SHAPE[0],
-        "projector.hidden_size": 6,
+        "projector.hidden_sizes": (6,),
         "projector.output_size": 3,
         "augment.mean": MEAN,
         "augment.std": STD,
@@ -512,7 +512,7 @@ def test_a_run_is_watched_without_a_target(tmp_path):
     folder = tiny_runs.write_images(tmp_path / "images", classes=3, count=32)
     fields = tiny_runs.fields(
         folder,
-        projector__hidden_size=6,
+        projector__hidden_sizes=(6,),
         projector__output_size=3,
         steps=2,
         log_every_steps=1,
@@ -547,7 +547,7 @@ def test_every_preset_is_valid(preset):
     config = simclr.get_config(preset)
     config_lib.validate(config)
     assert config.method == "simclr"
-    assert config.projector.style == "simclr" and config.encoder.padding == "fixed"
+    assert config.projector.output_norm == "scale" and config.encoder.padding == "fixed"
     assert config.augment.view_1.to_dict() == config.augment.view_2.to_dict()
     config.augment.view_1.hue = 0.05  # a view of its own
     assert config.augment.view_2.hue != 0.05
@@ -569,7 +569,7 @@ def test_imagenet_is_the_papers_recipe():
         "encoder.bn_decay": 0.9,
         "encoder.bn_epsilon": 1e-5,
         "encoder.bn_unbiased_average": False,
-        "projector.hidden_size": 2048,
+        "projector.hidden_sizes": (2048,),
         "projector.output_size": 128,
         "optimizer.name": "lars",
         "optimizer.learning_rate": 0.3,
@@ -620,7 +620,7 @@ def test_cifar10_is_the_authors_recipe():
         "temperature": 0.5,
         "encoder.depth": 18,
         "encoder.stem": "cifar",
-        "projector.hidden_size": 512,
+        "projector.hidden_sizes": (512,),
         "projector.output_size": 128,
         "optimizer.name": "lars",
         "optimizer.learning_rate": 1.0,
@@ -644,7 +644,7 @@ def test_cifar10_is_the_authors_recipe():
         ("optimizer.scaling", "foo", "must be one of linear, sqrt, none"),
         ("temperature", 0.0, "must be above 0"),
         ("temperature", float("nan"), "must be above 0"),
-        ("projector.style", "simclr2", "must be one of byol, moco, simclr"),
+        ("projector.output_norm", "scales", "must be one of none, affine, scale, plain"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_valid(field, value, valid):

@@ -129,8 +129,8 @@ def make_run(data: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
         encoder__width=0.03,
         encoder__stem="cifar",
         encoder__zero_init_gamma=False,
-        projector__hidden_size=8,
-        predictor__hidden_size=8,
+        projector__hidden_sizes=(8,),
+        predictor__hidden_sizes=(8,),
     )
     config.encoder.depth = 2
     train.pretrain(config, str(workdir), _wander)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,47 +13,43 @@ import jax.numpy as jnp
 from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.models.norm import BatchNorm
 
-# Haiku's Linear: truncated normal with variance 1 / fan in; biases start at zero.
+# How the authors' libraries start a linear layer: kernel, and bias by the number of inputs.
 _HAIKU = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-# PyTorch's Linear: uniform within 1 / sqrt(fan in), and so is the bias.
-_TORCH = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-
-
-class HeadStyle(NamedTuple):
-    """What an author's code makes a head of."""
-
-    kernel_init: Callable
-    hidden_bias: bool
-    hidden_norm: bool
-    output_bias: bool
-    output_norm: bool  # without an offset
-    torch_bias_init: bool = False
-
-
-HEAD_STYLES = {
-    # Linear -> batch norm -> ReLU -> Linear without bias: BYOL, section 3.3 and its code.
-    "byol": HeadStyle(_HAIKU, True, True, False, False),
-    # Linear -> ReLU -> Linear: MoCo v2, and v1's where there is no hidden layer.
-    "moco": HeadStyle(_TORCH, True, False, True, False, torch_bias_init=True),
-    # Each linear layer is followed by a batch norm: SimCLR's code.
-    "simclr": HeadStyle(nn.initializers.normal(0.01), False, True, False, True),
+HEAD_INITS: dict[str, Callable] = {
+    # Haiku's Linear: truncated normal with variance 1 / fan in; biases start at zero.
+    "haiku": _HAIKU,
+    # PyTorch's Linear: uniform within 1 / sqrt(fan in), and so is the bias.
+    "torch": nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),
+    # SimCLR's code: normal with deviation 0.01; biases start at zero.
+    "normal": nn.initializers.normal(0.01),
 }
+# Of the last layer: scale and offset, the scale alone, neither.
+OUTPUT_NORMS = ("none", "affine", "scale", "plain")
 
 
 class MLPHead(nn.Module):
-    """A projector g or predictor q of one hidden layer, or a linear one.
+    """A projector g or predictor q: linear layers, all but the last with (norm and) ReLU.
+
+    The defaults are BYOL's, section 3.3 and its code.
 
     Attributes:
-        hidden_size: of the hidden layer; 0 for a linear head.
+        hidden_sizes: of the hidden layers; `()` for a linear head.
         output_size: D.
-        style: `byol`, `moco` or `simclr`: see `HEAD_STYLES`.
+        linear_init: how linear layers start, of `HEAD_INITS`.
+        hidden_bias, hidden_norm: whether hidden layers have a bias, and a batch norm.
+        output_bias: whether the last layer has one.
+        output_norm: the last layer's batch norm, of `OUTPUT_NORMS`.
         bn_decay, bn_epsilon, bn_unbiased_average: see `BatchNorm`.
         dtype: of the matmuls.
     """
 
-    hidden_size: int = 4096
+    hidden_sizes: tuple[int, ...] = (4096,)
     output_size: int = 256
-    style: str = "byol"
+    linear_init: str = "haiku"
+    hidden_bias: bool = True
+    hidden_norm: bool = True
+    output_bias: bool = False
+    output_norm: str = "none"
     bn_decay: float = 0.9
     bn_epsilon: float = 1e-5
     bn_unbiased_average: bool = False
@@ -62,28 +58,28 @@ class MLPHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layout: BatchLayout | None = None) -> jax.Array:
         """`[B, F]` to `[B, output_size]` float32; `layout=None` evaluates."""
-        style = HEAD_STYLES[self.style]
         norm = functools.partial(
             BatchNorm, self.bn_decay, self.bn_epsilon, unbiased_average=self.bn_unbiased_average
         )
-        if self.hidden_size:
-            x = self._linear(x, "hidden", self.hidden_size, style.hidden_bias)
-            x = norm(relu=True, name="bn")(x, layout) if style.hidden_norm else nn.relu(x)
-        x = self._linear(x, "output", self.output_size, style.output_bias)
-        x = norm(use_bias=False, name="output_bn")(x, layout) if style.output_norm else x
+        for i, size in enumerate(self.hidden_sizes):
+            place = f"_{i + 1}" if i else ""
+            x = self._linear(x, f"hidden{place}", size, self.hidden_bias)
+            x = norm(relu=True, name=f"bn{place}")(x, layout) if self.hidden_norm else nn.relu(x)
+        x = self._linear(x, "output", self.output_size, self.output_bias)
+        if self.output_norm != "none":
+            affine = {"affine": (True, True), "scale": (True, False), "plain": (False, False)}
+            use_scale, use_bias = affine[self.output_norm]
+            x = norm(use_scale=use_scale, use_bias=use_bias, name="output_bn")(x, layout)
         return x.astype(jnp.float32)
 
     def _linear(self, x: jax.Array, name: str, size: int, use_bias: bool) -> jax.Array:
-        style = HEAD_STYLES[self.style]
-        bias_init: Any = nn.initializers.zeros
-        if style.torch_bias_init:
-            bias_init = _uniform(x.shape[-1] ** -0.5)
+        torch = self.linear_init == "torch"
         dense = nn.Dense(
             size,
             use_bias=use_bias,
             dtype=self.dtype,
-            kernel_init=style.kernel_init,
-            bias_init=bias_init,
+            kernel_init=HEAD_INITS[self.linear_init],
+            bias_init=_uniform(x.shape[-1] ** -0.5) if torch else nn.initializers.zeros,
             name=name,
         )
         return dense(x)

@@ -25,7 +25,7 @@ class BatchNorm(nn.Module):
         decay: of the running averages (0.9 in the authors' codes).
         epsilon: added to the variance.
         zero_init_scale: start gamma at 0 (the last norm of a residual branch).
-        use_bias: whether there is a beta.
+        use_scale, use_bias: whether there is a gamma, and a beta.
         unbiased_average: the running average takes the variance times n / (n - 1), as PyTorch's
             does; what normalises the batch is the biased one all the same.
         relu: a ReLU follows; it is computed, and differentiated, in the same pass over the data.
@@ -34,6 +34,7 @@ class BatchNorm(nn.Module):
     decay: float = 0.9
     epsilon: float = 1e-5
     zero_init_scale: bool = False
+    use_scale: bool = True
     use_bias: bool = True
     unbiased_average: bool = False
     relu: bool = False
@@ -42,9 +43,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, layout: BatchLayout | None) -> jax.Array:
         """Normalises `x` `[rows, ..., C]`; with `layout=None` by the running averages."""
         shape = (x.shape[-1],)
-        init_scale = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
-        scale = self.param("scale", init_scale, shape, jnp.float32)
-        bias = jnp.zeros(shape, jnp.float32)
+        scale, bias = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+        if self.use_scale:
+            init_scale = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
+            scale = self.param("scale", init_scale, shape, jnp.float32)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
