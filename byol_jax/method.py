@@ -5,49 +5,24 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from byol_jax import losses
 from selfsup_jax import collectives
-from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import bad_field
 from selfsup_jax.method import Context, Loss, Method, parts_from_config
-from selfsup_jax.models import heads, network
-from selfsup_jax.models.network import apply, split_views, stack_views
+from selfsup_jax.models import network
+from selfsup_jax.models.network import SiameseWithPredictor, apply, split_views, stack_views
 from selfsup_jax.state import Outputs, PyTree, TrainState, fresh_state
 
 # The parts of the online network that the target network is an average of.
 TARGET_PARTS = ("encoder", "projector")
 
 
-class BYOL(nn.Module):
-    """The networks of section 3.3: encoder f, projector g, predictor q, and an online probe."""
-
-    encoder: nn.Module
-    projector: nn.Module
-    predictor: nn.Module | None  # None: the projection itself is compared (the ablation)
-    classifier: nn.Module | None
-
-    def __call__(
-        self, images: jax.Array, layout: BatchLayout
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`[V * b, H, W, 3]` to representation `[V * b, F]`, projection and prediction."""
-        representation = self.encoder(images, layout)
-        projection = prediction = self.projector(representation, layout)
-        if self.predictor is not None:
-            prediction = self.predictor(projection, layout)
-        return representation, projection, prediction
-
-    def project(self, images: jax.Array, layout: BatchLayout) -> jax.Array:
-        """The target network: `[V * b, H, W, 3]` to projections z' `[V * b, D]`."""
-        return self.projector(self.encoder(images, layout), layout)
-
-
 def loss(
-    net: BYOL,
+    net: SiameseWithPredictor,
     online: PyTree,
     target: PyTree,
     views: jax.Array,
@@ -88,7 +63,11 @@ def loss(
 
 
 def start(
-    rng: jax.Array, net: BYOL, *, image_shape: tuple[int, ...], target_parts: tuple[str, ...]
+    rng: jax.Array,
+    net: SiameseWithPredictor,
+    *,
+    image_shape: tuple[int, ...],
+    target_parts: tuple[str, ...],
 ) -> TrainState:
     """A fresh state. The target starts from its own random draw, as in the authors' code."""
     online_rng, target_rng, step_rng = jax.random.split(rng, 3)
@@ -110,13 +89,10 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
             "of one global batch",
         )
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
-    predictor = None
-    if config.use_predictor:
-        dtype = jnp.dtype(config.compute_dtype)
-        predictor = heads.from_config(config.predictor, config.encoder, dtype)
+    predictor = parts.predictor if config.use_predictor else None
     target_parts = TARGET_PARTS if config.use_target_network else ()
     return Method(
-        network=BYOL(parts.encoder, parts.projector, predictor, parts.classifier),
+        network=SiameseWithPredictor(parts.encoder, parts.projector, predictor, parts.classifier),
         loss=functools.partial(
             loss,
             negatives_weight=config.negatives_weight,

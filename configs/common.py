@@ -233,13 +233,30 @@ def head(**changes) -> ConfigDict:
     return _changed("a head", fields, changes)
 
 
+def wide_head(size: int) -> ConfigDict:
+    """Three layers of one size, as Barlow Twins' projector and VICReg's expander."""
+    return head(hidden_sizes=(size, size), output_size=size, linear_init="torch", hidden_bias=False)
+
+
+def adamw(learning_rate: float = 1e-3, warmup_epochs: float = 10.0) -> ConfigDict:
+    """AdamW for small batches, where LARS is slow: our choice, no paper's."""
+    return optimizer(
+        name="adamw",
+        learning_rate=learning_rate,
+        scaling="none",
+        weight_decay=1e-2,
+        warmup_epochs=warmup_epochs,
+    )
+
+
 def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
     """The optimizer: LARS in the order of BYOL's code where not said otherwise."""
     fields = {
-        "name": "lars",  # or `sgd`
+        "name": "lars",  # or `sgd`, `adamw`, `lamb`
         "learning_rate": 0.2,
         "scaling": "linear",  # x batch_size / 256; or `sqrt`, x sqrt(batch_size); or `none`
         "schedule": "cosine",  # or `step`, `constant`
+        "end_fraction": 0.0,  # of the peak, where the cosine ends
         "drops": (),  # of the step schedule, as fractions of the run
         "drop_factor": 0.1,
         "warmup_steps": config_dict.placeholder(int),  # the first of these that is given counts
@@ -251,6 +268,11 @@ def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
         "weight_decay": 1.5e-6,
         "trust_coefficient": 1e-3,  # LARS's eta
         "exclude": ("bias$", "scale$"),  # biases and norms: no decay, no LARS ratio
+        "excluded_rate": 1.0,  # times the learning rate, for these
+        "constant_rate": (),  # patterns of parameters whose rate follows no schedule
+        "clip_norm": 0.0,  # the gradient's norm is cut to this; 0: never
+        "beta_2": 0.999,  # of AdamW and LAMB, whose first beta is the momentum
+        "adam_epsilon": 1e-8,
     }
     return _changed("an optimizer", fields, changes)
 

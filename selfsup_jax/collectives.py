@@ -45,6 +45,11 @@ class BatchLayout:
         return lax.pmean(x, self.axis_name, axis_index_groups=self.index_groups)
 
 
+def num_devices(axis_name: str | None) -> int:
+    """How many devices share the global batch."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
+
+
 def groups_of_microbatch(bn_groups: int, accumulate_steps: int) -> int:
     """Batch-norm groups of each microbatch, where the global batch has `bn_groups`."""
     return max(1, bn_groups // max(1, accumulate_steps))

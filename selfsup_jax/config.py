@@ -55,7 +55,7 @@ def _choices(config: ConfigDict) -> None:
         "encoder.stem": STEMS,
         "encoder.padding": PADDINGS,
         "encoder.kernel_init": tuple(KERNEL_INITS),
-        "optimizer.name": ("lars", "sgd"),
+        "optimizer.name": optim.OPTIMIZERS,
         "optimizer.scaling": optim.SCALINGS,
         "optimizer.schedule": optim.SCHEDULES,
         "tau_schedule": optim.TAU_SCHEDULES,
@@ -103,6 +103,7 @@ def _ranges(config: ConfigDict) -> None:
     above_zero = (
         "encoder.width",
         "encoder.bn_epsilon",
+        "optimizer.adam_epsilon",
         "eval.knn_temperature",
         "temperature",
         "tolerance",
@@ -116,9 +117,15 @@ def _ranges(config: ConfigDict) -> None:
     not_negative = (
         "seed",
         "negatives_weight",
+        "off_diagonal_weight",
+        "invariance_weight",
+        "variance_weight",
+        "covariance_weight",
         "optimizer.learning_rate",
         "optimizer.weight_decay",
         "optimizer.trust_coefficient",
+        "optimizer.clip_norm",
+        "optimizer.excluded_rate",
         "data.cache_gib",
         "data.max_train_images",
         "held_out_images",
@@ -137,6 +144,8 @@ def _ranges(config: ConfigDict) -> None:
     fractions = (
         "tau_base",
         "optimizer.momentum",
+        "optimizer.beta_2",
+        "optimizer.end_fraction",
         "optimizer.drop_factor",
         "encoder.bn_decay",
         "data.max_undecodable",
@@ -146,7 +155,8 @@ def _ranges(config: ConfigDict) -> None:
     for field, value in _present(config, fractions):
         if not 0 <= value <= 1:
             raise bad_field(field, value, "must be from 0 to 1")
-    if config.get("use_predictor") and config.projector.output_size != config.predictor.output_size:
+    predicts = "predictor" in config and config.get("use_predictor", True)
+    if predicts and config.projector.output_size != config.predictor.output_size:
         raise bad_field(
             "predictor.output_size",
             config.predictor.output_size,

@@ -24,7 +24,7 @@ from selfsup_jax.augment import Augmentation, augment_views, normalize
 from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import UserError, nearest
 from selfsup_jax.models import encoders, heads, network
-from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState
+from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState, fresh_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +241,7 @@ class Parts(NamedTuple):
 
     encoder: nn.Module
     projector: nn.Module
+    predictor: nn.Module | None  # of configs that have the section
     classifier: nn.Module | None
     image_shape: tuple[int, int, int]
     shared: dict[str, Any]  # further fields of `Method`
@@ -263,13 +264,26 @@ def parts_from_config(
     }
     if "tau_base" in config:
         shared["tau"] = optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps)
+
+    def head(section: str) -> nn.Module:
+        return heads.from_config(config[section], config.encoder, dtype)
+
     return Parts(
         encoder=encoders.make_encoder(config.encoder, dtype),
-        projector=heads.from_config(config.projector, config.encoder, dtype),
+        projector=head("projector"),
+        predictor=head("predictor") if "predictor" in config else None,
         classifier=heads.LinearClassifier(num_classes) if num_classes else None,
         image_shape=(config.data.image_size, config.data.image_size, 3),
         shared=shared,
     )
+
+
+def start_without_target(
+    rng: jax.Array, net: nn.Module, *, image_shape: tuple[int, ...]
+) -> TrainState:
+    """A fresh state of a method with one network: nothing is kept as a target."""
+    online_rng, step_rng = jax.random.split(rng)
+    return fresh_state(*network.init(online_rng, net, image_shape), step_rng)
 
 
 # ------------------------------------------------------------------------------ methods by name

@@ -1,4 +1,4 @@
-"""Schedules, masks, SGD and LARS, built from optax's parts in the order of each author's code."""
+"""Schedules, masks and optimizers, from optax's parts in the order of each author's code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import optax
 
 from selfsup_jax.errors import bad_field
 
+OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
 SCHEDULES = ("cosine", "step", "constant")
 SCALINGS = ("linear", "sqrt", "none")
 TAU_SCHEDULES = ("cosine", "constant")
@@ -30,14 +31,15 @@ def learning_rate_schedule(
     warmup_steps: int = 0,
     drops: Sequence[float] = (),
     drop_factor: float = 0.1,
+    end_fraction: float = 0.0,
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0, drops at fractions of the run, or a constant.
+    """Linear warm-up from 0, then cosine to 0 (or a fraction of the peak), drops, or a constant.
 
     The value for step k is taken before update k: step 0 of a warm-up has rate 0.
     """
     after = max(1, total_steps - warmup_steps)
     if kind == "cosine":
-        main = optax.cosine_decay_schedule(peak, after)
+        main = optax.cosine_decay_schedule(peak, after, alpha=end_fraction)
     elif kind == "step":
         boundaries = {round(d * total_steps) - warmup_steps: drop_factor for d in drops}
         main = optax.piecewise_constant_schedule(peak, boundaries)
@@ -62,7 +64,7 @@ def tau_schedule(kind: str, tau_base: float, total_steps: int) -> Callable[[jax.
     return functools.partial(cosine_tau, total_steps=total_steps, tau_base=tau_base)
 
 
-def path_mask(params: Any, exclude: Sequence[str]) -> Any:
+def path_mask(params: Any, exclude: Sequence[str], field: str = "exclude") -> Any:
     """True where no pattern of `exclude` is found in the parameter's path, `a/b/kernel`.
 
     Raises:
@@ -73,7 +75,7 @@ def path_mask(params: Any, exclude: Sequence[str]) -> Any:
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in names):
             raise bad_field(
-                "optimizer.exclude",
+                f"optimizer.{field}",
                 pattern,
                 f"matches no parameter; the first are {', '.join(names[:3])}",
             )
@@ -90,33 +92,72 @@ def make_optimizer(
     trust_coefficient: float | None = None,
     rate_inside_momentum: bool = False,
     nesterov: bool = False,
+    adam: tuple[float, float] | None = None,
+    clip_norm: float = 0.0,
+    excluded_rate: float = 1.0,
+    constant_rate: Sequence[str] = (),
+    peak: float = 0.0,
 ) -> optax.GradientTransformation:
-    """SGD (PyTorch's form) or, with a trust coefficient, LARS.
+    """SGD (PyTorch's form) and AdamW or, with a trust coefficient, LARS and LAMB.
 
-    The decay is added to the gradient, the LARS ratio scales the sum, then comes the momentum. The
-    learning rate multiplies what leaves the momentum (BYOL's code, PyTorch's SGD) or, inside, what
-    enters it (SimCLR's code; `optax.lars` does so).
+    SGD and LARS: the decay is added to the gradient, the LARS ratio scales the sum, then comes the
+    momentum. The learning rate multiplies what leaves the momentum (BYOL's code, PyTorch's SGD) or,
+    inside, what enters it (SimCLR's code; `optax.lars` does so). AdamW and LAMB: the decay is added
+    to what leaves Adam's averages, and LAMB's ratio scales the sum.
 
     Args:
         schedule: step -> learning rate.
-        momentum: decay of the momentum trace.
+        momentum: decay of the momentum trace; Adam's first beta.
         weight_decay: coefficient of the parameters added to the gradient.
         exclude: path patterns left out of both the decay and the LARS ratio.
-        trust_coefficient: LARS's eta; None is SGD.
+        trust_coefficient: LARS's eta (LAMB's is 1); None is SGD or AdamW.
         rate_inside_momentum: where the learning rate goes.
         nesterov: look-ahead momentum.
+        adam: (second beta, epsilon) of AdamW and LAMB; None is SGD or LARS.
+        clip_norm: above it, the whole gradient is scaled down to it; 0 for never.
+        excluded_rate: times the learning rate, for what `exclude` names.
+        constant_rate: path patterns of parameters whose rate stays at `peak`.
+        peak: the schedule's.
     """
 
     def mask(params: Any) -> Any:
         return path_mask(params, exclude)
 
-    parts = [optax.masked(optax.add_decayed_weights(weight_decay), mask)]
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    if adam is not None:
+        parts.append(optax.scale_by_adam(b1=momentum, b2=adam[0], eps=adam[1]))
+    parts.append(optax.masked(optax.add_decayed_weights(weight_decay), mask))
     if trust_coefficient is not None:
         ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
         parts.append(optax.masked(ratio, mask))
-    rate = optax.scale_by_learning_rate(schedule)
+    rates = _rates(schedule, exclude, excluded_rate, constant_rate, peak)
+    if adam is not None:
+        return optax.chain(*parts, *rates)
     trace = optax.trace(decay=momentum, nesterov=nesterov)
-    return optax.chain(*parts, *((rate, trace) if rate_inside_momentum else (trace, rate)))
+    return optax.chain(*parts, *((*rates, trace) if rate_inside_momentum else (trace, *rates)))
+
+
+def _rates(
+    schedule: optax.Schedule,
+    exclude: Sequence[str],
+    excluded_rate: float,
+    constant_rate: Sequence[str],
+    peak: float,
+) -> list[optax.GradientTransformation]:
+    """The learning rate, and where some parameters have another, that."""
+    rates = [optax.scale_by_learning_rate(schedule)]
+    if constant_rate:
+        follows = functools.partial(path_mask, exclude=constant_rate, field="constant_rate")
+        stays = optax.masked(optax.scale_by_learning_rate(peak), _opposite(follows))
+        rates = [optax.masked(rates[0], follows), stays]
+    if excluded_rate != 1.0:
+        excluded = _opposite(functools.partial(path_mask, exclude=exclude))
+        rates.append(optax.masked(optax.scale(excluded_rate), excluded))
+    return rates
+
+
+def _opposite(mask: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda params: jax.tree.map(lambda kept: not kept, mask(params))
 
 
 def describe(config: Any, batch_size: int, total_steps: int, warmup_steps: int) -> str:
@@ -130,7 +171,7 @@ def describe(config: Any, batch_size: int, total_steps: int, warmup_steps: int) 
     }[config.scaling]
     after = f"{total_steps - warmup_steps:,} steps"
     course = {
-        "cosine": f"cosine to 0 over {after}",
+        "cosine": f"cosine to {peak * config.end_fraction:.3g} over {after}",
         "step": f"x {config.drop_factor:g} at steps "
         + ", ".join(f"{round(d * total_steps):,}" for d in config.drops),
         "constant": "constant",
@@ -151,14 +192,21 @@ def from_config(
         warmup_steps,
         drops=config.drops,
         drop_factor=config.drop_factor,
+        end_fraction=config.end_fraction,
     )
+    trust = {"lars": config.trust_coefficient, "lamb": 1.0}
     optimizer = make_optimizer(
         schedule,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         exclude=config.exclude,
-        trust_coefficient=config.trust_coefficient if config.name == "lars" else None,
+        trust_coefficient=trust.get(config.name),
         rate_inside_momentum=config.rate_inside_momentum,
         nesterov=config.nesterov,
+        adam=(config.beta_2, config.adam_epsilon) if config.name in ("adamw", "lamb") else None,
+        clip_norm=config.clip_norm,
+        excluded_rate=config.excluded_rate,
+        constant_rate=config.constant_rate,
+        peak=peak,
     )
     return schedule, optimizer

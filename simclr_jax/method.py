@@ -5,35 +5,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from selfsup_jax import collectives
-from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import bad_field
-from selfsup_jax.method import Context, Loss, Method, parts_from_config
-from selfsup_jax.models import network
+from selfsup_jax.method import Context, Loss, Method, parts_from_config, start_without_target
 from selfsup_jax.models.heads import l2_normalize
-from selfsup_jax.models.network import apply, split_views, stack_views
-from selfsup_jax.state import Outputs, PyTree, TrainState, fresh_state
+from selfsup_jax.models.network import Siamese, apply, split_views, stack_views
+from selfsup_jax.state import Outputs, PyTree, TrainState
 from simclr_jax import losses
 
 
-class SimCLR(nn.Module):
-    """The networks of section 2.1: encoder f, projection head g, and an online probe."""
-
-    encoder: nn.Module
-    projector: nn.Module
-    classifier: nn.Module | None
-
-    def __call__(self, images: jax.Array, layout: BatchLayout) -> tuple[jax.Array, jax.Array]:
-        """`[2 * b, H, W, 3]` to h `[2 * b, F]` and unit vectors z `[2 * b, D]`."""
-        representation = self.encoder(images, layout)
-        return representation, l2_normalize(self.projector(representation, layout))
-
-
 def loss(
-    net: SimCLR,
+    net: Siamese,
     online: PyTree,
     target: PyTree,
     views: jax.Array,
@@ -45,7 +29,7 @@ def loss(
     """NT-Xent of this device's images among the global batch's; see `Method.loss`."""
     # Both views pass as one batch of 2 B and share their statistics, as in the authors' code.
     (representation, projection), stats = apply(net, online, stack_views(views), context.layout(1))
-    z = split_views(projection)  # [2, b, D]
+    z = split_views(l2_normalize(projection))  # [2, b, D]
     all_1, all_2 = collectives.gather((z[0], z[1]), context.axis_name)  # [B, D] each
     first_row = collectives.first_row(z.shape[1], context.axis_name)
     loss_1, top1_1 = losses.nt_xent(z[0], all_1, all_2, first_row, temperature)
@@ -54,12 +38,6 @@ def loss(
     outputs = Outputs(split_views(representation), projection=z, prediction=z, target=z[::-1])
     metrics = {"contrast_top1": (top1_1 + top1_2) / 2}
     return Loss(value, outputs, stats, target["batch_stats"], metrics)
-
-
-def start(rng: jax.Array, net: SimCLR, *, image_shape: tuple[int, ...]) -> TrainState:
-    """A fresh state. There is one network: nothing is kept as a target."""
-    online_rng, step_rng = jax.random.split(rng)
-    return fresh_state(*network.init(online_rng, net, image_shape), step_rng)
 
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
@@ -76,9 +54,9 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
             raise bad_field(field, config[field], f"must be 1: {why}")
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
     return Method(
-        network=SimCLR(parts.encoder, parts.projector, parts.classifier),
+        network=Siamese(parts.encoder, parts.projector, parts.classifier),
         loss=functools.partial(loss, temperature=config.temperature),
-        start=functools.partial(start, image_shape=parts.image_shape),
+        start=functools.partial(start_without_target, image_shape=parts.image_shape),
         notes=(f"negatives: the {2 * config.batch_size - 2:,} other views of each global batch",),
         **parts.shared,
     )

@@ -39,6 +39,7 @@ from selfsup_jax.augment import Augmentation, ViewAugmentation
 from selfsup_jax.method import Context, Method
 from selfsup_jax.method import total_loss as total
 from selfsup_jax.models.heads import LinearClassifier, MLPHead
+from selfsup_jax.models.network import SiameseWithPredictor
 from selfsup_jax.models.norm import BatchNorm
 from selfsup_jax.models.resnet import Conv
 
@@ -67,9 +68,9 @@ class TinyEncoder(nn.Module):
         return nn.relu(x).mean((1, 2))
 
 
-def tiny_networks(classes: int | None = NUM_CLASSES) -> byol.BYOL:
+def tiny_networks(classes: int | None = NUM_CLASSES) -> SiameseWithPredictor:
     """BYOL's networks with a few hundred parameters in all."""
-    return byol.BYOL(
+    return SiameseWithPredictor(
         encoder=TinyEncoder(),
         projector=MLPHead(hidden_sizes=(12,), output_size=3),
         predictor=MLPHead(hidden_sizes=(12,), output_size=3),
@@ -132,7 +133,9 @@ def messages(lowered) -> dict[str, list[int]]:
     return found
 
 
-def tiny_method(networks: byol.BYOL, *, schedule=None, eta=0.2, decay=0.05, **changes) -> Method:
+def tiny_method(
+    networks: SiameseWithPredictor, *, schedule=None, eta=0.2, decay=0.05, **changes
+) -> Method:
     """BYOL with LARS, in large steps."""
     schedule = schedule or optax.constant_schedule(0.5)
     optimizer = optim.make_optimizer(
@@ -156,7 +159,7 @@ def tiny_method(networks: byol.BYOL, *, schedule=None, eta=0.2, decay=0.05, **ch
     return Method(**(arguments | changes))
 
 
-def tiny_step(networks: byol.BYOL, **changes):
+def tiny_step(networks: SiameseWithPredictor, **changes):
     """(the step of `tiny_method`, its optimizer)."""
     made = tiny_method(networks, **changes)
     return made.train_step, made.optimizer
@@ -216,7 +219,7 @@ def process_env(devices: int = 1) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def networks() -> byol.BYOL:
+def networks() -> SiameseWithPredictor:
     return tiny_networks()
 
 

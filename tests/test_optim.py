@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from byol_jax.method import BYOL
 from configs import byol
 from selfsup_jax import optim
 from selfsup_jax.errors import UserError
 from selfsup_jax.models import heads, network, resnet
+from selfsup_jax.models.network import SiameseWithPredictor
 
 PARAMS = {
     "layer": {
@@ -156,7 +156,7 @@ def test_from_config(name):
 
 def test_mask_over_byols_parameters():
     """Every kernel is decayed and adapted, and no bias, no norm; by the path of each parameter."""
-    networks = BYOL(
+    networks = SiameseWithPredictor(
         encoder=resnet.ResNet(50, width=1 / 16),
         projector=heads.MLPHead((8,), 4),
         predictor=heads.MLPHead((8,), 4),

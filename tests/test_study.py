@@ -25,6 +25,7 @@ from configs import byol_to_simclr, cifar10_methods, common
 from selfsup_jax import config as config_lib
 from selfsup_jax import endings, inputs, study
 from selfsup_jax.errors import NotFinite, Stopped, UserError
+from selfsup_jax.method import find
 from selfsup_jax.state import Outputs, TrainState
 
 RATES = {"low": 0.1, "high": 0.5}
@@ -62,7 +63,8 @@ def quick_build(config, *_) -> StandIn:
     return StandIn(init_state, train_step, represent)
 
 
-BUILDS = {"byol": quick_build}.__getitem__
+def BUILDS(name):
+    return quick_build if name == "byol" else find(name)
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +480,7 @@ def test_table_and_record_are_published(images, pretended, tmp_path):
         ("optimizer__learning_rate", -1.0, r"optimizer\.learning_rate=-1\.0: "),
         ("augment__view_2__blur_kernel", 4, r"augment\.view_2\.blur_kernel=4: "),
         ("batch_size", 12, r"batch_size=12: "),  # on eight devices
-        ("method", "simclr", r"method='simclr': must be .*byol"),
+        ("method", "simclrr", r"method='simclrr': there is no package .*byol.*simclr"),
     ],
 )
 def test_a_mistake_in_the_last_variant_is_told_first(

@@ -16,7 +16,44 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.state import PyTree
+
+
+class Siamese(nn.Module):
+    """Encoder and projector: one network for both views, and an online probe."""
+
+    encoder: nn.Module
+    projector: nn.Module
+    classifier: nn.Module | None
+
+    def __call__(self, images: jax.Array, layout: BatchLayout) -> tuple[jax.Array, jax.Array]:
+        """`[V * b, H, W, 3]` to representation `[V * b, F]` and projection `[V * b, D]`."""
+        representation = self.encoder(images, layout)
+        return representation, self.projector(representation, layout)
+
+
+class SiameseWithPredictor(nn.Module):
+    """Encoder f, projector g and predictor q, and an online probe: BYOL's section 3.3."""
+
+    encoder: nn.Module
+    projector: nn.Module
+    predictor: nn.Module | None  # None: the projection itself is compared
+    classifier: nn.Module | None
+
+    def __call__(
+        self, images: jax.Array, layout: BatchLayout
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`[V * b, H, W, 3]` to representation `[V * b, F]`, projection and prediction."""
+        representation = self.encoder(images, layout)
+        projection = prediction = self.projector(representation, layout)
+        if self.predictor is not None:
+            prediction = self.predictor(projection, layout)
+        return representation, projection, prediction
+
+    def project(self, images: jax.Array, layout: BatchLayout) -> jax.Array:
+        """What a target network gives: projections z' `[V * b, D]`."""
+        return self.projector(self.encoder(images, layout), layout)
 
 
 def init(rng: jax.Array, network: Any, image_shape: tuple[int, ...]) -> tuple[dict, dict]:

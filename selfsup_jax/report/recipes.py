@@ -23,6 +23,7 @@ _FREE = (
 )
 
 METHODS = {"byol": "BYOL", "moco": "MoCo", "simclr": "SimCLR", "dino": "DINO"}
+METHODS |= {"simsiam": "SimSiam", "barlow_twins": "Barlow Twins", "vicreg": "VICReg"}
 
 
 @dataclasses.dataclass

@@ -1,0 +1,104 @@
+"""Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230), from images to a probed representation.
+
+    python run_experiment.py --config=configs/barlow_twins.py --workdir=DIR  # the paper's recipe
+
+Presets, their cost, and what to expect (published numbers are the paper's linear evaluation on all
+of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+
+- `imagenet` (the default): ResNet-50, 224 px, batch 2048, 1000 epochs; 73.2 % (table 1). About 124
+  hours on 32 V100 GPUs (section 2.2).
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, after lightly's benchmark:
+  84.2 % kNN, the best epoch on the test set (peers' table). Not run by us.
+- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 85.2 % kNN for
+  a recipe of its own. Not run by us.
+- `demo`: 5,000 embedded handwritten digits, a few minutes on two CPU cores; see the README.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common, datasets
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of `preset,field=value,...`."""
+    presets = {
+        "imagenet": imagenet,
+        "cifar10": cifar10,
+        "imagenette": imagenette,
+        "demo": demo,
+        "folder": folder,
+    }
+    return common.parse(arg, presets, default="imagenet")
+
+
+def imagenet() -> ConfigDict:
+    """ImageNet as in the paper."""
+    return datasets.on_imagenet(_paper())
+
+
+def _paper() -> ConfigDict:
+    """The paper's recipe for any data: section 2, and the authors' code."""
+    config = common.pretrain_defaults()
+    config.method = "barlow_twins"
+    config.epochs = 1000.0
+    config.batch_size = 2048
+    config.off_diagonal_weight = 0.0051  # lambda
+
+    config.encoder = common.encoder(padding="torch", kernel_init="kaiming_fan_out")
+    config.encoder.bn_unbiased_average = True
+    config.projector = common.wide_head(8192)
+    config.optimizer = common.optimizer(
+        learning_rate=0.2,  # x batch / 256
+        weight_decay=1e-6,
+        end_fraction=1e-3,
+        excluded_rate=0.0048 / 0.2,  # biases and norms have 0.0048 x batch / 256
+    )
+    view = {"jitter_style": "torchvision", "blur_padding": "reflect"}
+    config.augment = common.augmentation(
+        common.view(blur_prob=1.0, solarize_prob=0.0, **view),
+        common.view(blur_prob=0.1, solarize_prob=0.2, **view),
+    )
+    return config
+
+
+def cifar10() -> ConfigDict:
+    """CIFAR-10 on one accelerator, after lightly's benchmark: SGD, 0.06 x B / 128."""
+    config = datasets.on_cifar10(_paper())
+    config.epochs = 200.0
+    config.batch_size = 128
+    config.encoder.zero_init_gamma = False
+    config.data.resize_method = "bilinear"
+    config.projector = common.wide_head(2048)
+    config.optimizer = common.optimizer(
+        name="sgd", learning_rate=0.12, weight_decay=5e-4, warmup_epochs=0.0, exclude=()
+    )
+    return config
+
+
+def imagenette() -> ConfigDict:
+    """Imagenette: the paper's recipe with smaller heads."""
+    config = datasets.on_imagenette(_paper())
+    config.epochs = 800.0
+    config.projector = common.wide_head(2048)
+    return config
+
+
+def folder() -> ConfigDict:
+    """Your own images: smaller heads, AdamW, a batch for one device."""
+    config = datasets.on_folder(_paper())
+    config.epochs = 300.0
+    config.projector = common.wide_head(1024)
+    config.optimizer = common.adamw()
+    return config
+
+
+def demo() -> ConfigDict:
+    """Embedded digits on two CPU cores in a few minutes."""
+    config = datasets.on_digits(_paper())
+    config.epochs = 46.0
+    config.projector = common.wide_head(256)
+    config.optimizer = common.adamw(warmup_epochs=2.0)
+    return config

@@ -1,0 +1,125 @@
+"""SimSiam (Chen and He 2020, arXiv 2011.10566), from images to a probed representation.
+
+    python run_experiment.py --config=configs/simsiam.py --workdir=DIR  # the paper's recipe
+    python run_experiment.py --config=configs/simsiam.py:imagenet,epochs=800 --workdir=DIR
+
+Presets, their cost, and what to expect (published numbers are the paper's linear evaluation on all
+of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+
+- `imagenet` (the default): ResNet-50, 224 px, batch 256, 100 epochs; 68.1 %, and 70.0, 70.8, 71.3 %
+  after 200, 400, 800 epochs (table 4).
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, after lightly's benchmark:
+  81.9 % kNN, the best epoch on the test set (peers' table). Not run by us.
+- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 87.2 % kNN for
+  a recipe of its own. Not run by us.
+- `demo`: 5,000 embedded handwritten digits, a few minutes on two CPU cores; see the README.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common, datasets
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of `preset,field=value,...`."""
+    presets = {
+        "imagenet": imagenet,
+        "cifar10": cifar10,
+        "imagenette": imagenette,
+        "demo": demo,
+        "folder": folder,
+    }
+    return common.parse(arg, presets, default="imagenet")
+
+
+def imagenet() -> ConfigDict:
+    """ImageNet as in the paper."""
+    return datasets.on_imagenet(_paper())
+
+
+def _paper() -> ConfigDict:
+    """The paper's recipe for any data: section 3, and the authors' code."""
+    config = common.pretrain_defaults()
+    config.method = "simsiam"
+    config.epochs = 100.0
+    config.batch_size = 256
+
+    config.encoder = common.encoder(padding="torch", kernel_init="kaiming_fan_out")
+    config.encoder.bn_unbiased_average = True
+    config.projector = common.head(
+        hidden_sizes=(2048, 2048),
+        output_size=2048,
+        linear_init="torch",
+        hidden_bias=False,
+        output_norm="plain",
+    )
+    config.predictor = common.head(
+        hidden_sizes=(512,),
+        output_size=2048,
+        linear_init="torch",
+        hidden_bias=False,
+        output_bias=True,
+    )
+    config.optimizer = common.optimizer(
+        name="sgd",
+        learning_rate=0.05,  # x batch / 256
+        weight_decay=1e-4,
+        warmup_epochs=0.0,
+        exclude=(),  # all parameters decay
+        constant_rate=("^predictor/",),  # its rate does not decay (section 4.2)
+    )
+    view = {"saturation": 0.4, "jitter_style": "torchvision", "blur_prob": 0.5}
+    view |= {"blur_padding": "reflect"}
+    config.augment = common.augmentation(common.view(**view), common.view(**view))
+    config.data.crop_area = (0.2, 1.0)
+    config.data.resize_method = "bilinear"
+    return config
+
+
+def _heads(config: ConfigDict, hidden: tuple[int, ...], output: int, predictor: int) -> None:
+    config.projector.hidden_sizes = hidden
+    config.projector.output_size = config.predictor.output_size = output
+    config.predictor.hidden_sizes = (predictor,)
+
+
+def cifar10() -> ConfigDict:
+    """CIFAR-10 on one accelerator, after lightly's benchmark: SGD, 0.06 x B / 128."""
+    config = datasets.on_cifar10(_paper())
+    config.epochs = 200.0
+    config.batch_size = 128
+    config.encoder.zero_init_gamma = False
+    config.data.crop_area = (0.08, 1.0)
+    config.projector.hidden_sizes = (2048,)
+    config.optimizer.learning_rate = 0.12
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.constant_rate = ()
+    return config
+
+
+def imagenette() -> ConfigDict:
+    """Imagenette: the paper's recipe, longer."""
+    config = datasets.on_imagenette(_paper())
+    config.epochs = 800.0
+    return config
+
+
+def folder() -> ConfigDict:
+    """Your own images: smaller heads, a batch for one device."""
+    config = datasets.on_folder(_paper())
+    config.epochs = 300.0
+    _heads(config, hidden=(1024,), output=1024, predictor=256)
+    return config
+
+
+def demo() -> ConfigDict:
+    """Embedded digits on two CPU cores in a few minutes."""
+    config = datasets.on_digits(_paper())
+    config.epochs = 46.0
+    _heads(config, hidden=(256,), output=256, predictor=64)
+    config.optimizer.learning_rate = 0.3
+    config.optimizer.weight_decay = 4e-4
+    config.optimizer.warmup_epochs = 2.0
+    return config

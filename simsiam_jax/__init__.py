@@ -1,0 +1,1 @@
+"""SimSiam: Exploring Simple Siamese Representation Learning, Chen and He 2020 (2011.10566)."""
