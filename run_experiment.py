@@ -40,6 +40,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, f
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "without an accelerator: devices to make of the CPU; 0 chooses one or two"
 )
+_PARALLEL = flags.DEFINE_string(
+    "parallel", "pmap", "what maps a training step over the devices: pmap, or shard_map"
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
     os.path.join("~", ".cache", "selfsup_jax", "compiled"),
@@ -72,12 +75,13 @@ def main(argv: list[str]) -> None:
             )
         if not isinstance(_CONFIG.value, ConfigDict):
             raise UserError(_unreadable(flags.FLAGS["config"].config_filename))
-        from selfsup_jax import process
+        from selfsup_jax import parallel, process
 
         process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         process.use_cpu_devices(_CPU_DEVICES.value, *_cut_of_the_batch(_CONFIG.value))
         process.keep_freed_memory()
         process.keep_compiled(_CACHE.value)
+        parallel.use_engine(_PARALLEL.value)
         run_job(_CONFIG.value, _WORKDIR.value)
     except UserError as e:
         _fail(e)

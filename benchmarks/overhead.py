@@ -52,7 +52,7 @@ def in_the_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row
         watching = ("outputs", "finite", "update_norm", "grad_norm")
         return state, {k: v for k, v in metrics.items() if not k.startswith(watching)}
 
-    steps = [parallel.pmap_step(step) for step in (method.train_step, bare_step)]
+    steps = [parallel.step_over_devices(step) for step in (method.train_step, bare_step)]
     states = [parallel.replicate(method.init_state, jax.random.PRNGKey(0)) for _ in steps]
     times: list[tuple[float, float]] = []
     metrics: Any = None

@@ -49,7 +49,7 @@ def whole_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row]
     """Rows of the compiled step, as the loop runs it; its seconds and its FLOPs."""
     state = parallel.replicate(method.init_state, jax.random.PRNGKey(0))
     sharded = parallel.shard(batch)
-    step = parallel.pmap_step(method.train_step)
+    step = parallel.step_over_devices(method.train_step)
     start = time.perf_counter()
     compiled = step.lower(state, sharded).compile()
     compile_seconds = time.perf_counter() - start

@@ -4,9 +4,9 @@
     python run_experiment.py --config=configs/knn.py --config.checkpoint=RUN --workdir=DIR \\
         --config.neighbours='(20,200)' --config.temperatures='(0.07,0.1)'
 
-Nothing is trained: seconds for CIFAR-10. With several numbers of neighbours (k) or
-temperatures the pair is picked on
-held-out training images; the test set is looked at once. Each device holds its part of the training
+Nothing is trained: seconds for CIFAR-10. k and temperature are those that the run's own kNN had,
+unless they are given; of several the pair is picked on held-out training images. The test set is
+looked at once. Each device holds its part of the training
 features (ImageNet's 1.28 M x 2048 float32: 10.5 GB over all devices of a host) and beside it about
 `query_rows x (bank_rows + 4 k)` numbers, whatever the bank's size.
 """
@@ -24,10 +24,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def knn() -> ConfigDict:
-    """k 200, temperature 0.1."""
+    """The run's own k and temperature."""
     config = evaluation.with_baseline(evaluation.job_defaults("knn"))
-    config.neighbours = (200,)
-    config.temperatures = (0.1,)
+    config.neighbours = ()  # k; empty: the run's eval.knn_k
+    config.temperatures = ()  # empty: the run's eval.knn_temperature
     config.held_out_images = 5000  # training images that the picking is done on
     config.bank_rows = 8192  # training features that a device looks at at once
     config.query_rows = 1024

@@ -107,7 +107,7 @@ def train(
         Stopped: after SIGTERM or Ctrl-C, once the step just done is saved.
     """
     config, checkpoints = work.config, work.checkpoints
-    step_fn = parallel.pmap_step(work.train_step)
+    step_fn = parallel.step_over_devices(work.train_step)
     watch = endings.FiniteWatch(work.workdir)
     profile = _profiler(work)
     parallel.reached_preemption(first_step)  # so that the hosts agree on a step after this one

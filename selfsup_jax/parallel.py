@@ -19,9 +19,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from selfsup_jax.collectives import groups_of_microbatch
-from selfsup_jax.errors import bad_field
+from selfsup_jax.errors import UserError, bad_field
 
 AXIS_NAME = "devices"
+ENGINES = ("pmap", "shard_map")
+_engine = "pmap"  # see `use_engine`
 
 
 # ------------------------------------------------------------------------------- hosts
@@ -172,10 +174,55 @@ def gather_rows(tree: Any, index: np.ndarray) -> Any:
     return jax.tree.map(lambda x: x[order].swapaxes(0, 1), rows)
 
 
-def pmap_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """`train_step(state, batch, axis_name=...)` over all devices, its state donated."""
+def use_engine(name: str) -> None:
+    """Chooses what training steps are mapped with from now on, of `ENGINES`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    global _engine
+    if name not in ENGINES:
+        raise UserError(f"--parallel={name}: must be one of {', '.join(ENGINES)}")
+    _engine = name
+
+
+def step_over_devices(
+    train_step: Callable[..., Any], engine: str | None = None
+) -> Callable[..., Any]:
+    """`train_step(state, batch, axis_name=...)` over all devices, its state donated.
+
+    Args:
+        train_step: of one device's state and part of the batch.
+        engine: of `ENGINES`; None for the one that `use_engine` chose.
+
+    Returns:
+        A function of a replicated state and a batch from `shard`, both with a leading device axis,
+        as its results have.
+    """
     step = functools.partial(train_step, axis_name=AXIS_NAME)
-    return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,))
+    if (engine or _engine) == "pmap":
+        return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,))
+
+    def on_each(state: Any, batch: Any) -> Any:
+        result = step(*jax.tree.map(lambda x: x[0], (state, batch)))
+        return jax.tree.map(lambda x: x[None], result)
+
+    axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
+    mesh = jax.sharding.Mesh(np.array(axis), (AXIS_NAME,))
+    spec = jax.sharding.PartitionSpec(AXIS_NAME)
+    # The step says itself what is equal on all devices; with check_vma's default a gradient by
+    # replicated parameters would be summed over the devices before the step takes its mean.
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    compiled = jax.jit(mapped, donate_argnums=(0,))
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+
+    def run(state: Any, batch: Any) -> Any:
+        batch = jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        )
+        return compiled(state, batch)
+
+    return run
 
 
 def pmap_over_local(

@@ -586,7 +586,7 @@ def test_pmap_step_is_traced_once(networks, initial_state):
 
     state = initial_state.replace(opt_state=optimizer.init(initial_state.online_params))
     state = parallel.replicate(lambda s: s, state)
-    run = parallel.pmap_step(counted)
+    run = parallel.step_over_devices(counted)
     for k in range(3):
         state, metrics = run(state, parallel.shard(random_batch(16, seed=k)))
     assert len(traces) == 1

@@ -22,6 +22,8 @@ from conftest import REPOSITORY, assert_close, assert_same, process_env
 from selfsup_jax import checkpoint, endings, parallel, train
 from selfsup_jax.errors import Stopped, UserError
 
+PATIENCE = 600  # seconds: what takes longer hangs, on however busy a machine
+
 # --------------------------------------------------------------------- numbers that are none
 
 
@@ -391,7 +393,7 @@ def last_shown(child, at_least: int = 1) -> int:
 def to_the_end(child) -> str:
     """What the process printed, once it has ended as it should."""
     printed = child.stderr.read()
-    assert child.wait(60) == 0, printed
+    assert child.wait(PATIENCE) == 0, printed
     return printed
 
 
@@ -433,7 +435,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
                 shown = last_shown(child)
             child.send_signal(number)
             printed = child.stderr.read()
-            ended = child.wait(60)
+            ended = child.wait(PATIENCE)
         before, saved = saved, (tiny_runs.saved_steps(workdir) or [0])[-1]
         recorded = tiny_runs.recorded(workdir) if status else []
         if status:
@@ -490,7 +492,7 @@ def test_a_workdir_that_cannot_be_is_told_before_anything_is_compiled(tmp_path):
         *(f"--workdir={workdir}", "--compilation_cache="),
     ]
     with process(command, devices=1, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        out, told = child.communicate(timeout=60)
+        out, told = child.communicate(timeout=PATIENCE)
     assert child.returncode == 2
     assert not out and len(told.splitlines()) == 1
     assert told.startswith(f"error: --workdir={workdir}: ") and "Not a directory" in told

@@ -257,7 +257,9 @@ def test_replicate_and_unreplicate(initial_state):
 def test_what_was_unreplicated_outlives_a_donated_state():
     replicated = parallel.replicate(lambda: {"x": jnp.arange(6.0), "step": jnp.int32(3)})
     single = parallel.unreplicate(replicated)
-    add = parallel.pmap_step(lambda state, x, axis_name: jax.tree.map(lambda s: s + x[0], state))
+    add = parallel.step_over_devices(
+        lambda state, x, axis_name: jax.tree.map(lambda s: s + x[0], state)
+    )
     for _ in range(3):
         replicated = add(replicated, np.full((8, 1), 7, np.int32))
     assert parallel.unreplicate(replicated)["step"] == 3 + 3 * 7

@@ -26,6 +26,7 @@ from conftest import (
 
 from barlow_twins_jax.losses import barlow_twins_loss
 from selfsup_jax import config as config_lib
+from selfsup_jax import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.method import find
 from simsiam_jax.losses import simsiam_loss
@@ -321,6 +322,49 @@ def test_devices_do_not_change_the_update(name):
         assert_close(metrics, expected_metrics, 2e-5, floor=0.1)
         assert_close(state.online_params, expected_state.online_params, 2e-5, floor=0.1)
         assert_close(state.online_stats, expected_state.online_stats, 2e-5, floor=0.1)
+
+
+ALL = ("byol", "moco", "simclr", *NAMES)
+
+
+@pytest.fixture(scope="module", params=ALL)
+def both_engines(request):
+    """State and metrics after two updates on all devices, by pmap and by shard_map."""
+    name, batch_size = request.param, 64
+    if name in NAMES:
+        made = tiny_method(name, **{"optimizer.clip_norm": 0.0})
+    else:
+        config = preset(name, "demo")
+        config.data.image_size = config.data.test_resize = IMAGE_SHAPE[0]
+        config.batch_size, config.optimizer.learning_rate = batch_size, 0.02
+        config.projector.hidden_sizes, config.projector.output_size = (6,), 4
+        if "predictor" in config:
+            config.predictor.hidden_sizes, config.predictor.output_size = (6,), 4
+        made = with_network(find(name)(config, None, TOTAL_STEPS, 0), encoder=TinyEncoder())
+
+    def after(engine):
+        state = parallel.replicate(made.init_state, jax.random.PRNGKey(0))
+        step = parallel.step_over_devices(made.train_step, engine)
+        for k in range(2):
+            batch = random_batch(batch_size, seed=k, labels=False)
+            state, metrics = step(state, parallel.shard(batch))
+        assert parallel.gather_rows(metrics.pop("outputs"), np.arange(batch_size))
+        return parallel.unreplicate((state, metrics))
+
+    return after("pmap"), after("shard_map")
+
+
+def test_both_engines_give_the_same(both_engines):
+    (state, metrics), (other_state, other_metrics) = both_engines
+    assert_close(metrics, other_metrics, 1e-6, floor=0.1)
+    for field in ("online_params", "target_params", "online_stats", "target_stats"):
+        assert_close(getattr(state, field), getattr(other_state, field), 1e-6, floor=0.1)
+    assert int(state.step) == 2
+
+
+def test_an_engine_that_is_not_there():
+    with pytest.raises(UserError, match="--parallel=xmap: must be one of pmap, shard_map"):
+        parallel.use_engine("xmap")
 
 
 # --------------------------------------------------------------------------------- losses

@@ -269,7 +269,7 @@ def test_a_finished_run_only_evaluates_again(whole_run, tmp_path, monkeypatch):
     config, workdir, results, _ = whole_run
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
-    monkeypatch.setattr(parallel, "pmap_step", None)  # nothing is left to train
+    monkeypatch.setattr(parallel, "step_over_devices", None)  # nothing is left to train
     assert train.pretrain(tiny_config(config.data.dir), str(copy), build) == results
     assert_same(restore(config, copy), restore(config, workdir))
     assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
@@ -402,7 +402,7 @@ def test_checkpoint_restores_every_field(initial_state, tmp_path):
 def test_a_checkpoint_is_of_the_state_when_it_was_taken(initial_state, tmp_path):
     """The next step may overwrite the state before the writing has begun."""
     state = parallel.replicate(lambda s: s, initial_state.replace(step=np.int32(7)))
-    bump = parallel.pmap_step(
+    bump = parallel.step_over_devices(
         lambda s, _, axis_name: s.replace(
             step=s.step + 1, online_params=jax.tree.map(lambda x: x + 1, s.online_params)
         )

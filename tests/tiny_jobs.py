@@ -56,7 +56,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "embed": {},
     "fewshot": {"labels_per_class": (1, 4), "draws": 3},
     "finetune": {"batch_size": 8, "epochs": 2.0, "checkpoint_every_steps": 2},
-    "knn": {"neighbours": (5,), "random_init": False},
+    "knn": {"random_init": False},  # k is the run's
     "linear_probe": {"inverse_penalties": (0.01, 1.0), "random_init": False},
     "linear_probe:byol": {"batch_size": 16, "epochs": 2.0, "checkpoint_every_steps": 2},
     "linear_probe:moco": {"batch_size": 16, "epochs": 2.0},

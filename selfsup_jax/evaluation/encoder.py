@@ -207,7 +207,7 @@ def export(frozen: Frozen, folder: str) -> None:
         UserError: the folder can't be written to.
     """
     arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
-    keep = (*_SECTIONS, "compute_dtype", "method", "seed", "found")
+    keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "found")
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
     with writing_to(folder):
         os.makedirs(folder, exist_ok=True)

@@ -108,6 +108,11 @@ def adopt(config: ConfigDict, frozen: Frozen) -> ConfigDict:
         augment = {k: tuple(run["augment"][k]) for k in ("mean", "std")}
         config.augment = ConfigDict(augment)
         config.method = run.get("method", "")
+        # So that a job's kNN is the one that the run reported; imports know of none.
+        knn = {"neighbours": ("knn_k", 200), "temperatures": ("knn_temperature", 0.1)}
+        for field, (of_run, default) in knn.items():
+            if field in config and not config[field]:
+                config[field] = (run.get("eval", {}).get(of_run, default),)
         if "flip_prob" in config and config.flip_prob is None:
             view = run["augment"].get("view_1", {"flip_prob": run.get("flip_prob", 0.5)})
             config.flip_prob = view["flip_prob"]
