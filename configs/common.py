@@ -266,6 +266,7 @@ def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
         "nesterov": False,
         "rate_inside_momentum": False,  # outside: BYOL's code and PyTorch; inside: SimCLR's
         "weight_decay": 1.5e-6,
+        "weight_decay_end": config_dict.placeholder(float),  # a cosine leads there; none: constant
         "trust_coefficient": 1e-3,  # LARS's eta
         "exclude": ("bias$", "scale$"),  # biases and norms: no decay, no LARS ratio
         "excluded_rate": 1.0,  # times the learning rate, for these

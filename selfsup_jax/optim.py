@@ -51,6 +51,16 @@ def learning_rate_schedule(
     return optax.join_schedules([warmup, main], [warmup_steps])
 
 
+def cosine_between(start: float, end: float, total_steps: int) -> optax.Schedule:
+    """Half a cosine from one value to another, which it keeps: DINO's weight decay."""
+
+    def value(step: jax.Array) -> jax.Array:
+        progress = jnp.minimum(step / total_steps, 1.0)
+        return end + (start - end) * (1.0 + jnp.cos(jnp.pi * progress)) / 2.0
+
+    return value
+
+
 def cosine_tau(step: jax.Array, total_steps: int, tau_base: float) -> jax.Array:
     """BYOL section 3.1: tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2, from tau_base to 1."""
     progress = jnp.minimum(step / total_steps, 1.0)
@@ -87,7 +97,7 @@ def make_optimizer(
     schedule: optax.Schedule,
     *,
     momentum: float,
-    weight_decay: float,
+    weight_decay: float | optax.Schedule,
     exclude: Sequence[str],
     trust_coefficient: float | None = None,
     rate_inside_momentum: bool = False,
@@ -108,7 +118,7 @@ def make_optimizer(
     Args:
         schedule: step -> learning rate.
         momentum: decay of the momentum trace; Adam's first beta.
-        weight_decay: coefficient of the parameters added to the gradient.
+        weight_decay: coefficient of the parameters added to the gradient, or step -> that.
         exclude: path patterns left out of both the decay and the LARS ratio.
         trust_coefficient: LARS's eta (LAMB's is 1); None is SGD or AdamW.
         rate_inside_momentum: where the learning rate goes.
@@ -194,11 +204,14 @@ def from_config(
         drop_factor=config.drop_factor,
         end_fraction=config.end_fraction,
     )
+    weight_decay = config.weight_decay
+    if config.weight_decay_end is not None:
+        weight_decay = cosine_between(weight_decay, config.weight_decay_end, total_steps)
     trust = {"lars": config.trust_coefficient, "lamb": 1.0}
     optimizer = make_optimizer(
         schedule,
         momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        weight_decay=weight_decay,
         exclude=config.exclude,
         trust_coefficient=trust.get(config.name),
         rate_inside_momentum=config.rate_inside_momentum,

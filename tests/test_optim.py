@@ -132,6 +132,44 @@ def test_sgd_is_pytorchs(nesterov):
     assert_runs_agree(run(optimizer), by_hand(torch_sgd))
 
 
+def masked(params):
+    return optim.path_mask(params, ("bias$",))
+
+
+def test_adamw_and_lamb_are_optaxs():
+    fields = {"momentum": MOMENTUM, "weight_decay": DECAY, "adam": (0.99, 1e-4)}
+    theirs = {"b1": MOMENTUM, "b2": 0.99, "eps": 1e-4, "weight_decay": DECAY}
+    ours = optim.make_optimizer(rates, exclude=("bias$",), **fields)
+    assert_runs_agree(run(ours), run(optax.adamw(rates, mask=masked, **theirs)))
+    ours = optim.make_optimizer(rates, exclude=(), trust_coefficient=1.0, **fields)
+    assert_runs_agree(run(ours), run(optax.lamb(rates, **theirs)))
+
+
+def test_clipping_is_of_the_whole_gradient():
+    plain = {"momentum": MOMENTUM, "weight_decay": DECAY, "exclude": ()}
+    ours = optim.make_optimizer(rates, clip_norm=0.5, **plain)
+    theirs = optax.chain(optax.clip_by_global_norm(0.5), optim.make_optimizer(rates, **plain))
+    assert_runs_agree(run(ours), run(theirs))
+    unclipped = run(optim.make_optimizer(rates, **plain))
+    assert np.abs(run(ours)[-1]["layer"]["kernel"] - unclipped[-1]["layer"]["kernel"]).max() > 1e-3
+
+
+def test_decay_may_follow_a_cosine():
+    """From its first value to the last, as DINO's from 0.04 to 0.4; then it stays."""
+    decay = optim.cosine_between(0.04, 0.4, 100)
+    values = [float(decay(jnp.int32(step))) for step in (0, 50, 100, 120)]
+    np.testing.assert_allclose(values, [0.04, 0.22, 0.4, 0.4], rtol=1e-6)
+    config = byol.get_config("imagenet").optimizer
+    config.update(name="sgd", learning_rate=0.5, scaling="none", schedule="constant", momentum=0.0)
+    config.update(weight_decay=0.1, weight_decay_end=0.3, exclude=())
+    _, optimizer = optim.from_config(config, 256, total_steps=2, warmup_steps=0)
+    params = {"w": jnp.ones(())}
+    state = optimizer.init(params)
+    for decay in (0.1, 0.2, 0.3):
+        updates, state = optimizer.update({"w": jnp.zeros(())}, state, params)
+        np.testing.assert_allclose(updates["w"], -0.5 * decay, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 def test_from_config(name):
     """The config's fields reach their places, the rate scaled by the batch."""

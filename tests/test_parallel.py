@@ -442,3 +442,19 @@ def test_two_processes_are_one_run(name, tmp_path):
 
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["device_count"] == 2 and results["steps"] == 3
+
+
+def test_shard_maps_default_sums_gradients_of_replicated_parameters():
+    """Why a step is mapped with `check_vma=False`: with the default its mean is a sum."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("d",))
+    each, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+    x = jnp.arange(8.0)
+
+    def gradient(w, x):
+        return jax.lax.pmean(jax.grad(lambda w: (w * x).mean())(w), "d")
+
+    for check_vma, expected in ((False, x.mean()), (True, 4 * x.mean())):
+        mapped = jax.shard_map(
+            gradient, mesh=mesh, in_specs=(whole, each), out_specs=whole, check_vma=check_vma
+        )
+        np.testing.assert_allclose(mapped(jnp.float32(2.0), x), expected)
