@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from benchmarks import report
-from selfsup_jax.method import find
+from selfsup_jax.build import find
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")

@@ -11,8 +11,9 @@ from jax import lax
 
 from byol_jax import losses
 from selfsup_jax import collectives
+from selfsup_jax.build import parts_from_config
 from selfsup_jax.errors import bad_field
-from selfsup_jax.method import Context, Loss, Method, parts_from_config
+from selfsup_jax.method import Context, Loss, Method
 from selfsup_jax.models import network
 from selfsup_jax.models.network import SiameseWithPredictor, apply, split_views, stack_views
 from selfsup_jax.state import Outputs, PyTree, TrainState, fresh_state
@@ -99,6 +100,5 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
             temperature=config.temperature,
         ),
         start=functools.partial(start, image_shape=parts.image_shape, target_parts=target_parts),
-        target_parts=target_parts,
         **parts.shared,
     )

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from moco_jax import losses, queue
 from moco_jax.keys import encode_keys
 from selfsup_jax import collectives
+from selfsup_jax.build import parts_from_config
 from selfsup_jax.collectives import BatchLayout
 from selfsup_jax.errors import bad_field
-from selfsup_jax.method import Context, Loss, Method, parts_from_config
+from selfsup_jax.method import Context, Loss, Method
 from selfsup_jax.models import network
 from selfsup_jax.models.heads import l2_normalize
 from selfsup_jax.models.network import apply, split_views, stack_views
@@ -113,7 +114,6 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
         network=MoCo(parts.encoder, parts.projector, parts.classifier),
         loss=functools.partial(loss, temperature=config.temperature, symmetric=config.symmetric),
         start=functools.partial(start, image_shape=parts.image_shape, queue_size=config.queue_size),
-        target_parts=KEY_PARTS,
         average_first=True,
         carry=enqueue,  # type: ignore[arg-type]
         notes=_notes(config),

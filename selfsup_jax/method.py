@@ -1,16 +1,13 @@
 """What a method is, and the one training step of all of them.
 
-A method is a record (`Method`) of a network, a pure loss and plain values; its package binds a
-config's values to it (`build`). `train_step` does the rest, the same for each: views, gradients,
-means over devices, optimizer, average of the target, metrics.
+A method is a record (`Method`) of a network, a pure loss and plain values; its package's `build`
+binds a config's values to it (`build.py` helps). `train_step` does the rest, the same for each:
+views, gradients, means over devices, optimizer, average of the target, metrics.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pathlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from selfsup_jax import collectives, diagnostics, optim
+from selfsup_jax import collectives, diagnostics
 from selfsup_jax.augment import Augmentation, augment_views, normalize
 from selfsup_jax.collectives import BatchLayout
-from selfsup_jax.errors import UserError, nearest
-from selfsup_jax.models import encoders, heads, network
-from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState, fresh_state
+from selfsup_jax.models import network
+from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +77,8 @@ class Method:
         optimizer, schedule: the optimizer, and its learning rate by step (it holds its own).
         augment: of the views.
         tau: step -> EMA decay of the target; near 1 is slow.
-        target_parts: the parts of the network that the target is an average of.
-        average_first: the target is averaged before the loss (MoCo) and not after the update.
+        average_first: the target, of such parts of the network as the state has of it, is averaged
+            before the loss (MoCo) and not after the update.
         carry: `(state, carried, after) -> state`, what else changes from step to step. `after` is
             a scalar that depends on all that read the state as it was.
         bn_groups: batch-norm groups of the global batch.
@@ -97,7 +93,6 @@ class Method:
     schedule: optax.Schedule
     augment: Augmentation
     tau: Callable[[jax.Array], jax.Array] = lambda step: jnp.float32(0.0)
-    target_parts: tuple[str, ...] = ()
     average_first: bool = False
     carry: Callable[[TrainState, Any, jax.Array], TrainState] | None = None
     bn_groups: int = 1
@@ -122,10 +117,6 @@ class Method:
     def represent(self, variables: PyTree, images: jax.Array) -> jax.Array:
         """Normalised images `[B, H, W, 3]` to the frozen encoder's representation `[B, D]`."""
         return self.network.encoder.apply(variables, images)
-
-
-# `(config, num_classes or None, total_steps, warmup_steps) -> Method`
-Build = Callable[[Any, int | None, int, int], Method]
 
 
 def train_step(
@@ -231,85 +222,3 @@ def total_loss(
     probe = network.online_probe(method.network, online_params, view_1, labels)
     metrics = {"loss": out.loss} | out.metrics | probe.metrics
     return out.loss + probe.loss, out._replace(metrics=metrics)
-
-
-# --------------------------------------------------------------------- what builds have in common
-
-
-class Parts(NamedTuple):
-    """What every method makes of a config in the same way."""
-
-    encoder: nn.Module
-    projector: nn.Module
-    predictor: nn.Module | None  # of configs that have the section
-    classifier: nn.Module | None
-    image_shape: tuple[int, int, int]
-    shared: dict[str, Any]  # further fields of `Method`
-
-
-def parts_from_config(
-    config: Any, num_classes: int | None, total_steps: int, warmup_steps: int
-) -> Parts:
-    """Encoder, projector, online probe, optimizer and augmentation of a validated config."""
-    dtype = jnp.dtype(config.compute_dtype)
-    schedule, optimizer = optim.from_config(
-        config.optimizer, config.batch_size, total_steps, warmup_steps
-    )
-    shared = {
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "augment": Augmentation.from_config(config.augment),
-        "bn_groups": config.bn_groups,
-        "accumulate_steps": config.accumulate_steps,
-    }
-    if "tau_base" in config:
-        shared["tau"] = optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps)
-
-    def head(section: str) -> nn.Module:
-        return heads.from_config(config[section], config.encoder, dtype)
-
-    return Parts(
-        encoder=encoders.make_encoder(config.encoder, dtype),
-        projector=head("projector"),
-        predictor=head("predictor") if "predictor" in config else None,
-        classifier=heads.LinearClassifier(num_classes) if num_classes else None,
-        image_shape=(config.data.image_size, config.data.image_size, 3),
-        shared=shared,
-    )
-
-
-def start_without_target(
-    rng: jax.Array, net: nn.Module, *, image_shape: tuple[int, ...]
-) -> TrainState:
-    """A fresh state of a method with one network: nothing is kept as a target."""
-    online_rng, step_rng = jax.random.split(rng)
-    return fresh_state(*network.init(online_rng, net, image_shape), step_rng)
-
-
-# ------------------------------------------------------------------------------ methods by name
-
-
-def find(name: str) -> Build:
-    """`build` of the package `{name}_jax.method`, ours or anybody's on the path.
-
-    Raises:
-        UserError: there is none, naming those that there are.
-    """
-    package = f"{name}_jax"
-    if name in names():
-        return importlib.import_module(f"{package}.method").build
-    near = nearest(name, names())
-    raise UserError(
-        f"config.method={name!r}: there is no package {package} with a method.py; "
-        f"there are {', '.join(names())}" + (f"; did you mean {near}?" if near else "")
-    )
-
-
-def names() -> list[str]:
-    """The methods that are on the path: packages `{name}_jax` with a `method.py`."""
-    packages = [
-        pathlib.Path(finder.path, name)  # type: ignore[union-attr]
-        for finder, name, is_package in pkgutil.iter_modules()
-        if is_package and name.endswith("_jax") and name != __package__
-    ]
-    return sorted({p.name.removesuffix("_jax") for p in packages if (p / "method.py").exists()})

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import comparison, parallel, reference, workdir
 from selfsup_jax import config as config_lib
+from selfsup_jax.build import Build, find
 from selfsup_jax.comparison import flat
 from selfsup_jax.endings import write_json, writing_to
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
-from selfsup_jax.method import Build, find
 from selfsup_jax.progress import format_seconds, say
 from selfsup_jax.train import pretrain
 

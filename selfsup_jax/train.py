@@ -25,10 +25,11 @@ from selfsup_jax import (
     workdir,
 )
 from selfsup_jax import config as config_lib
+from selfsup_jax.build import Build, find
 from selfsup_jax.durations import to_steps
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import features, final
-from selfsup_jax.method import Build, Method, find
+from selfsup_jax.method import Method
 from selfsup_jax.metrics import Recorder
 from selfsup_jax.monitor import Monitor
 from selfsup_jax.progress import say

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from selfsup_jax.method import Context, Loss, Method, parts_from_config, start_without_target
+from selfsup_jax.build import parts_from_config, start_without_target
+from selfsup_jax.method import Context, Loss, Method
 from selfsup_jax.models.network import SiameseWithPredictor, apply, split_views, stack_views
 from selfsup_jax.state import Outputs, PyTree, TrainState
 from simsiam_jax import losses

@@ -154,7 +154,6 @@ def tiny_method(
         "schedule": schedule,
         "tau": lambda step: 0.9,
         "augment": PLAIN_VIEWS,
-        "target_parts": byol.TARGET_PARTS,
     }
     return Method(**(arguments | changes))
 

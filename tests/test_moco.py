@@ -73,7 +73,6 @@ def moco_method(networks, optimizer=None, queue_size=24, symmetric=False, **chan
         "schedule": optax.constant_schedule(0.05),
         "tau": lambda step: 0.9,
         "augment": PLAIN_VIEWS,
-        "target_parts": KEY_PARTS,
         "average_first": True,
         "carry": method.enqueue,
         "bn_groups": 8,

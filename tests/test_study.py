@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 from configs import byol_to_simclr, cifar10_methods, common
 from selfsup_jax import config as config_lib
 from selfsup_jax import endings, inputs, study
+from selfsup_jax.build import find
 from selfsup_jax.errors import NotFinite, Stopped, UserError
-from selfsup_jax.method import find
 from selfsup_jax.state import Outputs, TrainState
 
 RATES = {"low": 0.1, "high": 0.5}
