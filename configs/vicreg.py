@@ -12,7 +12,8 @@ of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train
   online linear after 1000 epochs of a recipe of its own. Not run by us.
 - `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 84.5 % kNN for
   a recipe of its own. Not run by us.
-- `demo`: 5,000 embedded handwritten digits, a few minutes on two CPU cores; see the README.
+- `demo`: 5,000 embedded handwritten digits, a few minutes on two CPU cores; 96.2 %, and 93.4 % with
+  10 labels per class (one seed).
 - `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
 """
 
