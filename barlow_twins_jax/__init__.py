@@ -1,4 +1,1 @@
-"""Barlow Twins: Self-Supervised Learning via Redundancy Reduction, Zbontar et al. 2021
-
-arXiv 2103.03230.
-"""
+"""Barlow Twins: redundancy reduction, Zbontar et al. 2021 (arXiv 2103.03230)."""

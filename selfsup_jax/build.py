@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pathlib
-import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ def find(name: str) -> Build:
         UserError: there is none, naming those that there are.
     """
     package = f"{name}_jax"
-    if name in names():
+    if name.isidentifier() and package != __package__ and _has_method(package):
         return importlib.import_module(f"{package}.method").build
     near = nearest(name, names())
     raise UserError(
@@ -92,11 +92,17 @@ def find(name: str) -> Build:
     )
 
 
+def _has_method(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"{package}.method") is not None
+    except ModuleNotFoundError as e:
+        if e.name != package:  # it is there, and lacks something itself
+            raise
+        return False
+
+
 def names() -> list[str]:
-    """The methods that are on the path: packages `{name}_jax` with a `method.py`."""
-    packages = [
-        pathlib.Path(finder.path, name)  # type: ignore[union-attr]
-        for finder, name, is_package in pkgutil.iter_modules()
-        if is_package and name.endswith("_jax") and name != __package__
-    ]
-    return sorted({p.name.removesuffix("_jax") for p in packages if (p / "method.py").exists()})
+    """The methods beside this package and on the path: folders `{name}_jax` with a `method.py`."""
+    folders = {*map(pathlib.Path, sys.path), pathlib.Path(__file__).parents[1]}
+    packages = {path.parent.name for folder in folders for path in folder.glob("*_jax/method.py")}
+    return sorted(name.removesuffix("_jax") for name in packages - {__package__})

@@ -125,6 +125,7 @@ def _ranges(config: ConfigDict) -> None:
         "optimizer.weight_decay",
         "optimizer.trust_coefficient",
         "optimizer.clip_norm",
+        "optimizer.weight_decay_end",
         "optimizer.excluded_rate",
         "data.cache_gib",
         "data.max_train_images",
@@ -139,7 +140,7 @@ def _ranges(config: ConfigDict) -> None:
         "profile.first_step",
     )
     for field, value in _present(config, not_negative):
-        if not value >= 0:
+        if value is not None and not value >= 0:  # None: a placeholder that is not given
             raise bad_field(field, value, "must not be negative")
     fractions = (
         "tau_base",

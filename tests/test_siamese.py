@@ -6,6 +6,8 @@ import copy
 import functools
 import importlib
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from conftest import (
     assert_close,
     assert_same,
     flatten,
+    process_env,
     random_batch,
     replicated,
     with_network,
@@ -472,3 +475,24 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch):
     (package / "method.py").write_text("def build(config, classes, steps, warmup):\n    return 7\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert find("mine")(None, None, 1, 0) == 7
+    # What such a package lacks itself is its own error, not "there is no package".
+    (package / "__init__.py").write_text("import a_library_that_is_not_there\n")
+    monkeypatch.delitem(sys.modules, "mine_jax")
+    monkeypatch.delitem(sys.modules, "mine_jax.method")
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
+        find("mine")
+
+
+@pytest.mark.parametrize("name", ["selfsup", "", "byol.method", "../byol"])
+def test_what_is_no_method(name):
+    with pytest.raises(UserError, match="there is no package"):
+        find(name)
+
+
+def test_methods_are_found_from_anywhere(tmp_path):
+    """Also where the packages are installed as editable, which no listing of the path shows."""
+    command = "from selfsup_jax.build import find, names; find('byol'); print(*names())"
+    env = {k: v for k, v in process_env().items() if k != "PYTHONPATH"}
+    run = [sys.executable, "-c", command]
+    told = subprocess.run(run, cwd=tmp_path, env=env, text=True, capture_output=True, check=True)
+    assert {"byol", "moco", "simclr", *NAMES} <= set(told.stdout.split())
