@@ -52,10 +52,11 @@ _CACHE = flags.DEFINE_string(
 
 def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Hands the config to its job."""
-    from selfsup_jax import jobs, study, train
+    from selfsup_jax import jobs
+    from selfsup_jax.training import pretrain, sweep
 
     all_jobs = dict.fromkeys(jobs.NAMES, jobs.run)
-    all_jobs |= {"pretrain": train.pretrain, "study": study.run}
+    all_jobs |= {"pretrain": pretrain.pretrain, "study": sweep.run}
     if config.job not in all_jobs:
         raise UserError(f"config.job={config.job!r}: must be one of {', '.join(sorted(all_jobs))}")
     return all_jobs[config.job](config, workdir)
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
             )
         if not isinstance(_CONFIG.value, ConfigDict):
             raise UserError(_unreadable(flags.FLAGS["config"].config_filename))
-        from selfsup_jax import parallel, process
+        from selfsup_jax.devices import parallel, process
 
         process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         process.use_cpu_devices(_CPU_DEVICES.value, *_cut_of_the_batch(_CONFIG.value))

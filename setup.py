@@ -10,8 +10,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["*_jax", "*_jax.*"]),
     package_data={
-        "selfsup_jax": ["references/*.json"],
-        "selfsup_jax.report": ["*.j2", "*.css", "*.js"],
+        "selfsup_jax.training": ["references/*.json"],
+        "selfsup_jax.viz.report": ["*.j2", "*.css", "*.js"],
     },
     install_requires=[
         "jax>=0.10.2",

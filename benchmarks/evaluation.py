@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 
 from benchmarks.report import Row, show
 from configs import linear_probe as linear_probe_config
-from selfsup_jax import inputs, parallel
-from selfsup_jax.augment import normalize
+from selfsup_jax.data import inputs
+from selfsup_jax.data.augment import normalize
+from selfsup_jax.devices import parallel
 from selfsup_jax.evaluation import encoder, knn, logistic
 from selfsup_jax.evaluation.features import Extractor, Features
 from selfsup_jax.jobs import frozen_features

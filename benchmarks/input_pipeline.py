@@ -11,7 +11,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import report
-from selfsup_jax import inputs
+from selfsup_jax.data import inputs
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py:demo")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")

@@ -27,9 +27,10 @@ from ml_collections import config_flags
 
 import byol_jax.method
 from benchmarks import report
-from selfsup_jax import diagnostics, parallel, process
-from selfsup_jax.checkpoint import Checkpoints
+from selfsup_jax.devices import parallel, process
+from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.state import Outputs
+from selfsup_jax.training import diagnostics
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py:demo")
 _REPEATS = flags.DEFINE_integer("repeats", 40, "pairs of steps; the median counts")

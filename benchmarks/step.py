@@ -32,9 +32,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import report
-from selfsup_jax import collectives, parallel
-from selfsup_jax.augment import normalize
 from selfsup_jax.build import find
+from selfsup_jax.data.augment import normalize
+from selfsup_jax.devices import collectives, parallel
 from selfsup_jax.models import network
 from selfsup_jax.models.resnet import Conv
 from selfsup_jax.state import encoder_variables

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from byol_jax import losses
-from selfsup_jax import collectives
 from selfsup_jax.build import parts_from_config
+from selfsup_jax.devices import collectives
 from selfsup_jax.errors import bad_field
 from selfsup_jax.method import Context, Loss, Method
 from selfsup_jax.models import network

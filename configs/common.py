@@ -161,7 +161,7 @@ def pretrain_defaults() -> ConfigDict:
     config.monitor.view_pairs = 12
     config.monitor.collapse_std = 0.1  # below it the projections count as collapsed (1 is healthy)
     config.monitor.collapse_rank = 1.5  # below it the representations do
-    config.monitor.reference = ""  # a curve of `selfsup_jax/references/` to hold the run against
+    config.monitor.reference = ""  # a curve in `selfsup_jax/training/references/` to compare with
 
     config.profile = ConfigDict()  # a trace for TensorBoard's profiler or Perfetto
     config.profile.first_step = 0  # 0: none
@@ -281,7 +281,7 @@ def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
 def view(**changes) -> ConfigDict:
     """One view's augmentation, BYOL's view 1 (Grill et al., appendix B) where not said otherwise.
 
-    `selfsup_jax/augment.py:ViewAugmentation` says what each field means.
+    `selfsup_jax/data/augment.py:ViewAugmentation` says what each field means.
     """
     fields = {
         "flip_prob": 0.5,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from selfsup_jax import collectives
+from selfsup_jax.devices import collectives
 from selfsup_jax.method import Context
 from selfsup_jax.models.network import apply, split_views, stack_views
 from selfsup_jax.state import PyTree

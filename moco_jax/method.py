@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from moco_jax import losses, queue
 from moco_jax.keys import encode_keys
-from selfsup_jax import collectives
 from selfsup_jax.build import parts_from_config
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices import collectives
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.errors import bad_field
 from selfsup_jax.method import Context, Loss, Method
 from selfsup_jax.models import network

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from selfsup_jax import optim
-from selfsup_jax.augment import Augmentation
+from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.errors import UserError, nearest
 from selfsup_jax.method import Method
 from selfsup_jax.models import encoders, heads, network

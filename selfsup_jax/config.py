@@ -8,9 +8,10 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from selfsup_jax import optim, parallel
-from selfsup_jax.augment import BLUR_PADDINGS, JITTER_STYLES
+from selfsup_jax import optim
+from selfsup_jax.data.augment import BLUR_PADDINGS, JITTER_STYLES
 from selfsup_jax.data.crops import RESIZE_METHODS
+from selfsup_jax.devices import parallel
 from selfsup_jax.errors import bad_field, nearest
 from selfsup_jax.models.heads import HEAD_INITS, OUTPUT_NORMS
 from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS

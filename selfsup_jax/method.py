@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from selfsup_jax import collectives, diagnostics
-from selfsup_jax.augment import Augmentation, augment_views, normalize
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.data.augment import Augmentation, augment_views, normalize
+from selfsup_jax.devices import collectives
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models import network
 from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState
+from selfsup_jax.training import diagnostics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from selfsup_jax import collectives
 from selfsup_jax.build import parts_from_config, start_without_target
+from selfsup_jax.devices import collectives
 from selfsup_jax.errors import bad_field
 from selfsup_jax.method import Context, Loss, Method
 from selfsup_jax.models.heads import l2_normalize

@@ -35,7 +35,7 @@ import pytest
 
 from byol_jax import method as byol
 from selfsup_jax import optim
-from selfsup_jax.augment import Augmentation, ViewAugmentation
+from selfsup_jax.data.augment import Augmentation, ViewAugmentation
 from selfsup_jax.method import Context, Method
 from selfsup_jax.method import total_loss as total
 from selfsup_jax.models.heads import LinearClassifier, MLPHead

@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance
 
-from selfsup_jax import augment
-from selfsup_jax.augment import ViewAugmentation
+from selfsup_jax.data import augment
+from selfsup_jax.data.augment import ViewAugmentation
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(itertools.permutations(range(4))))

@@ -27,10 +27,12 @@ from conftest import (
 
 from byol_jax import losses, method
 from configs import byol
-from selfsup_jax import diagnostics, optim, parallel
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax import optim
+from selfsup_jax.devices import parallel
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models.network import apply
 from selfsup_jax.models.norm import BatchNorm
+from selfsup_jax.training import diagnostics
 
 TWO_VIEWS = BatchLayout(num_views=2)
 BATCH = 8

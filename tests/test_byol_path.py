@@ -31,9 +31,9 @@ from test_byol import TARGET, as_float64, oracle_forward
 from byol_jax import losses, method
 from configs import byol, byol_to_simclr
 from selfsup_jax import config as config_lib
-from selfsup_jax import train
 from selfsup_jax.errors import UserError
 from selfsup_jax.models.heads import MLPHead
+from selfsup_jax.training import pretrain
 
 BATCH = 6
 # (predictor, target network, beta)
@@ -340,7 +340,7 @@ def test_a_run_without_a_target_network(tmp_path):
     config = tiny_config(True, False, 0.0)
     config.update_from_flattened_dict(fields | {"data.name": "folder"})
     config.monitor.reference = ""
-    train.pretrain(config, str(tmp_path / "run"), tiny_build)
+    pretrain.pretrain(config, str(tmp_path / "run"), tiny_build)
     names = set().union(*tiny_runs.recorded(tmp_path / "run"))
     assert {"loss", "projection_std", "effective_rank"} <= names
     assert "target_distance" not in names

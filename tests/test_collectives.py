@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import assert_close, messages
 
-from selfsup_jax import collectives
+from selfsup_jax.devices import collectives
 
 ROWS = 64  # of the global batch
 

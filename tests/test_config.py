@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import byol
-from selfsup_jax import checkpoint, workdir
 from selfsup_jax import config as config_lib
 from selfsup_jax.durations import to_steps
 from selfsup_jax.errors import UserError
+from selfsup_jax.run import checkpoint, workdir
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
@@ -545,7 +545,7 @@ def test_other_versions_are_told_and_accepted(capfd):
 HOLD = """
 import sys
 from configs import byol
-from selfsup_jax import workdir
+from selfsup_jax.run import workdir
 with workdir.opened(byol.get_config("demo"), sys.argv[1]):
     print("opened", flush=True)
     sys.stdin.read()

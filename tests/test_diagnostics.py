@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfsup_jax import diagnostics
 from selfsup_jax.state import Outputs
+from selfsup_jax.training import diagnostics
 
 ALWAYS = {"projection_std", "effective_rank", "prediction_target_cosine"}
 

@@ -14,10 +14,11 @@ import pytest
 from conftest import assert_same, flatten
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from selfsup_jax import checkpoint, parallel
+from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.models import resnet
+from selfsup_jax.run import checkpoint
 from selfsup_jax.state import TrainState
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]

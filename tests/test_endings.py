@@ -19,8 +19,11 @@ import pytest
 import tiny_runs
 from conftest import REPOSITORY, assert_close, assert_same, process_env
 
-from selfsup_jax import checkpoint, endings, parallel, train
+from selfsup_jax.devices import parallel
 from selfsup_jax.errors import Stopped, UserError
+from selfsup_jax.run import checkpoint, files, nan_guard
+from selfsup_jax.run.signals import StopSignals, stopped
+from selfsup_jax.training import pretrain
 
 PATIENCE = 600  # seconds: what takes longer hangs, on however busy a machine
 
@@ -40,7 +43,7 @@ def names_of_step(step: int) -> np.ndarray:
 
 
 def test_finite_steps_pass(tmp_path):
-    watch = endings.FiniteWatch(str(tmp_path))
+    watch = nan_guard.NanGuard(str(tmp_path))
     for step in range(1, 6):
         watch.add(step, metrics_of_step(), names_of_step(step))
     watch.drain()
@@ -49,7 +52,7 @@ def test_finite_steps_pass(tmp_path):
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 3])
 def test_the_step_that_is_not_finite_is_named_though_it_is_looked_at_later(tmp_path, lag):
-    watch = endings.FiniteWatch(str(tmp_path), lag=lag)
+    watch = nan_guard.NanGuard(str(tmp_path), lag=lag)
     broken = metrics_of_step(loss=np.nan, **{"grad_norm/encoder": np.inf, "tau": 0.5})
     for step in range(1, 5):
         watch.add(step, metrics_of_step(), names_of_step(step))
@@ -77,7 +80,7 @@ def test_the_step_that_is_not_finite_is_named_though_it_is_looked_at_later(tmp_p
 
 def test_a_step_is_not_looked_at_before_its_time(tmp_path):
     """Looking would make the host wait for the device."""
-    watch = endings.FiniteWatch(str(tmp_path))
+    watch = nan_guard.NanGuard(str(tmp_path))
     watch.add(1, metrics_of_step(loss=np.nan), names_of_step(1))
     watch.add(2, metrics_of_step(), names_of_step(2))
     assert not os.listdir(tmp_path)
@@ -86,7 +89,7 @@ def test_a_step_is_not_looked_at_before_its_time(tmp_path):
 
 
 def test_a_drain_looks_at_all_steps(tmp_path):
-    watch = endings.FiniteWatch(str(tmp_path))
+    watch = nan_guard.NanGuard(str(tmp_path))
     watch.add(7, metrics_of_step(), names_of_step(7))
     watch.drain()
     watch.add(8, metrics_of_step(loss=-np.inf), names_of_step(8))
@@ -114,7 +117,7 @@ def handlers():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_between_catch_and_the_end(handlers, number):
-    with endings.StopSignals() as signals:
+    with StopSignals() as signals:
         assert handlers.are_in_place()
         signal.raise_signal(number)  # before there is a step to save
         assert handlers.received == [number] and signals.received(1) is None
@@ -127,12 +130,12 @@ def test_a_signal_is_noted_between_catch_and_the_end(handlers, number):
 
 
 def test_handlers_are_put_back_after_an_error_too(handlers):
-    with contextlib.suppress(ZeroDivisionError), endings.StopSignals() as signals:
+    with contextlib.suppress(ZeroDivisionError), StopSignals() as signals:
         signals.catch()
         assert not handlers.are_in_place()
         raise ZeroDivisionError
     assert handlers.are_in_place()
-    with endings.StopSignals():
+    with StopSignals():
         pass  # ended before it had begun to catch
     assert handlers.are_in_place()
 
@@ -142,7 +145,7 @@ def test_a_thread_may_train_too(handlers):
     done = []
 
     def run():
-        with endings.StopSignals() as signals:
+        with StopSignals() as signals:
             signals.catch()
             done.append(signals.received(1))
 
@@ -155,8 +158,8 @@ def test_a_thread_may_train_too(handlers):
 WAIT = """
 import sys
 import time
-from selfsup_jax import endings
-with endings.StopSignals() as signals:
+from selfsup_jax.run.signals import StopSignals
+with StopSignals() as signals:
     signals.catch()
     print("ready", flush=True)
     while not signals.received(1):
@@ -182,8 +185,8 @@ def test_a_second_signal_ends_the_process_at_once():
 
 
 def test_a_stopped_process_tells_its_step_and_how_to_go_on():
-    told = endings.stopped(signal.SIGINT, 1234, "runs/a")
-    assert told.status == 130 and endings.stopped(signal.SIGTERM, 1, "a").status == 143
+    told = stopped(signal.SIGINT, 1234, "runs/a")
+    assert told.status == 130 and stopped(signal.SIGTERM, 1, "a").status == 143
     assert "SIGINT" in str(told) and "1,234" in str(told) and "runs/a" in str(told)
     assert "\n" not in str(told)
 
@@ -192,7 +195,7 @@ def test_a_stopped_process_tells_its_step_and_how_to_go_on():
 
 
 def fail_with(error: BaseException, saved: int | None = 12) -> None:
-    with endings.disk_errors("runs/a", lambda: saved):
+    with files.disk_errors("runs/a", lambda: saved):
         raise error
 
 
@@ -264,19 +267,19 @@ def test_a_mistake_is_told_as_such_though_a_disk_error_came_before():
         try:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
-            with endings.disk_errors("runs/a", lambda: 12):
+            with files.disk_errors("runs/a", lambda: 12):
                 raise UserError("config.a=1: must not be") from e
 
 
 def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
-    endings.write_json(str(path), {"b": 1, "a": [1.5, None]})
+    files.write_json(str(path), {"b": 1, "a": [1.5, None]})
     assert json.loads(path.read_text()) == {"a": [1.5, None], "b": 1}
     assert path.read_text().endswith("}\n")
     assert os.listdir(tmp_path) == ["a.json"]
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        endings.write_json(str(path), {"a": 1, "b": object()})
+        files.write_json(str(path), {"a": 1, "b": object()})
     assert path.read_bytes() == before
 
 
@@ -287,7 +290,7 @@ def images(tmp_path_factory):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypatch):
     """Full for the metrics first, then too small for a checkpoint; in between the run goes on."""
-    flush, usage = train.Recorder.flush, shutil.disk_usage
+    flush, usage = pretrain.Recorder.flush, shutil.disk_usage
     flushed, looks = [], []
 
     def flush_to_a_full_disk(self):
@@ -303,9 +306,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypat
     def run():
         settings = {"steps": 8, "checkpoint_every_steps": 2, "keep_every_steps": 2}
         config = tiny_runs.tiny_config(images, **settings)
-        train.pretrain(config, str(tmp_path), tiny_runs.build)
+        pretrain.pretrain(config, str(tmp_path), tiny_runs.build)
 
-    monkeypatch.setattr(train.Recorder, "flush", flush_to_a_full_disk)
+    monkeypatch.setattr(pretrain.Recorder, "flush", flush_to_a_full_disk)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     with pytest.raises(UserError, match=rf"^--workdir={tmp_path}: .*No space left.* step 2$"):
         run()
@@ -329,7 +332,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(
     monkeypatch.setattr(checkpoint.Checkpoints, "wait", signalled)
     config = tiny_runs.tiny_config(images, steps=2)
     with contextlib.suppress(Stopped):
-        train.pretrain(config, str(tmp_path), tiny_runs.build)
+        pretrain.pretrain(config, str(tmp_path), tiny_runs.build)
     assert tiny_runs.saved_steps(tmp_path) == [2]
     assert not (tmp_path / "results.json").exists() or handlers.received
 

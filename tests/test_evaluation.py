@@ -12,7 +12,7 @@ from conftest import MEAN, NUM_CLASSES, STD, assert_same
 from ml_collections import ConfigDict
 from scipy import stats
 
-from selfsup_jax.evaluation import final, knn, linear_probe
+from selfsup_jax.evaluation import closing, knn, linear_probe
 from selfsup_jax.evaluation.features import Extractor, Features, pixels
 from selfsup_jax.state import encoder_variables
 
@@ -285,7 +285,7 @@ def test_evaluate_measures_each_encoder_by_itself():
     shows_class, shows_noise = np.zeros((2, 48, 1), np.float32)
     shows_class[0], shows_noise[20] = 1, 1
     train, test = split(90), split(60)
-    results = final.evaluate(
+    results = closing.evaluate(
         Extractor(represent, (0.0,) * 3, (1.0,) * 3),
         shows_class,
         shows_noise,
@@ -301,6 +301,6 @@ def test_evaluate_measures_each_encoder_by_itself():
     assert results["linear_probe_top1"] == 1.0
     assert results["random_init_linear_probe_top1"] < 0.6
     assert results["linear_probe_top5"] == 1.0  # of three classes
-    table = final.summary(results)
+    table = closing.summary(results)
     for prefix in prefixes:
         assert f"{100 * results[prefix + 'linear_probe_top1']:.1f} %" in table

@@ -11,8 +11,8 @@ import pytest
 from conftest import assert_close, flatten
 
 from configs import byol, simclr
-from selfsup_jax import collectives
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices import collectives
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models import resnet
 from selfsup_jax.models.heads import MLPHead, from_config, l2_normalize
 from selfsup_jax.models.norm import BatchNorm

@@ -35,10 +35,11 @@ from tiny_jobs import (
     run_job,
 )
 
-from selfsup_jax import export, inputs
+from selfsup_jax import export
+from selfsup_jax.data import inputs
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.evaluation import encoder, features, scores
-from selfsup_jax.jobs import frame, frozen_features, training
+from selfsup_jax.jobs import frozen_features, runner, training
 
 TRAINED = ("finetune", "finetune:all", "linear_probe:byol", "linear_probe:moco")
 CLASSIFIED = ("linear_probe", "knn", *TRAINED)
@@ -428,7 +429,7 @@ def test_an_untrained_encoder_of_the_seed_is_measured_beside(name, run, done, tm
     results = read(workdir / "results.json")
     beside = {k for k in results if k.startswith("random_init_")}
     assert {
-        f"random_init_{k}" for k in frame.measures(results) if "random_init_" not in k
+        f"random_init_{k}" for k in runner.measures(results) if "random_init_" not in k
     } <= beside
     # An export of such an encoder, evaluated by itself, comes to the same.
     frozen = encoder.load(str(run))
@@ -439,8 +440,8 @@ def test_an_untrained_encoder_of_the_seed_is_measured_beside(name, run, done, tm
         assert alone[key.removeprefix("random_init_")] == pytest.approx(results[key]), key
     if "random_init" not in make_config(name, run) or not make_config(name, run).random_init:
         trained = read(done(name) / "results.json")
-        assert {k: trained[k] for k in frame.measures(trained)} == {
-            k: v for k, v in frame.measures(results).items() if "random_init_" not in k
+        assert {k: trained[k] for k in runner.measures(trained)} == {
+            k: v for k, v in runner.measures(results).items() if "random_init_" not in k
         }
 
 
@@ -692,7 +693,7 @@ def test_an_exported_encoder_is_worth_the_same(run, done, tmp_path, monkeypatch,
     assert (there.run, there.step) == (None, here.step)
     results = run_job("linear_probe", folder, tmp_path / "job")
     own = read(done("linear_probe") / "results.json")
-    assert frame.measures(results) == frame.measures(own)
+    assert runner.measures(results) == runner.measures(own)
     assert results["step"] == own["step"] and results["run"] is None
     assert run_job("linear_probe", folder, tmp_path / "job") == results
 
@@ -932,7 +933,7 @@ def test_a_workdir_with_something_to_go_on_from_stays_its_jobs(partial, tmp_path
     """Else another encoder's job would go on from it."""
     if partial:
         (tmp_path / partial).write_text("")
-    with pytest.raises(UserError, match="later"), frame.begun({"job": "knn"}, str(tmp_path)):
+    with pytest.raises(UserError, match="later"), runner.begun({"job": "knn"}, str(tmp_path)):
         raise UserError("later")
     assert (tmp_path / "config.json").exists() == (partial is not None)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from selfsup_jax import parallel
+from selfsup_jax.devices import parallel
 from selfsup_jax.evaluation import knn
 
 

@@ -7,10 +7,10 @@ import sys
 
 from conftest import REPOSITORY
 
-from selfsup_jax import parallel
+from selfsup_jax.devices import parallel
 
 # Words of the reader's, not choices: the methods' names as people write them.
-METHODS_NAMED_IN = {"selfsup_jax/report/recipes.py", "selfsup_jax/models/heads.py"}
+METHODS_NAMED_IN = {"selfsup_jax/viz/report/recipes.py", "selfsup_jax/models/heads.py"}
 METHODS = sorted(p.name for p in REPOSITORY.glob("*_jax") if p.is_dir() and p.name != "selfsup_jax")
 SOURCES = {
     path.relative_to(REPOSITORY): ast.parse(path.read_text())
@@ -92,7 +92,7 @@ def test_only_parallel_and_collectives_know_devices():
     }
     for names, home in (({"pmap", "shard_map"}, "parallel"), (talk, "collectives")):
         users = {str(path) for path, tree in SOURCES.items() if attributes(tree) & names}
-        assert users == {f"selfsup_jax/{home}.py"}
+        assert users == {f"selfsup_jax/devices/{home}.py"}
 
 
 def test_the_axis_is_named_in_one_place():

@@ -16,9 +16,10 @@ from tensorboard.backend.event_processing.event_file_loader import (
 )
 from tensorboard.util.tensor_util import make_ndarray
 
-from selfsup_jax import metrics, parallel, progress
+from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
-from selfsup_jax.metrics import Recorder
+from selfsup_jax.run import metrics, progress
+from selfsup_jax.run.metrics import Recorder
 
 
 def values_of(step: int) -> dict[str, float]:

@@ -32,8 +32,9 @@ from moco_jax import keys as keys_lib
 from moco_jax import losses, method, queue
 from moco_jax.method import MoCo
 from selfsup_jax import config as config_lib
-from selfsup_jax import optim, parallel
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax import optim
+from selfsup_jax.devices import parallel
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.errors import UserError
 from selfsup_jax.method import Context, Method
 from selfsup_jax.models.heads import LinearClassifier, MLPHead

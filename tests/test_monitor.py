@@ -13,11 +13,14 @@ import tiny_runs
 from conftest import tiny_method, tiny_networks, total_loss
 from PIL import Image
 
-from selfsup_jax import inputs, metrics, monitor, plots, reference, train, workdir
-from selfsup_jax.augment import normalize
+from selfsup_jax.data import inputs
+from selfsup_jax.data.augment import normalize
 from selfsup_jax.evaluation.features import Features
 from selfsup_jax.evaluation.knn import knn_accuracy
-from selfsup_jax.progress import Progress
+from selfsup_jax.run import metrics, workdir
+from selfsup_jax.run.progress import Progress
+from selfsup_jax.training import monitor, pretrain, reference
+from selfsup_jax.viz import plots
 
 PICTURES = ("learning_curves", "nearest_neighbours", "representation_map", "view_pairs")
 STEPS = 8
@@ -79,8 +82,8 @@ def labelled(images, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         drawn = Drawn(patch)
-        patch.setattr(train.final, "evaluate", lambda *args: {})
-        train.pretrain(config, str(directory), tiny_runs.build)
+        patch.setattr(pretrain.closing, "evaluate", lambda *args: {})
+        pretrain.pretrain(config, str(directory), tiny_runs.build)
     config = config.copy_and_resolve_references()
     return config, inputs.load_data(config), directory, drawn
 
@@ -215,7 +218,7 @@ def test_a_run_without_labels(tmp_path, monkeypatch):
         monitor__knn_train_images=30,
     )
     drawn = Drawn(monkeypatch)
-    results = train.pretrain(config, str(tmp_path / "run"), tiny_runs.build)
+    results = pretrain.pretrain(config, str(tmp_path / "run"), tiny_runs.build)
     assert not [k for line in tiny_runs.recorded(tmp_path / "run") for k in line if "top1" in k]
     assert not [name for name in results if "top1" in name]
     for name in PICTURES:
@@ -261,7 +264,7 @@ def separable(tmp_path_factory):
 def test_a_run_that_collapses_is_told_of_once(separable, tmp_path, capfd):
     """Also when it goes on in another process; and what it ends with says so."""
     config = collapse_config(separable, use_predictor=False)
-    results = train.pretrain(config, str(tmp_path), tiny_runs.build)
+    results = pretrain.pretrain(config, str(tmp_path), tiny_runs.build)
     told = capfd.readouterr().err
     spread = {
         r["step"]: r["projection_std"] for r in tiny_runs.recorded(tmp_path) if r["step"] % 5 == 0
@@ -280,7 +283,7 @@ def test_a_run_that_collapses_is_told_of_once(separable, tmp_path, capfd):
     assert shown.startswith(f"step {step}/")
 
     config = collapse_config(separable, use_predictor=False, steps=50)
-    results = train.pretrain(config, str(tmp_path), tiny_runs.build)
+    results = pretrain.pretrain(config, str(tmp_path), tiny_runs.build)
     told = capfd.readouterr().err
     assert "step 50/50" in told and "WARNING" not in told
     assert results["collapsed"] is True and results["collapsed_at_step"] == step
@@ -296,7 +299,7 @@ def test_a_run_that_recovers_is_told_of(separable, tmp_path, capfd, monkeypatch)
 
     monkeypatch.setattr(monitor.diagnostics, "of_outputs", of_outputs)
     config = collapse_config(separable, steps=20)
-    results = train.pretrain(config, str(tmp_path), tiny_runs.build)
+    results = pretrain.pretrain(config, str(tmp_path), tiny_runs.build)
     told = capfd.readouterr().err
     assert told.index("WARNING: the run has collapsed by step 10") < told.index("recovered")
     assert told.count("WARNING") == told.count("recovered") == 1
@@ -326,7 +329,7 @@ def test_a_healthy_run_far_from_its_reference_is_told_that_once(
 ):
     config = collapse_config(separable, monitor__reference="far")
     far_reference(config)
-    results = train.pretrain(config, str(tmp_path), tiny_runs.build)
+    results = pretrain.pretrain(config, str(tmp_path), tiny_runs.build)
     told = capfd.readouterr().err
     assert results["collapsed"] is False and "collapsed_at_step" not in results
     assert "WARNING" not in told

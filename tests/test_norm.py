@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfsup_jax import collectives
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices import collectives
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models.norm import BatchNorm, batch_norm, relu
 
 CHANNELS, BATCH = 3, 16  # the batch is that of one view

@@ -31,12 +31,12 @@ from conftest import (
 )
 from ml_collections import ConfigDict
 
-from selfsup_jax import collectives, parallel
-from selfsup_jax.augment import Augmentation
-from selfsup_jax.checkpoint import Checkpoints
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.data.augment import Augmentation
+from selfsup_jax.devices import collectives, hosts, parallel
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.errors import UserError
-from selfsup_jax.metrics import read_history
+from selfsup_jax.run.checkpoint import Checkpoints
+from selfsup_jax.run.metrics import read_history
 
 BATCH = 16
 # Cheap to compile, and random: what is drawn for an example must not depend on its device.
@@ -319,10 +319,10 @@ def test_layout_without_an_axis_holds_every_group():
 
 def test_one_host_needs_no_others():
     tree = {"x": np.arange(3)}
-    assert parallel.gather_hosts(tree) is tree
-    parallel.wait_for_all("nobody")
-    assert parallel.is_writer()
-    assert not parallel.reached_preemption(1)
+    assert hosts.gather_hosts(tree) is tree
+    hosts.wait_for_all("nobody")
+    assert hosts.is_writer()
+    assert not hosts.reached_preemption(1)
 
 
 # ------------------------------------------------------------------------------ processes

@@ -11,8 +11,8 @@ import pytest
 from conftest import REPOSITORY, process_env
 from PIL import Image
 
-from selfsup_jax import plots
-from selfsup_jax.plots import curves, maps, page
+from selfsup_jax.viz import plots
+from selfsup_jax.viz.plots import curves, maps, page
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -382,7 +382,7 @@ def test_the_old_picture_stands_until_the_new_one_is_whole(path, tmp_path, monke
 def test_a_run_without_pictures_does_not_wait_for_the_libraries(tmp_path):
     code = f"""if True:
         import sys
-        from selfsup_jax import plots
+        from selfsup_jax.viz import plots
         assert not {{"matplotlib", "sklearn", "jax"}} & set(sys.modules)
         plots.learning_curves({str(tmp_path / "x.png")!r}, {{}}, title="x")
         assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from selfsup_jax import process
+from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
 
 

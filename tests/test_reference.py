@@ -10,8 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import byol
-from selfsup_jax import reference
 from selfsup_jax.errors import UserError
+from selfsup_jax.training import reference
 
 PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
 CONFIG = {

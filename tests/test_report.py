@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from selfsup_jax import report
 from selfsup_jax.errors import UserError
-from selfsup_jax.report import charts
+from selfsup_jax.viz import report
+from selfsup_jax.viz.report import charts
 
 EVIL = "<script>alert('x')</script>"
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + b"\0\0\0\x03\0\0\0\x02" + b"rest of a picture"
@@ -400,7 +400,7 @@ def command(*arguments):
         "import runpy, sys, atexit; sys.argv[0] = 'report'\n"
         "heavy = {'jax', 'tensorflow', 'clu', 'matplotlib', 'sklearn', 'orbax'}\n"
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
-        "runpy.run_module('selfsup_jax.report', run_name='__main__')"
+        "runpy.run_module('selfsup_jax.viz.report', run_name='__main__')"
     )
     process = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(process, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)

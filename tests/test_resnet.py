@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models.resnet import Conv, ResNet
 
 

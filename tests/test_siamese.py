@@ -29,8 +29,8 @@ from conftest import (
 
 from barlow_twins_jax.losses import barlow_twins_loss
 from selfsup_jax import config as config_lib
-from selfsup_jax import parallel
 from selfsup_jax.build import find
+from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from simsiam_jax.losses import simsiam_loss
 from vicreg_jax.losses import vicreg_terms

@@ -26,11 +26,12 @@ from conftest import (
 from ml_collections import ConfigDict
 
 from configs import simclr
-from selfsup_jax import collectives, parallel, train
 from selfsup_jax import config as config_lib
-from selfsup_jax.checkpoint import Checkpoints
+from selfsup_jax.devices import collectives, parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.models.heads import l2_normalize
+from selfsup_jax.run.checkpoint import Checkpoints
+from selfsup_jax.training import pretrain
 from simclr_jax import losses, method
 
 BATCH = 8
@@ -520,7 +521,7 @@ def test_a_run_is_watched_without_a_target(tmp_path):
     )
     config = simclr.get_config("folder")
     config.update_from_flattened_dict(fields)
-    train.pretrain(config, str(tmp_path / "run"), tiny_build)
+    pretrain.pretrain(config, str(tmp_path / "run"), tiny_build)
     names = set().union(*tiny_runs.recorded(tmp_path / "run"))
     assert {"loss", "contrast_top1", "effective_rank", "prediction_target_cosine"} <= names
     assert "target_distance" not in names and "tau" not in names

@@ -23,10 +23,12 @@ from ml_collections import ConfigDict
 
 from configs import byol_to_simclr, cifar10_methods, common
 from selfsup_jax import config as config_lib
-from selfsup_jax import endings, inputs, study
 from selfsup_jax.build import find
+from selfsup_jax.data import inputs
 from selfsup_jax.errors import NotFinite, Stopped, UserError
+from selfsup_jax.run import signals
 from selfsup_jax.state import Outputs, TrainState
+from selfsup_jax.training import sweep
 
 RATES = {"low": 0.1, "high": 0.5}
 MEASURES = ("linear_probe_top1", "loss", "projection_std")
@@ -102,7 +104,7 @@ def spy_on(patch: pytest.MonkeyPatch, module) -> list[str]:
 
 @pytest.fixture
 def begun(monkeypatch):
-    return spy_on(monkeypatch, study)
+    return spy_on(monkeypatch, sweep)
 
 
 @pytest.fixture
@@ -122,8 +124,8 @@ def pretended(monkeypatch):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(study, "pretrain", pretrain)
-    outcomes.begun = spy_on(monkeypatch, study)
+    monkeypatch.setattr(sweep, "pretrain", pretrain)
+    outcomes.begun = spy_on(monkeypatch, sweep)
     return outcomes
 
 
@@ -159,8 +161,8 @@ def whole(images, tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole") / "study"
     config = make_config(images, each=PROBED)
     with pytest.MonkeyPatch.context() as patch:
-        begun = spy_on(patch, study)
-        returned = study.run(config, str(directory), BUILDS)
+        begun = spy_on(patch, sweep)
+        returned = sweep.run(config, str(directory), BUILDS)
     return config, directory, returned, begun
 
 
@@ -226,7 +228,7 @@ def test_a_second_call_repeats_nothing(whole, begun):
     config, directory, returned, _ = whole
     table, before = (directory / "table.md").read_bytes(), files_of(directory)
     (directory / "table.md").unlink()
-    assert study.run(config, str(directory), BUILDS) == returned
+    assert sweep.run(config, str(directory), BUILDS) == returned
     assert begun == [] and files_of(directory) == before
     assert (directory / "table.md").read_bytes() == table
 
@@ -270,14 +272,14 @@ def test_a_study_that_is_stopped_goes_on(whole, begun, at_step, tmp_path, capfd)
     at_step(stopped_one, 3, lambda: signal.raise_signal(signal.SIGTERM))
     at_step(broken_one, 2, interrupt)
     with pytest.raises(Stopped) as stopped:
-        study.run(config, str(directory), BUILDS)
+        sweep.run(config, str(directory), BUILDS)
     assert stopped.value.status == 143
     assert tiny_runs.saved_steps(directory / stopped_one)[-1] == 3
     with pytest.raises(KeyboardInterrupt):
-        study.run(config, str(directory), BUILDS)
+        sweep.run(config, str(directory), BUILDS)
     assert "going on from step 3" in capfd.readouterr().err
     assert sorted(read(directory / "runs.json")) == sorted({*NAMES} - {broken_one})
-    assert steady(study.run(config, str(directory), BUILDS)) == steady(returned)
+    assert steady(sweep.run(config, str(directory), BUILDS)) == steady(returned)
     assert begun == [stopped_one, stopped_one, broken_one, broken_one]
 
     record, expected = (read(folder / "runs.json") for folder in (directory, undisturbed))
@@ -294,7 +296,7 @@ def test_a_run_without_its_entry_is_not_trained_again(whole, begun, tmp_path):
     config, undisturbed, returned, _ = whole
     directory = copy_without(undisturbed, tmp_path / "copy", ["high/seed_0"])
     before = files_of(directory)
-    assert study.run(config, str(directory), BUILDS) == returned
+    assert sweep.run(config, str(directory), BUILDS) == returned
     assert begun == ["high/seed_0"]
     after = files_of(directory)
     touched = {p.relative_to(directory) for p in before if after[p] != before[p]}
@@ -307,7 +309,7 @@ def test_a_run_without_its_entry_is_not_trained_again(whole, begun, tmp_path):
 def test_what_is_done_is_told_while_the_rest_is_to_come(images, pretended, tmp_path, capfd):
     pretended["high/seed_1"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        study.run(make_config(images), str(tmp_path), BUILDS)
+        sweep.run(make_config(images), str(tmp_path), BUILDS)
     assert list(read(tmp_path / "runs.json")) == sorted(NAMES[:3])
     text = (tmp_path / "table.md").read_text()
     assert text.endswith("\n\nStill to come: high/seed_1.\n")
@@ -324,18 +326,18 @@ def test_what_is_done_is_told_while_the_rest_is_to_come(images, pretended, tmp_p
 
 
 def test_an_added_seed_or_variant_adds_its_own_runs(images, pretended, tmp_path):
-    study.run(make_config(images, seeds=(0,)), str(tmp_path), BUILDS)
+    sweep.run(make_config(images, seeds=(0,)), str(tmp_path), BUILDS)
     assert pretended.begun == ["low/seed_0", "high/seed_0"]
-    study.run(make_config(images, seeds=(7, 0)), str(tmp_path), BUILDS)
+    sweep.run(make_config(images, seeds=(7, 0)), str(tmp_path), BUILDS)
     assert pretended.begun[2:] == ["low/seed_7", "high/seed_7"]
     rates = {name: {"optimizer__learning_rate": r} for name, r in (RATES | {"none": 0.0}).items()}
-    study.run(make_config(images, seeds=(7, 0), variants=rates), str(tmp_path), BUILDS)
+    sweep.run(make_config(images, seeds=(7, 0), variants=rates), str(tmp_path), BUILDS)
     assert pretended.begun[4:] == ["none/seed_7", "none/seed_0"]
     assert list(read_table(tmp_path)) == ["low", "high", "none"]
 
     # A study of a part of them shows that part; the record keeps the rest.
     part = make_config(images, seeds=(7,), variants=rates, order=("none", "low"))
-    results = study.run(part, str(tmp_path), BUILDS)
+    results = sweep.run(part, str(tmp_path), BUILDS)
     assert len(pretended.begun) == 6 == len(read(tmp_path / "runs.json"))
     assert list(read_table(tmp_path)) == ["none", "low"]
     assert results["runs"] == results["of_runs"] == 2
@@ -344,11 +346,11 @@ def test_an_added_seed_or_variant_adds_its_own_runs(images, pretended, tmp_path)
 
 def test_another_study_in_the_same_directory_is_refused(images, pretended, tmp_path):
     """Before anything is begun, and naming the field, both values and the run."""
-    study.run(make_config(images, seeds=(0,)), str(tmp_path), BUILDS)
+    sweep.run(make_config(images, seeds=(0,)), str(tmp_path), BUILDS)
     before = (tmp_path / "runs.json").read_bytes()
     rates = {"low": {"optimizer__learning_rate": 0.1}, "high": {"optimizer__learning_rate": 0.75}}
     with pytest.raises(UserError) as error:
-        study.run(make_config(images, variants=rates), str(tmp_path), BUILDS)
+        sweep.run(make_config(images, variants=rates), str(tmp_path), BUILDS)
     told = str(error.value)
     assert told.startswith("config.variants.high.optimizer.learning_rate=0.75: ")
     assert "0.5" in told and "high/seed_0" in told and str(tmp_path / "runs.json") in told
@@ -357,17 +359,17 @@ def test_another_study_in_the_same_directory_is_refused(images, pretended, tmp_p
 
     each = {"tau_base": 0.9, "data__crop_area": (0.2, 0.9)}
     with pytest.raises(UserError) as error:
-        study.run(make_config(images, each=each), str(tmp_path), BUILDS)
+        sweep.run(make_config(images, each=each), str(tmp_path), BUILDS)
     for part in ("config.variants.low.tau_base=0.9: ", "0.99", "low.data.crop_area=[0.2, 0.9]: "):
         assert part in str(error.value)
 
 
 def test_where_the_data_lies_may_change(images, pretended, tmp_path):
     """And how often is logged and saved."""
-    study.run(make_config(images), str(tmp_path), BUILDS)
+    sweep.run(make_config(images), str(tmp_path), BUILDS)
     each = {"data__dir": "elsewhere", "data__download": True, "log_every_steps": 7}
     each |= {"checkpoint_every_steps": 5, "keep_checkpoints": 1, "keep_every_steps": 3}
-    study.run(make_config(images, each=each), str(tmp_path), BUILDS)
+    sweep.run(make_config(images, each=each), str(tmp_path), BUILDS)
     assert pretended.begun == NAMES
 
 
@@ -378,7 +380,7 @@ def test_a_run_that_diverges_is_told_and_not_repeated(images, begun, tmp_path):
     """The others are run; what it would have measured is left out."""
     rates = {"wild": {"optimizer__learning_rate": 1e30}, "low": {"optimizer__learning_rate": 0.1}}
     config = make_config(images, seeds=(0,), variants=rates)
-    results = study.run(config, str(tmp_path), BUILDS)
+    results = sweep.run(config, str(tmp_path), BUILDS)
     assert begun == ["wild/seed_0", "low/seed_0"]
     rows = read_table(tmp_path)
     assert rows["wild"]["collapsed"] == "diverged" and rows["low"]["collapsed"] == "no"
@@ -390,7 +392,7 @@ def test_a_run_that_diverges_is_told_and_not_repeated(images, begun, tmp_path):
     assert list(told) == ["diverged"] and "step 1 is not finite" in told["diverged"]
     assert str(tmp_path) not in json.dumps(told)  # it may be published
 
-    assert study.run(config, str(tmp_path), BUILDS) == results
+    assert sweep.run(config, str(tmp_path), BUILDS) == results
     assert len(begun) == 2
 
 
@@ -399,7 +401,7 @@ def test_a_run_that_collapses_is_told(images, tmp_path):
     variants = {"flat": {"monitor__collapse_std": 1e9}, "fine": {"monitor__collapse_rank": 0.0}}
     variants["fine"]["monitor__collapse_std"] = 0.0
     config = make_config(images, seeds=(0,), each=each, variants=variants)
-    results = study.run(config, str(tmp_path), BUILDS)
+    results = sweep.run(config, str(tmp_path), BUILDS)
     step = read(tmp_path / "flat" / "seed_0" / "results.json")["collapsed_at_step"]
     rows = read_table(tmp_path)
     assert rows["flat"]["collapsed"] == f"step {step}" and rows["fine"]["collapsed"] == "no"
@@ -412,7 +414,7 @@ def test_the_table_counts_what_came_to_nothing(images, pretended, tmp_path):
     pretended["low/seed_0"] = NotFinite("step 3 is not finite: loss nan; see the file")
     pretended["low/seed_1"] = {"loss": 2.0, "collapsed": True, "collapsed_at_step": 1500}
     pretended["low/seed_2"] = {"loss": 3.0, "collapsed": False, "images_per_second": 1234.5}
-    results = study.run(make_config(images, seeds=(0, 1, 2)), str(tmp_path), BUILDS)
+    results = sweep.run(make_config(images, seeds=(0, 1, 2)), str(tmp_path), BUILDS)
     row = read_table(tmp_path)["low"]
     assert row["collapsed"] == "diverged, step 1,500" and results["low_collapsed"] == 2
     assert row["loss"] == "2.50 ± 0.71" and row["images/s"] == "1,234"
@@ -426,7 +428,7 @@ def test_fields_that_some_variants_have(images, pretended, tmp_path):
     config = make_config(images, show=("optimizer.learning_rate", "queue_size"))
     with config.unlocked():
         config.variants.high.queue_size = 64
-    study.run(config, str(tmp_path), BUILDS)
+    sweep.run(config, str(tmp_path), BUILDS)
     rows = read_table(tmp_path)
     assert [row["optimizer.learning_rate"] for row in rows.values()] == ["0.1", "0.5"]
     assert [row["queue_size"] for row in rows.values()] == ["", "64"]
@@ -439,17 +441,17 @@ def test_each_variant_is_built_by_its_method(images, monkeypatch, tmp_path):
         built[config.method] = build
         return {}
 
-    monkeypatch.setattr(study, "pretrain", pretrain)
+    monkeypatch.setattr(sweep, "pretrain", pretrain)
     builds = {name: functools.partial(quick_build) for name in ("moco", "byol", "simclr")}
     variants = {"one": {"method": "moco"}, "two": {"method": "byol"}}
-    study.run(make_config(images, variants=variants), str(tmp_path), builds.__getitem__)
+    sweep.run(make_config(images, variants=variants), str(tmp_path), builds.__getitem__)
     assert built == {name: builds[name] for name in ("moco", "byol")}
 
 
 def test_published_numbers_stand_beside(images, pretended, tmp_path):
     published = ConfigDict({"high": 72.5})
     config = make_config(images, published=published, published_title="paper")
-    study.run(config, str(tmp_path), BUILDS)
+    sweep.run(config, str(tmp_path), BUILDS)
     rows = read_table(tmp_path)
     assert rows["high"]["paper"] == "72.5" and rows["low"]["paper"] == ""
     assert list(rows["low"])[-1] == "paper"
@@ -461,10 +463,10 @@ def test_table_and_record_are_published(images, pretended, tmp_path):
     pretended["high/seed_1"] = Stopped("SIGTERM", 143)
     config = make_config(images, publish_dir=str(there))
     with pytest.raises(Stopped):
-        study.run(config, str(here), BUILDS)
+        sweep.run(config, str(here), BUILDS)
     assert len(read(here / "runs.json")) == 3 and os.listdir(there) == []
     del pretended["high/seed_1"]
-    study.run(config, str(here), BUILDS)
+    sweep.run(config, str(here), BUILDS)
     assert sorted(os.listdir(there)) == ["runs.json", "table.md", "table.png"]
     for name in os.listdir(there):
         assert (there / name).read_bytes() == (here / name).read_bytes()
@@ -488,7 +490,7 @@ def test_a_mistake_in_the_last_variant_is_told_first(
 ):
     config = make_config(images, variants={"good": {}, "bad": {field: value}})
     with pytest.raises(UserError, match=r"^config\.variants\.bad\." + named) as error:
-        study.run(config, str(tmp_path / "study"), BUILDS)
+        sweep.run(config, str(tmp_path / "study"), BUILDS)
     assert "\n" not in str(error.value)
     assert pretended.begun == [] and not (tmp_path / "study").exists()
 
@@ -505,7 +507,7 @@ def test_a_mistake_in_the_last_variant_is_told_first(
 )
 def test_seeds_and_order_are_checked(images, pretended, tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
-        study.run(make_config(images, **changes), str(tmp_path / "study"), BUILDS)
+        sweep.run(make_config(images, **changes), str(tmp_path / "study"), BUILDS)
     assert pretended.begun == [] and not (tmp_path / "study").exists()
 
 
@@ -514,7 +516,7 @@ def test_a_broken_record_is_named_and_kept(images, pretended, tmp_path, content)
     path = tmp_path / "runs.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: ") as error:
-        study.run(make_config(images), str(tmp_path), BUILDS)
+        sweep.run(make_config(images), str(tmp_path), BUILDS)
     assert "\n" not in str(error.value)
     assert pretended.begun == [] and path.read_bytes() == content
 
@@ -522,7 +524,7 @@ def test_a_broken_record_is_named_and_kept(images, pretended, tmp_path, content)
 def test_a_folder_that_takes_no_files_is_named(images, begun, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"{tmp_path}/file/study.*: .*Not a directory") as error:
-        study.run(make_config(images), str(tmp_path / "file" / "study"), BUILDS)
+        sweep.run(make_config(images), str(tmp_path / "file" / "study"), BUILDS)
     assert begun in ([], NAMES[:1]) and "\n" not in str(error.value)
 
 
@@ -531,7 +533,7 @@ def test_a_publish_dir_that_takes_no_files_is_named(images, pretended, tmp_path)
     (tmp_path / "file").write_text("")
     config = make_config(images, publish_dir=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=f"^{tmp_path}/file/below: .*Not a directory"):
-        study.run(config, str(tmp_path / "study"), BUILDS)
+        sweep.run(config, str(tmp_path / "study"), BUILDS)
     assert sorted(read(tmp_path / "study" / "runs.json")) == pretended.begun
 
 
@@ -614,7 +616,7 @@ def test_the_command_line_runs_a_study(images, tmp_path):
 
 
 def test_a_stopped_run_of_a_study_does_not_send_to_another_workdir():
-    told = str(endings.stopped(15, 3, "runs/study/low/seed_0"))
+    told = str(signals.stopped(15, 3, "runs/study/low/seed_0"))
     assert "--workdir=" not in told and "runs/study/low/seed_0" in told
 
 
@@ -629,7 +631,7 @@ def test_a_stopped_run_of_a_study_does_not_send_to_another_workdir():
 )
 def test_more_of_a_study_is_checked(images, pretended, tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
-        study.run(make_config(images, **changes), str(tmp_path / "study"), BUILDS)
+        sweep.run(make_config(images, **changes), str(tmp_path / "study"), BUILDS)
     assert pretended.begun == []
 
 
@@ -637,7 +639,7 @@ def test_more_of_a_study_is_checked(images, pretended, tmp_path, changes, named)
 def test_a_record_of_another_kind_is_named(images, pretended, tmp_path, content):
     (tmp_path / "runs.json").write_text(content)
     with pytest.raises(UserError, match=r"runs\.json: cannot be read: "):
-        study.run(make_config(images), str(tmp_path), BUILDS)
+        sweep.run(make_config(images), str(tmp_path), BUILDS)
     assert pretended.begun == []
 
 
@@ -645,14 +647,14 @@ def test_a_publish_dir_is_tried_first(images, pretended, tmp_path):
     (tmp_path / "file").write_text("")
     config = make_config(images, publish_dir=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=r"below: .*Not a directory"):
-        study.run(config, str(tmp_path / "study"), BUILDS)
+        sweep.run(config, str(tmp_path / "study"), BUILDS)
     assert pretended.begun == []
 
 
 def test_an_unknown_reference_is_told_first(images, begun, tmp_path):
     variants = {"good": {}, "bad": {"monitor__reference": "nope"}}
     with pytest.raises(UserError, match=r"^config\.variants\.bad\.monitor\.reference='nope'"):
-        study.run(make_config(images, variants=variants), str(tmp_path), BUILDS)
+        sweep.run(make_config(images, variants=variants), str(tmp_path), BUILDS)
     assert begun == []
 
 
@@ -680,11 +682,11 @@ def test_what_a_method_cannot_take_is_told_before_the_first_run(images, pretende
         return quick_build(config, *args)
 
     with pytest.raises(UserError, match=r"^config\.variants\.high\.queue_size=7: must be"):
-        study.run(make_config(images), str(tmp_path), lambda name: build)
+        sweep.run(make_config(images), str(tmp_path), lambda name: build)
     assert pretended.begun == []
 
 
 def test_a_misspelt_measure_is_told(images, pretended, tmp_path):
     config = make_config(images, measures=("linear_probe",))
     with pytest.raises(UserError, match=r"config\.measures=.*linear_probe_top1"):
-        study.run(config, str(tmp_path), BUILDS)
+        sweep.run(config, str(tmp_path), BUILDS)

@@ -21,11 +21,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util.tensor_util import make_ndarray
 from tiny_runs import build, recorded, write_images
 
-from selfsup_jax import checkpoint, inputs, parallel, plots, train
-from selfsup_jax.data import pipeline, sources
+from selfsup_jax.data import inputs, pipeline, sources
+from selfsup_jax.devices import parallel
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.models.network import parts
+from selfsup_jax.run import checkpoint
 from selfsup_jax.state import TrainState
+from selfsup_jax.training import pretrain
+from selfsup_jax.viz import plots
 
 STEPS = 6
 
@@ -153,7 +156,7 @@ def whole_run(folders, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     config = tiny_config(folders["labels"])
     probed = []
-    evaluate = train.final.evaluate
+    evaluate = pretrain.closing.evaluate
 
     def spy(extract, trained, *args, **kwargs):
         before = jax.tree.map(np.copy, trained)
@@ -162,8 +165,8 @@ def whole_run(folders, tmp_path_factory):
         return results
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.final, "evaluate", spy)
-        results = train.pretrain(config, str(workdir), build)
+        patch.setattr(pretrain.closing, "evaluate", spy)
+        results = pretrain.pretrain(config, str(workdir), build)
     return config, workdir, results, probed[0]
 
 
@@ -216,7 +219,7 @@ def test_stopping_and_going_on_changes_nothing(
     monkeypatch.setattr(checkpoint.Checkpoints, "take", spy)
     interrupt[3] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped, match=f"SIGTERM: .* step 3.*{tmp_path}") as stopped:
-        train.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
+        pretrain.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
     assert stopped.value.status == 143
     assert taken == [2, 3]  # the step that was being done, though no checkpoint was due
 
@@ -225,7 +228,7 @@ def test_stopping_and_going_on_changes_nothing(
 
     interrupt[6] = kill
     with pytest.raises(Killed):
-        train.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
+        pretrain.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
     assert taken == [2, 3, 4]
     assert not (tmp_path / "results.json").exists()
     # Step 5 was recorded, and not saved. Such a process may leave half of what it was writing.
@@ -237,7 +240,7 @@ def test_stopping_and_going_on_changes_nothing(
     with open(last_events, "ab") as f:
         f.write(last_events.read_bytes()[-20:-3])
 
-    resumed = train.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
+    resumed = pretrain.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
     assert taken == [2, 3, 4, 6]  # steps 5 and 6 only, none of them twice
     assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
     check_events(tmp_path)
@@ -270,12 +273,12 @@ def test_a_finished_run_only_evaluates_again(whole_run, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     monkeypatch.setattr(parallel, "step_over_devices", None)  # nothing is left to train
-    assert train.pretrain(tiny_config(config.data.dir), str(copy), build) == results
+    assert pretrain.pretrain(tiny_config(config.data.dir), str(copy), build) == results
     assert_same(restore(config, copy), restore(config, workdir))
     assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
     check_events(copy)
     # With what may change: the config that is written is the new one.
-    train.pretrain(tiny_config(config.data.dir, **{"eval.fewshot_draws": 3}), str(copy), build)
+    pretrain.pretrain(tiny_config(config.data.dir, **{"eval.fewshot_draws": 3}), str(copy), build)
     assert json.loads((copy / "config.json").read_text())["eval"]["fewshot_draws"] == 3
 
 
@@ -490,7 +493,7 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
         view_pairs(path, first, second, step=step)
 
     monkeypatch.setattr(plots, "view_pairs", spy)
-    results = train.pretrain(config, str(tmp_path), build)
+    results = pretrain.pretrain(config, str(tmp_path), build)
     assert capfd.readouterr().err.count("WARNING: the run has collapsed by step 4") == 1
     assert results["collapsed"] is True and results["collapsed_at_step"] == 4
     assert_same(restore(config, tmp_path), restore(config, whole_run[1]))
@@ -519,7 +522,7 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
         assert views.shape == (2, config.monitor.view_pairs, 8, 8, 3)
         np.testing.assert_allclose(views, expected[:, : views.shape[1]], atol=1e-6)
 
-    again = train.pretrain(config, str(tmp_path), build)
+    again = pretrain.pretrain(config, str(tmp_path), build)
     assert again == results
     assert "WARNING" not in capfd.readouterr().err
 
@@ -527,7 +530,7 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
 def test_a_run_without_labels(folders, tmp_path):
     changes = {"steps": 2, "monitor.knn_every_steps": 1, "monitor.plots_every_steps": 2}
     config = tiny_config(folders["no labels"], **changes)
-    results = train.pretrain(config, str(tmp_path), build)
+    results = pretrain.pretrain(config, str(tmp_path), build)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["steps"] == 2 and results["images_per_second"] > 0
     assert not [name for name in results if "top1" in name or "top5" in name]
@@ -586,7 +589,7 @@ def test_a_diverging_run_stops(
 
     monkeypatch.setattr(checkpoint.Checkpoints, "take", spy)
     with pytest.raises(UserError) as error:
-        train.pretrain(config, str(tmp_path), broken_build)
+        pretrain.pretrain(config, str(tmp_path), broken_build)
     message = str(error.value)
     assert message.startswith(f"step {step} is not finite: ") and "\n" not in message
     assert str(tmp_path / "non_finite.json") in message
@@ -625,7 +628,7 @@ def test_a_step_that_is_not_finite_is_found_two_steps_later(folders, tmp_path, i
     for step in range(1, 51):
         interrupt[step] = functools.partial(begun.append, step)
     with pytest.raises(UserError, match=r"^step 31 is not finite: loss inf;"):
-        train.pretrain(config, str(tmp_path), functools.partial(counting_build, infinite_at=31))
+        pretrain.pretrain(config, str(tmp_path), functools.partial(counting_build, infinite_at=31))
     assert begun[-1] == 33
     found = json.loads((tmp_path / "non_finite.json").read_text())
     assert found["step"] == 31 and found["metrics"] == {"finite": 0.0, "loss": "inf"}
@@ -641,7 +644,7 @@ def test_a_checkpoint_waits_while_another_is_being_written(folders, tmp_path, mo
     answers = iter([True, True, False])  # asked at 2, where one is due, and at 3 and 4 again
     busy = property(lambda self: next(answers, True))
     monkeypatch.setattr(checkpoint.Checkpoints, "busy", busy)
-    train.pretrain(config, str(tmp_path), counting_build)
+    pretrain.pretrain(config, str(tmp_path), counting_build)
     saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert saved == {4, 5, 8}
 
@@ -651,11 +654,11 @@ def test_a_run_becomes_longer(folders, tmp_path):
     constant = {"optimizer.schedule": "constant", "tau_schedule": "constant"}
     for steps, done in ((3, 3), (6, 6), (4, 6)):
         config = counting_config(folders["labels"], steps=steps, **constant)
-        assert train.pretrain(config, str(tmp_path), counting_build)["steps"] == done
+        assert pretrain.pretrain(config, str(tmp_path), counting_build)["steps"] == done
         assert [line["step"] for line in recorded(tmp_path)] == list(range(1, done + 1))
         assert json.loads((tmp_path / "config.json").read_text())["steps"] == steps
     with pytest.raises(UserError, match=r"config.tau_schedule='cosine'"):
-        train.pretrain(
+        pretrain.pretrain(
             counting_config(folders["labels"], **constant | {"tau_schedule": "cosine"}),
             str(tmp_path),
             counting_build,
@@ -672,34 +675,34 @@ def test_without_a_checkpoint_there_is_no_run_to_keep_to(folders, tmp_path):
         return dataclasses.replace(counting_build(*args), init_state=init_state)
 
     with pytest.raises(Killed):
-        train.pretrain(counting_config(folders["labels"]), str(tmp_path), mistaken)
+        pretrain.pretrain(counting_config(folders["labels"]), str(tmp_path), mistaken)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["batch_size"] == 16
     config = counting_config(folders["labels"], batch_size=8, seed=3)
-    train.pretrain(config, str(tmp_path), counting_build)
+    pretrain.pretrain(config, str(tmp_path), counting_build)
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 8
 
 
 def test_some_steps_are_profiled(folders, tmp_path):
     profile = {"profile.first_step": 3, "profile.num_steps": 2}
     config = counting_config(folders["labels"], **profile)
-    train.pretrain(config, str(tmp_path), counting_build)
+    pretrain.pretrain(config, str(tmp_path), counting_build)
     (trace,) = tmp_path.rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
     for changes in ({"steps": 4}, {"profile.first_step": 6}):
         config = counting_config(folders["labels"], **profile | changes)
         with pytest.raises(UserError, match=r"config.profile.first_step=.*run's"):
-            train.pretrain(config, str(tmp_path / "another"), counting_build)
+            pretrain.pretrain(config, str(tmp_path / "another"), counting_build)
     assert not (tmp_path / "another").exists()
 
 
 def test_what_is_kept_for_good_is_not_given_up(folders, tmp_path):
     """Another multiple, or none, would delete the checkpoints that were to stay."""
     kept = {"keep_checkpoints": 1, "keep_every_steps": 2, "eval.enabled": False}
-    train.pretrain(tiny_config(folders["labels"], **kept), str(tmp_path), build)
+    pretrain.pretrain(tiny_config(folders["labels"], **kept), str(tmp_path), build)
     with pytest.raises(UserError, match=r"config\.keep_every_steps=0: .* has 2"):
         changed = kept | {"keep_every_steps": 0}
-        train.pretrain(tiny_config(folders["labels"], **changed), str(tmp_path), build)
+        pretrain.pretrain(tiny_config(folders["labels"], **changed), str(tmp_path), build)
     steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert steps == {2, 4, 6}
 
@@ -710,9 +713,9 @@ def test_broken_images_are_counted_over_the_whole_run(tmp_path, monkeypatch):
     (images / "class_0" / "0.png").write_bytes(b"no picture")
     settings = {"data.max_undecodable": 0.5, "eval.enabled": False}
     config = tiny_config(images, **settings)
-    whole = train.pretrain(config, str(tmp_path / "whole"), build)
+    whole = pretrain.pretrain(config, str(tmp_path / "whole"), build)
     assert whole["undecodable_images"] == 1
-    again = train.pretrain(tiny_config(images, **settings), str(tmp_path / "whole"), build)
+    again = pretrain.pretrain(tiny_config(images, **settings), str(tmp_path / "whole"), build)
     assert again["undecodable_images"] == 1  # though nothing was read this time
 
 
@@ -722,19 +725,19 @@ def test_no_picture_is_worth_a_run(folders, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(plots, "learning_curves", fail)
     config = tiny_config(folders["labels"], **{"monitor.plots_every_steps": 3})
-    results = train.pretrain(config, str(tmp_path), build)
+    results = pretrain.pretrain(config, str(tmp_path), build)
     assert results["steps"] == STEPS
 
 
 def test_an_unknown_reference_is_named(folders, tmp_path):
     config = counting_config(folders["labels"], **{"monitor.reference": "no such"})
     with pytest.raises(UserError, match=r"config.monitor.reference='no such'"):
-        train.pretrain(config, str(tmp_path), counting_build)
+        pretrain.pretrain(config, str(tmp_path), counting_build)
 
 
 def test_another_runs_workdir_is_refused(whole_run):
     config, workdir, _, _ = whole_run
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     with pytest.raises(UserError, match=r"config.tau_base=0.5.*0.99"):
-        train.pretrain(tiny_config(config.data.dir, tau_base=0.5), str(workdir), build)
+        pretrain.pretrain(tiny_config(config.data.dir, tau_base=0.5), str(workdir), build)
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before

@@ -15,10 +15,11 @@ import tiny_jobs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_jobs import Killed, add_checkpoint, copy_run, make_config, read
 
-from selfsup_jax import inputs, jobs
+from selfsup_jax import jobs
+from selfsup_jax.data import inputs
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.evaluation import encoder
-from selfsup_jax.jobs import frame, watch
+from selfsup_jax.jobs import runner, watch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +79,7 @@ def clock(monkeypatch):
 def evaluated(monkeypatch):
     """The steps that are evaluated from here on, an untrained encoder as -1."""
     found = []
-    prepare = frame.Prepared.__new__
+    prepare = runner.Prepared.__new__
 
     def spy(cls, task, *args):
         def counted(frozen, folder):
@@ -87,7 +88,7 @@ def evaluated(monkeypatch):
 
         return prepare(cls, counted, *args)
 
-    monkeypatch.setattr(frame.Prepared, "__new__", spy)
+    monkeypatch.setattr(runner.Prepared, "__new__", spy)
     return found
 
 

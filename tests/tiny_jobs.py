@@ -31,8 +31,10 @@ from PIL import Image  # noqa: E402
 
 import byol_jax.method  # noqa: E402
 from configs import embed, fewshot, finetune, knn, linear_probe, transfer  # noqa: E402
-from selfsup_jax import inputs, jobs, train  # noqa: E402
+from selfsup_jax import jobs  # noqa: E402
+from selfsup_jax.data import inputs  # noqa: E402
 from selfsup_jax.models import resnet  # noqa: E402
+from selfsup_jax.training import pretrain  # noqa: E402
 
 CLASSES, TRAIN, TEST = 3, 96, 24  # images of the two splits
 STEPS = 4  # of the run; each has a checkpoint
@@ -133,7 +135,7 @@ def make_run(data: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
         predictor__hidden_sizes=(8,),
     )
     config.encoder.depth = 2
-    train.pretrain(config, str(workdir), _wander)
+    pretrain.pretrain(config, str(workdir), _wander)
     assert tiny_runs.saved_steps(workdir) == list(range(1, STEPS + 1))
     return workdir
 

@@ -18,7 +18,7 @@ from absl import app  # noqa: E402
 
 import byol_jax.method  # noqa: E402
 import run_experiment  # noqa: E402
-from selfsup_jax import inputs  # noqa: E402
+from selfsup_jax.data import inputs  # noqa: E402
 
 train_batches = inputs.train_batches
 

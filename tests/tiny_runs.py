@@ -14,9 +14,10 @@ from PIL import Image
 
 from byol_jax import method
 from configs import byol
-from selfsup_jax import checkpoint, optim
-from selfsup_jax.augment import Augmentation
+from selfsup_jax import optim
+from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.method import Method
+from selfsup_jax.run import checkpoint
 from selfsup_jax.state import TrainState
 
 

@@ -16,9 +16,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from selfsup_jax.endings import whole_file, write_json, writing_to
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
+from selfsup_jax.run.files import whole_file, write_json, writing_to
 
 # The two files of an exported encoder.
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"

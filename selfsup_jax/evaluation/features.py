@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selfsup_jax import parallel
-from selfsup_jax.augment import normalize
+from selfsup_jax.data.augment import normalize
+from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
@@ -67,7 +67,7 @@ class Extractor:
         if not parts:
             raise UserError("config.data: a split holds no image that can be decoded")
         x, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Features(*parallel.gather_hosts((x, labels.astype(np.int32))))
+        return Features(*hosts.gather_hosts((x, labels.astype(np.int32))))
 
 
 def pixels(batches: Iterable[HostBatch]) -> Features:
@@ -75,4 +75,4 @@ def pixels(batches: Iterable[HostBatch]) -> Features:
     parts = [(b["image"].reshape(len(b["image"]), -1), b["label"]) for b in batches]
     x = np.concatenate([x for x, _ in parts]).astype(np.float32) / 255.0
     labels = np.concatenate([labels for _, labels in parts]).astype(np.int32)
-    return Features(*parallel.gather_hosts((x, labels)))
+    return Features(*hosts.gather_hosts((x, labels)))

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from sklearn.preprocessing import normalize
 
-from selfsup_jax import parallel
+from selfsup_jax.devices import parallel
 from selfsup_jax.evaluation.features import Features
 
 

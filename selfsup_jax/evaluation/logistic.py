@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from selfsup_jax import collectives, parallel
+from selfsup_jax.devices import collectives, parallel
 from selfsup_jax.evaluation.features import Features
 
 _BLOCK = 4096  # rows whose logits are held at once

@@ -11,8 +11,8 @@ import numpy as np
 from absl import logging
 from sklearn.metrics import confusion_matrix
 
-from selfsup_jax import plots
-from selfsup_jax.endings import whole_file
+from selfsup_jax.run.files import whole_file
+from selfsup_jax.viz import plots
 
 
 def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from selfsup_jax import collectives, diagnostics
-from selfsup_jax.augment import ViewAugmentation, augment_view, normalize
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.data.augment import ViewAugmentation, augment_view, normalize
+from selfsup_jax.devices import collectives
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models.heads import LinearClassifier
 from selfsup_jax.state import Batch, Metrics, TrainState
+from selfsup_jax.training import diagnostics
 
 
 def flips(flip_prob: float) -> ViewAugmentation:

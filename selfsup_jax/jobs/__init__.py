@@ -10,13 +10,13 @@ NAMES = ("linear_probe", "knn", "finetune", "transfer", "fewshot", "embed")
 
 
 def run(config: ConfigDict, directory: str) -> dict[str, Any]:
-    """Runs the evaluation job of that config; see `frame.run`."""
+    """Runs the evaluation job of that config; see `runner.run`."""
     from selfsup_jax.jobs import (
         embed,
         finetune,
-        frame,
         frozen_features,
         linear_probe,
+        runner,
         transfer,
         watch,
     )
@@ -29,5 +29,5 @@ def run(config: ConfigDict, directory: str) -> dict[str, Any]:
         "fewshot": frozen_features.fewshot,
         "embed": embed.prepare,
     }[config.job]
-    follow = watch.follow if config.watch else frame.run
+    follow = watch.follow if config.watch else runner.run
     return follow(config, directory, prepare)

@@ -11,17 +11,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import parallel
 from selfsup_jax.data import sources
 from selfsup_jax.data.sources import Source
-from selfsup_jax.endings import whole_file
+from selfsup_jax.devices import hosts
 from selfsup_jax.errors import bad_field
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.evaluation.features import Extractor
-from selfsup_jax.jobs import frame, frozen_features
-from selfsup_jax.jobs.frame import Prepared
-from selfsup_jax.progress import say
+from selfsup_jax.jobs import frozen_features, runner
+from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.run.files import whole_file
+from selfsup_jax.run.progress import say
 
 Rows = dict[str, np.ndarray]  # features [n, D] float32, labels [n] int32, names [n] str
 
@@ -39,7 +39,7 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
     if not config.split and split.endswith("[:0]"):  # of a run without labels
         split = ""
     split = split or "+".join(sources.split_names(data.name, data.dir, data.download))
-    source = frame.load_split(config, split, "split", labelled=False)
+    source = runner.load_split(config, split, "split", labelled=False)
     extract = Extractor(
         encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
     )
@@ -50,7 +50,7 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
         rows = (_rows(x, batch) for x, batch in extract.stream(frozen.variables, batches))
         write = _write_one if config.format == "npz" else _write_parts
         files, shape = write(rows, source, folder, config.get("rows_per_file"))
-        count = int(parallel.gather_hosts(np.asarray([shape[0]])).sum())
+        count = int(hosts.gather_hosts(np.asarray([shape[0]])).sum())
         say(f"{count:,} x {shape[1]} features in {folder}: {files[0]}" + " ..." * (len(files) > 1))
         return {"embedded_images": count, "embedded_dimensions": shape[1], "split": split}
 
@@ -85,11 +85,11 @@ def _write_parts(
 ) -> tuple[list[str], tuple[int, int]]:
     """Writes each part when it is full: no more than one is in memory."""
     host = f"host{jax.process_index()}-" if jax.process_count() > 1 else ""
-    if parallel.is_writer():
+    if hosts.is_writer():
         for name in ("features", "labels", "names"):  # of an attempt that was stopped
             for stale in glob.glob(os.path.join(glob.escape(folder), f"{name}-*.npy")):
                 os.remove(stale)
-    parallel.wait_for_all("cleared")
+    hosts.wait_for_all("cleared")
     waiting: list[Rows] = []
     files: list[str] = []
     size, written, width = 0, 0, 0
@@ -115,7 +115,7 @@ def _write_parts(
         flush(_joined(waiting))
     if not files:
         raise bad_field("split", source.name, "holds no image that can be decoded")
-    if source.class_names and parallel.is_writer():
+    if source.class_names and hosts.is_writer():
         with whole_file(os.path.join(folder, "class_names.txt"), encoding="utf-8") as f:
             f.writelines(f"{name}\n" for name in source.class_names)
     return files, (written, width)

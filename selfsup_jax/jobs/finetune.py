@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import optim, parallel
+from selfsup_jax import optim
 from selfsup_jax.data import sources
+from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder, scores, supervised
 from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.evaluation.features import Extractor
 from selfsup_jax.jobs import frozen_features, training
-from selfsup_jax.jobs.frame import Prepared
-from selfsup_jax.progress import say
+from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.run.progress import say
 
 
 def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
@@ -52,7 +53,7 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
             (state.online_params, state.online_stats),
             frozen_features.counted(config, test, test.num_examples),
         )
-        if not parallel.is_writer():
+        if not hosts.is_writer():
             return {}
         scores.write_confusion(
             folder, scores.confusion(found.x, found.labels), test.class_names or ()

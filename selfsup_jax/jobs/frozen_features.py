@@ -10,15 +10,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn.model_selection import train_test_split
 
-from selfsup_jax import inputs, parallel, progress
+from selfsup_jax.data import inputs
 from selfsup_jax.data.sources import Source
+from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder, knn, linear_probe, logistic, scores
 from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.evaluation.features import Extractor, Features
-from selfsup_jax.jobs import frame
-from selfsup_jax.jobs.frame import Prepared
-from selfsup_jax.progress import say
+from selfsup_jax.jobs import runner
+from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.run import progress
+from selfsup_jax.run.progress import say
 
 
 class Measured(NamedTuple):
@@ -44,8 +46,8 @@ def prepare_for(
 
     def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
         inputs.fill_in_splits(config.data)
-        train = frame.load_split(config, config.data.train_split, "data.train_split")
-        test = frame.load_split(config, config.data.test_split, "data.test_split")
+        train = runner.load_split(config, config.data.train_split, "data.train_split")
+        test = runner.load_split(config, config.data.test_split, "data.test_split")
         num_classes = class_count(train, test)
         limit = min(config.data.max_train_images or train.num_examples, train.num_examples)
         check(config, limit)
@@ -57,7 +59,7 @@ def prepare_for(
             bank = extract(frozen.variables, counted(config, train, limit))
             queries = extract(frozen.variables, counted(config, test, test.num_examples))
             check_labels(config, bank.labels, queries.labels, num_classes)
-            if not parallel.is_writer():
+            if not hosts.is_writer():
                 return {}
             found = measure(bank, queries, num_classes, config)
             if found.logits is not None:

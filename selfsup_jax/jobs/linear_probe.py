@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import optim, parallel
+from selfsup_jax import optim
 from selfsup_jax.data.sources import Source
-from selfsup_jax.endings import whole_file
+from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import bad_field
 from selfsup_jax.evaluation import encoder, scores, supervised
 from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.evaluation.features import Extractor
 from selfsup_jax.jobs import frozen_features, training
-from selfsup_jax.jobs.frame import Prepared
-from selfsup_jax.progress import say
+from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.run.files import whole_file
+from selfsup_jax.run.progress import say
 
 _CLASSIFIER = "classifier.npz"
 
@@ -56,12 +57,12 @@ def _prepare_sgd(config: ConfigDict, frozen: Frozen) -> Prepared:
         path = os.path.join(folder, _CLASSIFIER)
         if not os.path.exists(path):
             heads = _train_heads(config, frozen, train, classes, folder)
-            if parallel.is_writer():
+            if hosts.is_writer():
                 with whole_file(path, "wb") as f:
                     np.savez(f, **heads)  # type: ignore[arg-type]
                 # What they grew from, with a copy of the encoder, is of no more use.
                 shutil.rmtree(os.path.join(folder, "checkpoints"))
-            parallel.wait_for_all("heads")
+            hosts.wait_for_all("heads")
         with np.load(path) as saved:
             heads = {name: saved[name] for name in ("kernel", "bias")}
         return _evaluate(config, extract, frozen, heads, held, test, classes, folder)
@@ -125,7 +126,7 @@ def _evaluate(
         say(frozen_features.told("learning rate", rates, found, rates[best]))
         picked = {"linear_probe_top1_held_out": found[best]}
     features = extract(frozen.variables, frozen_features.counted(config, test, test.num_examples))
-    if not parallel.is_writer():
+    if not hosts.is_writer():
         return {}
     logits = features.x @ heads["kernel"][best] + heads["bias"][best]
     matrix = scores.confusion(logits, features.labels)

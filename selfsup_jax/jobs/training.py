@@ -13,22 +13,25 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import STARTED, inputs, loop, optim, parallel, progress, workdir
+from selfsup_jax import STARTED, optim
 from selfsup_jax import config as config_lib
-from selfsup_jax.data import pipeline, sources
+from selfsup_jax.data import inputs, pipeline, sources
+from selfsup_jax.devices import parallel
 from selfsup_jax.durations import to_steps
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.jobs import frame, frozen_features
-from selfsup_jax.metrics import Recorder
-from selfsup_jax.progress import say
+from selfsup_jax.jobs import frozen_features, runner
+from selfsup_jax.run import progress, workdir
+from selfsup_jax.run.metrics import Recorder
+from selfsup_jax.run.progress import say
 from selfsup_jax.state import TrainState
+from selfsup_jax.training import loop
 
 
 def splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     """Training and test split, both with labels."""
     inputs.fill_in_splits(config.data)
-    train = frame.load_split(config, config.data.train_split, "data.train_split")
-    test = frame.load_split(config, config.data.test_split, "data.test_split")
+    train = runner.load_split(config, config.data.train_split, "data.train_split")
+    test = runner.load_split(config, config.data.test_split, "data.test_split")
     limit = config.data.max_train_images
     if limit and limit < train.num_examples:
         spread = np.linspace(0, train.num_examples, limit, endpoint=False).astype(int)
@@ -57,8 +60,8 @@ def hold_out(
                 "or --config.held_out_images=0 and a single learning rate",
             )
         field = "data.train_split"
-        rest = frame.load_split(config, f"{name}[{count}:]", field)
-        return rest, frame.load_split(config, f"{name}[:{count}]", field)
+        rest = runner.load_split(config, f"{name}[{count}:]", field)
+        return rest, runner.load_split(config, f"{name}[:{count}]", field)
     assert train.labels is not None
     mask = frozen_features.held_out_rows(train.labels, count, config.seed)
     rest = sources.subset(train, lambda labels, names: np.flatnonzero(~mask))

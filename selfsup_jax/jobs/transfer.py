@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import endings, inputs, parallel
-from selfsup_jax.data import sources
+from selfsup_jax.data import inputs, sources
+from selfsup_jax.devices import hosts
 from selfsup_jax.errors import NoData, UserError, bad_field
 from selfsup_jax.evaluation import encoder, logistic, scores
 from selfsup_jax.evaluation.encoder import Frozen
 from selfsup_jax.evaluation.features import Extractor, Features
-from selfsup_jax.jobs import frame, frozen_features
-from selfsup_jax.jobs.frame import Prepared
-from selfsup_jax.progress import say
+from selfsup_jax.jobs import frozen_features, runner
+from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.run import files
+from selfsup_jax.run.progress import say
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # `(logits [N, C], labels) -> fraction`
 METRICS: dict[str, Metric] = {
@@ -70,11 +71,11 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
 
     def task(frozen: Frozen, folder: str) -> dict[str, Any]:
         path = os.path.join(folder, _DONE)
-        results = frame.read_json(path) if os.path.exists(path) else {}
+        results = runner.read_json(path) if os.path.exists(path) else {}
         for name in present:
             if f"transfer_{name}" not in results:
                 results |= _evaluate(config, name, _load(config, name), extract, frozen)
-                if parallel.is_writer():
+                if hosts.is_writer():
                     _write_table(config, folder, results, missing)
         return results
 
@@ -133,7 +134,7 @@ def _evaluate(
     if not held.any():
         entry = config.sets[name].train_split
         raise bad_field(f"sets.{name}.train_split", entry, "too few images to pick a penalty on")
-    if not parallel.is_writer():
+    if not hosts.is_writer():
         return {}
     metric = METRICS[config.sets[name].metric]
 
@@ -175,8 +176,8 @@ def _write_table(
             rows.append((name, metric, f"{100 * results[f'transfer_{name}']:.1f} %"))
     lines = [f"| {name:<12} | {metric:<14} | {value:>7} |" for name, metric, value in rows]
     lines += ["", *(f"Left out: {name}: {why}" for name, why in missing.items())]
-    with endings.writing_to(folder):
+    with files.writing_to(folder):
         os.makedirs(folder, exist_ok=True)
-        endings.write_json(os.path.join(folder, _DONE), results)
-        with endings.whole_file(os.path.join(folder, "table.md"), encoding="utf-8") as f:
+        files.write_json(os.path.join(folder, _DONE), results)
+        with files.whole_file(os.path.join(folder, "table.md"), encoding="utf-8") as f:
             f.write("\n".join(lines).rstrip() + "\n")

@@ -14,19 +14,19 @@ import jax
 from ml_collections import ConfigDict
 
 from selfsup_jax import config as config_lib
-from selfsup_jax import workdir
-from selfsup_jax.endings import write_json
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import Frozen
-from selfsup_jax.jobs import frame
-from selfsup_jax.metrics import Recorder
-from selfsup_jax.progress import say
+from selfsup_jax.jobs import runner
+from selfsup_jax.run import workdir
+from selfsup_jax.run.files import write_json
+from selfsup_jax.run.metrics import Recorder
+from selfsup_jax.run.progress import say
 
 _OF_THE_STEP = ("found.step", "found.checkpoint")
 
 
-def follow(config: ConfigDict, directory: str, prepare: frame.Prepare) -> dict[str, Any]:
+def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[str, Any]:
     """Evaluates every checkpoint of a run, the oldest first, until the run has ended.
 
     Each has a folder of its own, `step_00001000`, with all that the job leaves; the newest's
@@ -42,7 +42,7 @@ def follow(config: ConfigDict, directory: str, prepare: frame.Prepare) -> dict[s
         The newest checkpoint's results.
 
     Raises:
-        UserError: as `frame.run`; the checkpoint is no run's workdir, several hosts, or no new
+        UserError: as `runner.run`; the checkpoint is no run's workdir, several hosts, or no new
             checkpoint within `config.watch_patience_hours`.
     """
     run = os.path.abspath(os.path.expanduser(config.checkpoint))
@@ -55,20 +55,20 @@ def follow(config: ConfigDict, directory: str, prepare: frame.Prepare) -> dict[s
         resolved: ConfigDict | None = None
         for frozen in _checkpoints(config, run, directory):
             if resolved is None:
-                resolved = frame.adopt(config, frozen)
+                resolved = runner.adopt(config, frozen)
                 config_lib.check_values(resolved)
                 prepared = prepare(resolved, frozen)
-            identity = frame.identity_of(resolved, prepared, frozen)
-            frame.check_same(identity, directory, free=_OF_THE_STEP)
+            identity = runner.identity_of(resolved, prepared, frozen)
+            runner.check_same(identity, directory, free=_OF_THE_STEP)
             baseline = os.path.join(directory, "random_init")
             folder = step_folder(directory, frozen.step)
-            with frame.begun(identity, directory):
-                results = frame.evaluate(resolved, prepared, frozen, folder, baseline)
-            write_json(os.path.join(directory, frame.RESULTS), results)
+            with runner.begun(identity, directory):
+                results = runner.evaluate(resolved, prepared, frozen, folder, baseline)
+            write_json(os.path.join(directory, runner.RESULTS), results)
             log.record(frozen.step, results)
         done = done_steps(directory)
-        newest = frame.read_json(os.path.join(step_folder(directory, done[-1]), frame.RESULTS))
-        write_json(os.path.join(directory, frame.RESULTS), newest)  # a kill may have come between
+        newest = runner.read_json(os.path.join(step_folder(directory, done[-1]), runner.RESULTS))
+        write_json(os.path.join(directory, runner.RESULTS), newest)  # a kill may have come between
         say(f"{run} has ended; its {len(done)} checkpoints are evaluated")
         return newest
 
@@ -80,19 +80,19 @@ def step_folder(directory: str, step: int) -> str:
 
 def done_steps(directory: str) -> list[int]:
     """The steps whose evaluation is whole, in order."""
-    pattern = os.path.join(glob.escape(directory), "step_*", frame.RESULTS)
+    pattern = os.path.join(glob.escape(directory), "step_*", runner.RESULTS)
     return sorted(int(path.split(os.sep)[-2].removeprefix("step_")) for path in glob.glob(pattern))
 
 
 def has_ended(run: str) -> bool:
     """Whether a run has written its results, for the newest of its checkpoints, and not gone on."""
-    results, config = (os.path.join(run, name) for name in (frame.RESULTS, "config.json"))
+    results, config = (os.path.join(run, name) for name in (runner.RESULTS, "config.json"))
     steps = encoder.checkpoint_steps(run)
     try:
         # A process that goes on with a run first renews its config.
         if not steps or os.path.getmtime(results) < os.path.getmtime(config):
             return False
-        return frame.read_json(results).get("steps", 0) <= steps[-1]
+        return runner.read_json(results).get("steps", 0) <= steps[-1]
     except OSError:
         return False
 
@@ -165,14 +165,14 @@ class _Log:
             self._recorder = Recorder(self._folder, done[-1] if done else 0)
         recorded = {step for steps, _ in self._recorder.history.values() for step in steps}
         for step in sorted(set(done) - recorded):  # killed between a result and its point
-            path = os.path.join(step_folder(self._directory, step), frame.RESULTS)
-            self.record(step, frame.read_json(path))
+            path = os.path.join(step_folder(self._directory, step), runner.RESULTS)
+            self.record(step, runner.read_json(path))
         return self
 
     def record(self, step: int, results: dict[str, Any]) -> None:
         """Writes the measures of a step."""
         assert self._recorder is not None
-        found = frame.measures(results)
+        found = runner.measures(results)
         if found:  # a job such as `embed` measures nothing
             self._recorder.write(step, found, {})
             self._recorder.flush()

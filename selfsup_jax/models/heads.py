@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models.norm import BatchNorm
 
 # How the authors' libraries start a linear layer: kernel, and bias by the number of inputs.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.state import PyTree
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices.collectives import BatchLayout
 
 
 class BatchNorm(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from selfsup_jax.collectives import BatchLayout
+from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models.convolution import Margins, convolve, max_pool
 from selfsup_jax.models.norm import BatchNorm, relu
 

@@ -1,0 +1,145 @@
+"""How this process joins its job and uses its machine: hosts, devices, memory, compiled code."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from clu import periodic_actions
+
+from selfsup_jax.devices.collectives import groups_of_microbatch
+from selfsup_jax.errors import UserError
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the other hosts of the job: from the arguments, else from the environment, else alone.
+
+    On TPU pods, under Slurm or Open MPI, and where `JAX_COORDINATOR_ADDRESS` is set,
+    `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
+
+    Raises:
+        UserError: only some of the three arguments are given.
+    """
+    given = [x is not None for x in (coordinator_address, num_processes, process_id)]
+    if any(given):
+        if not all(given):
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id go together: "
+                "give all three, or none to start from the environment"
+            )
+        if not 0 <= process_id < num_processes:  # type: ignore[operator]
+            raise UserError(
+                f"--process_id={process_id}: must be from 0 to num_processes - 1 = "
+                f"{num_processes - 1}"  # type: ignore[operator]
+            )
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif _environment_has_a_cluster():
+        jax.distributed.initialize()
+    elif _on_a_tpu_vm():
+        with contextlib.suppress(ValueError):  # a TPU machine that is no part of a pod
+            jax.distributed.initialize()
+
+
+def _environment_has_a_cluster() -> bool:
+    """True where `jax.distributed.initialize()` with no arguments would find more than one host."""
+    env = os.environ
+    many_tpu_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env
+    coordinator = "JAX_COORDINATOR_ADDRESS" in env or "COORDINATOR_ADDRESS" in env
+    launched = any(
+        int(env.get(tasks, "1") or 1) > 1 and rank in env
+        for tasks, rank in (
+            ("SLURM_NTASKS", "SLURM_PROCID"),
+            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        )
+    )
+    return many_tpu_hosts or many_slices or coordinator or launched
+
+
+def _on_a_tpu_vm() -> bool:
+    """A TPU VM has the chips and libtpu; its metadata names the other hosts."""
+    has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+    if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
+        return False
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
+    """Makes the CPU `count` devices; must be called before any device is used.
+
+    XLA runs much of a step on one thread per device, so that two devices on two cores finish it
+    a fifth sooner than one. With `count` 0: two where there are two cores and the global batch
+    divides, else one. Accelerators, jobs of many hosts and an explicit `XLA_FLAGS` stay as they
+    are.
+    """
+    explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if explicit or jax.distributed.is_initialized():
+        return
+    if count < 0:
+        raise UserError(f"--cpu_devices={count}: must not be negative")
+    if not count:
+        groups = groups_of_microbatch(bn_groups, accumulate_steps)
+        unit = 2 * max(1, accumulate_steps) * groups  # MoCo deals each device's part to all groups
+        divides = batch_size % unit == 0 and (groups == 1 or not groups % 2)
+        count = 2 if (os.cpu_count() or 1) >= 2 and divides else 1
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory rather than hand it back to the system and ask again.
+
+    Without it a step on the CPU takes tens of thousands of page faults for its temporaries: a fifth
+    of the demo's time. Other C libraries, and an environment that sets `MALLOC_*`, are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+    mallopt(m_mmap_threshold, 32 * 2**20)  # the largest that glibc takes
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)
+
+
+def keep_compiled(directory: str) -> None:
+    """Keeps compiled programs in `directory` from run to run (nowhere if empty).
+
+    `JAX_COMPILATION_CACHE_DIR`, where it is set, goes before.
+    """
+    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def device_memory() -> dict[str, float]:
+    """The first local device's memory in GiB, in use and at most so far; empty where it can't tell.
+
+    The CPU can't.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "device_memory_gib", "peak_bytes_in_use": "device_memory_peak_gib"}
+    return {name: stats[key] / 2**30 for key, name in names.items() if key in stats}
+
+
+def profiler(workdir: str, first_step: int, num_steps: int) -> Callable[[int], Any]:
+    """To be called with each step: traces `num_steps` of them from `first_step` on; 0 for none."""
+    if not first_step:
+        return lambda step: None
+    return periodic_actions.Profile(
+        logdir=workdir,
+        num_profile_steps=num_steps,
+        profile_duration_ms=None,
+        first_profile=first_step,
+        every_secs=None,
+    )

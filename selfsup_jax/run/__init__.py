@@ -1,0 +1,1 @@
+"""A run and its directory: checkpoints, metrics, progress, files, signals."""

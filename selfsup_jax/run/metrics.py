@@ -1,0 +1,142 @@
+"""What a run records of itself: `metrics.jsonl` and TensorBoard events, each step once only."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+from clu import metric_writers
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from selfsup_jax.devices import hosts
+from selfsup_jax.errors import UserError
+from selfsup_jax.run.files import whole_file
+from selfsup_jax.run.progress import say
+
+FILE = "metrics.jsonl"
+
+
+class Recorder:
+    """Writes a run's scalars, and holds all of them since its step 1.
+
+    A run that goes on from a checkpoint first takes back what an earlier process recorded after it,
+    since those steps come again: no point is there twice and none is missing.
+
+    Args:
+        workdir: takes `metrics.jsonl` (one object per line: "step" and what was measured at it)
+            and TensorBoard's events.
+        first_step: the checkpoint's step that the run goes on from, 0 for a fresh run.
+
+    Attributes:
+        history: name -> (steps, values) of all that is in `metrics.jsonl`. Only on the host that
+            writes.
+    """
+
+    def __init__(self, workdir: str, first_step: int):
+        self.history: dict[str, tuple[list[int], list[float]]] = {}
+        self._file: TextIO | None = None
+        self._writer: metric_writers.MetricWriter | None = None
+        if not hosts.is_writer():
+            return
+        path = os.path.join(workdir, FILE)
+        lines = _lines_up_to(path, first_step)
+        if not first_step and _lines_up_to(path, sys.maxsize):
+            aside = os.path.join(workdir, "metrics.before.jsonl")
+            say(f"no checkpoint to go on from: what was recorded before is moved to {aside}")
+            os.replace(path, aside)
+        self.history = _history(lines)
+        with whole_file(path) as f:
+            f.writelines(json.dumps(line) + "\n" for line in lines)
+        for events in glob.glob(os.path.join(glob.escape(workdir), "events.out.tfevents.*")):
+            _cut_events(events, first_step)
+        self._file = open(path, "a")  # noqa: SIM115
+        self._workdir = workdir
+
+    def write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """Records one step's values; `timings`, which no rerun repeats, go to TensorBoard only."""
+        if self._file is None:
+            return
+        if self._writer is None:  # its file is made with the first point
+            self._writer = metric_writers.create_default_writer(self._workdir, asynchronous=True)
+        _remember(self.history, step, values)
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._writer.write_scalars(step, {**values, **timings})
+
+    def flush(self) -> None:
+        """Returns when all is written: before a checkpoint says that these steps are done."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_history(workdir: str) -> dict[str, tuple[list[int], list[float]]]:
+    """`Recorder.history` of a run's workdir."""
+    return _history(_lines_up_to(os.path.join(workdir, FILE), sys.maxsize))
+
+
+def _history(lines: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
+    history: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        _remember(history, line["step"], {k: v for k, v in line.items() if k != "step"})
+    return history
+
+
+def _remember(
+    history: dict[str, tuple[list[int], list[float]]], step: int, values: Mapping[str, float]
+) -> None:
+    for name, value in values.items():
+        steps, series = history.setdefault(name, ([], []))
+        steps.append(step)
+        series.append(value)
+
+
+def _lines_up_to(path: str, last_step: int) -> list[dict]:
+    """The objects of a metrics file up to a step; a last line that was cut off is no object."""
+    lines = []
+    if os.path.exists(path):
+        with open(path) as f:
+            for number, text in enumerate(f, start=1):
+                if not text.endswith("\n"):
+                    break
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError as e:
+                    raise UserError(f"{path}: line {number} is no JSON; move the file away") from e
+                if line["step"] <= last_step:
+                    lines.append(line)
+    return lines
+
+
+def _cut_events(path: str, last_step: int) -> None:
+    """Takes the events after a step out of one of TensorBoard's files."""
+    kept, cut = [], False
+    for record in RawEventFileLoader(path).Load():
+        if event_pb2.Event.FromString(record).step <= last_step:
+            kept.append(record)
+        else:
+            cut = True
+    if len(kept) <= 1:  # at most the file's version
+        os.remove(path)
+    elif cut:
+        # Not a name that TensorBoard, or this function after a kill, would take for events.
+        partial = os.path.join(os.path.dirname(path), "cut.partial")
+        with open(partial, "wb") as f:
+            writer = RecordWriter(f)
+            for record in kept:
+                writer.write(record)
+        os.replace(partial, path)

@@ -1,0 +1,67 @@
+"""Stops a run at the first step whose loss or gradients are not finite."""
+
+from __future__ import annotations
+
+import collections
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from selfsup_jax.devices import parallel
+from selfsup_jax.errors import NotFinite
+from selfsup_jax.run.files import write_json
+
+
+class NanGuard:
+    """Finds the step at which the loss or a gradient is no longer finite.
+
+    Steps are looked at `lag` steps late, when they are done anyway: looking at once would keep the
+    device waiting for the host.
+    """
+
+    def __init__(self, workdir: str, lag: int = 2):
+        self._workdir = workdir
+        self._lag = lag
+        self._waiting: collections.deque = collections.deque()
+
+    def add(self, step: int, metrics: dict[str, Any], names: np.ndarray) -> None:
+        """Takes a step's metrics, still on the device, and the names of its images on this host.
+
+        Raises:
+            NotFinite: an earlier step was not.
+        """
+        finite = metrics["finite"].addressable_shards[0].data
+        finite.copy_to_host_async()
+        self._waiting.append((step, finite, metrics, names))
+        self._look(self._lag)
+
+    def drain(self) -> None:
+        """Looks at all steps so far; raises as `add` does."""
+        self._look(0)
+
+    def _look(self, lag: int) -> None:
+        while len(self._waiting) > lag:
+            step, finite, metrics, names = self._waiting.popleft()
+            if not np.asarray(finite)[0]:
+                self._stop(step, metrics, names)
+
+    def _stop(self, step: int, metrics: dict[str, Any], names: np.ndarray) -> None:
+        values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
+        broken = sorted(k for k, v in values.items() if k != "finite" and not np.isfinite(v))
+        what = ", ".join(f"{name} {values[name]}" for name in broken)
+        suffix = "" if jax.process_count() == 1 else f"_host{jax.process_index()}"
+        path = os.path.join(self._workdir, f"non_finite{suffix}.json")
+        found = {
+            "step": step,
+            "non_finite": broken,
+            "metrics": {k: v if np.isfinite(v) else str(v) for k, v in values.items()},
+            "images": [str(name) for name in names],
+        }
+        write_json(path, found)
+        raise NotFinite(
+            f"step {step} is not finite: {what}; its images are named in {path}. "
+            "The last good checkpoint stays; a lower config.optimizer.learning_rate or a longer "
+            "warm-up may help, in another --workdir"
+        )

@@ -1,0 +1,170 @@
+"""What the reader of a run sees on the terminal: the live progress line, and lines of news."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TextIO
+
+import jax
+import numpy as np
+
+from selfsup_jax.devices import hosts
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` -> `1m15s`; at most two units."""
+    whole = round(seconds)
+    days, rest = divmod(whole, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, rest = divmod(rest, 60)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Progress:
+    """One line that renews itself on a terminal, plain lines elsewhere; silent on other hosts.
+
+    Args:
+        total: steps of the whole run.
+        first_step: steps done before this process began.
+        images_per_step: global batch size.
+        stream: where to write; stderr by default.
+    """
+
+    def __init__(
+        self, total: int, first_step: int, images_per_step: int, stream: TextIO | None = None
+    ):
+        self._total = total
+        self._images_per_step = images_per_step
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._quiet = not hosts.is_writer()
+        self._last = self._began = (time.perf_counter(), first_step)
+        self._width = 0
+        self._counted_steps = 0
+        self._counted_seconds = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all the intervals shown so far, pauses left out; 0 before the first."""
+        if not self._counted_seconds:
+            return 0.0
+        return self._counted_steps * self._images_per_step / self._counted_seconds
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Takes the time that is spent in it out of the current interval's rate."""
+        began = time.perf_counter()
+        yield
+        paused = time.perf_counter() - began
+        self._last = (self._last[0] + paused, self._last[1])
+        self._began = (self._began[0] + paused, self._began[1])
+
+    def restart(self, step: int) -> None:
+        """Begins to count at `step`, now: after the first step, which compiles."""
+        self._last = self._began = (time.perf_counter(), step)
+
+    def expectation(self, step: int) -> str:
+        """How long the run is going to take, judged by the steps since the last restart."""
+        seconds, steps = time.perf_counter() - self._began[0], step - self._began[1]
+        rate = steps * self._images_per_step / max(seconds, 1e-9)
+        left = (self._total - step) * seconds / max(steps, 1)
+        return (
+            f"{rate:,.0f} images/s: about {format_seconds(left)} ({left / 3600:.2g} hours) to go, "
+            "evaluation not counted"
+        )
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> float:
+        """Shows step, rate, ETA, loss and probe. Returns the interval's images per second."""
+        now = time.perf_counter()
+        seconds, steps = now - self._last[0], step - self._last[1]
+        self._last = (now, step)
+        rate = 0.0
+        if steps > 0:
+            self._counted_seconds += seconds
+            self._counted_steps += steps
+            rate = steps * self._images_per_step / max(seconds, 1e-9)
+        parts = [f"step {step}/{self._total} ({100 * step // max(1, self._total)}%)"]
+        if self._counted_steps:
+            left = (self._total - step) * self._counted_seconds / self._counted_steps
+            parts += [f"{rate:,.0f} images/s", f"ETA {format_seconds(left)}"]
+        parts.append(f"loss {metrics['loss']:.4f}")
+        for name, shown in (("top1", "top-1"), ("probe_top1", "probe"), ("knn_top1", "kNN")):
+            if name in metrics:
+                parts.append(f"{shown} {100 * metrics[name]:.1f}%")
+        self._write("  ".join(parts))
+        return rate
+
+    def _write(self, line: str) -> None:
+        if self._quiet:
+            return
+        if self._live:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def news(self, message: str) -> None:
+        """A line of its own, above the live one."""
+        self.close()
+        say(message)
+
+    def close(self) -> None:
+        """Leaves the live line standing and goes to a fresh one."""
+        if self._live and self._width and not self._quiet:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+
+def counted(
+    batches: Iterable[dict[str, np.ndarray]],
+    total: int,
+    what: str,
+    every: float = 10.0,
+    stream: TextIO | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The same batches of "label"s, with a line that says how many of them there were.
+
+    Args:
+        batches: this host's part.
+        total: examples, over all hosts.
+        what: they are.
+        every: seconds between lines where there is no terminal; on one a line renews itself.
+        stream: where to write; stderr by default.
+    """
+    stream = stream or sys.stderr
+    live, quiet = stream.isatty(), not hosts.is_writer()
+    began = shown = time.perf_counter()
+    count, width = 0, 0
+    for batch in batches:
+        yield batch
+        count += len(batch["label"]) * jax.process_count()  # hosts have equal parts
+        now = time.perf_counter()
+        if quiet or now - shown < (0.2 if live else every):
+            continue
+        shown = now
+        rate = count / (now - began)
+        left = format_seconds(max(0, total - count) / rate)
+        line = f"{what}: {count:,}/{total:,}  {rate:,.0f} images/s  ETA {left}"
+        stream.write("\r" + line.ljust(width) if live else line + "\n")
+        stream.flush()
+        width = len(line)
+    if not quiet:
+        seconds = time.perf_counter() - began
+        line = f"{what}: {total:,} images in {format_seconds(seconds)}"
+        stream.write(("\r" + line.ljust(width) if live else line) + "\n")
+        stream.flush()
+
+
+def say(message: str) -> None:
+    """A line for the reader, from one host only."""
+    if hosts.is_writer():
+        print(message, file=sys.stderr, flush=True)

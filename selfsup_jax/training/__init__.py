@@ -1,0 +1,1 @@
+"""Pretraining: the loop, what is measured on the way, several recipes in one table."""

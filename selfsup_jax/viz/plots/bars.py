@@ -1,0 +1,60 @@
+"""Recipes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from selfsup_jax.viz.plots.page import CURVES, GREY, INK, MARGIN, SMALL, TOP, open_page
+
+_ROW, _BAR, _WIDTH = 30, 0.62, 250  # pixels; share of a row; pixels
+
+
+class Panel(NamedTuple):
+    """One measure of all recipes.
+
+    Attributes:
+        heading: what it is, and its unit.
+        values: of each recipe, a number for each run; none for one that is still to come.
+        baselines: the same of what each is compared with; empty for none.
+    """
+
+    heading: str
+    values: Sequence[Sequence[float]]
+    baselines: Sequence[Sequence[float]]
+
+
+def comparison(path: str, names: Sequence[str], panels: Sequence[Panel], *, title: str) -> None:
+    """A bar to the mean of each recipe's runs, a dot for each run, a grey line for its baseline.
+
+    Args:
+        path: of the PNG file.
+        names: of the recipes, from the top.
+        panels: side by side.
+        title: of the picture.
+    """
+    left = MARGIN + 8 + 6 * max(len(name) for name in names)
+    height = TOP + 26 + _ROW * len(names) + 40
+    width = max(640, left + len(panels) * (_WIDTH + MARGIN) + MARGIN)
+    any_baseline = any(any(panel.baselines) for panel in panels)
+    note = "bar: mean; dots: runs" + "; grey line: never trained" * any_baseline
+    with open_page(path, width, height, title, note) as page:
+        for number, panel in enumerate(panels):
+            x = left + number * (_WIDTH + MARGIN)
+            page.write(x, TOP, panel.heading, _WIDTH, ha="left", weight="bold")
+            axes = page.axes(x, TOP + 22, _WIDTH, _ROW * len(names))
+            for row, values in enumerate(panel.values):
+                color = CURVES[row % len(CURVES)]
+                if values:
+                    axes.barh(row, np.mean(values), height=_BAR, color=color, alpha=0.35)
+                    axes.plot(values, [row] * len(values), "o", color=color, markersize=4)
+                if panel.baselines and panel.baselines[row]:
+                    ends = (row - _BAR / 2, row + _BAR / 2)
+                    axes.plot([np.mean(panel.baselines[row])] * 2, ends, color=GREY, linewidth=2)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xlim(left=0)
+            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+            axes.tick_params(labelsize=SMALL, colors=INK, length=0)
+            axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,0 +1,90 @@
+"""Pictures made of images: view pairs, nearest neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from selfsup_jax.viz.plots.page import FRAME, GREY, MARGIN, OTHER, SAME, TOP, open_page
+
+
+def _tiles(images: np.ndarray, low: int = 90, high: int = 160) -> np.ndarray:
+    """`[..., H, W, 3]` as uint8, pixels repeated or averaged to about `low` to `high` a side."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        images = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
+    side = max(images.shape[-3:-1])
+    if side <= high:
+        factor = max(1, round(low / side))
+        return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
+    factor = math.ceil(side / high)
+    height, width = (max(1, n // factor) for n in images.shape[-3:-1])
+    images = images[..., : height * factor, : width * factor, :]
+    blocks = images.reshape(*images.shape[:-3], height, factor, width, factor, 3)
+    return np.round(blocks.mean(axis=(-4, -2))).astype(np.uint8)
+
+
+def view_pairs(path: str, view_1: np.ndarray, view_2: np.ndarray, *, step: int) -> None:
+    """The augmented pairs `[N, H, W, 3]` in [0, 1] that the network sees, four pairs in a row."""
+    left, right = _tiles(view_1), _tiles(view_2)
+    line = np.empty_like(left[:, :, :2])
+    line[:] = FRAME
+    pairs = np.concatenate([left, line, right], axis=2)  # [N, H, 2W + 2, 3]
+    columns, gap = min(4, len(pairs)), 14
+    pitch_y, pitch_x = pairs.shape[1] + gap, pairs.shape[2] + gap
+    width = 2 * MARGIN + columns * pitch_x - gap
+    height = TOP + math.ceil(len(pairs) / columns) * pitch_y - gap + MARGIN
+    note = "each frame: two augmented views of one image, as they go into the network"
+    with open_page(path, width, height, f"View pairs at step {step:,}", note) as page:
+        for i, pair in enumerate(pairs):
+            row, column = divmod(i, columns)
+            page.paste(MARGIN + column * pitch_x, TOP + row * pitch_y, pair, FRAME, border=2)
+
+
+def nearest_neighbours(
+    path: str,
+    queries: np.ndarray,
+    neighbours: np.ndarray,
+    similarities: np.ndarray,
+    *,
+    query_names: Sequence[str] | None = None,
+    neighbour_names: Sequence[Sequence[str]] | None = None,
+    title: str,
+) -> None:
+    """A row per query: the image, then those nearest to it, framed by whose class they are of.
+
+    Args:
+        path: of the PNG file.
+        queries: `[Q, H, W, 3]` uint8.
+        neighbours: `[Q, K, H, W, 3]` uint8.
+        similarities: `[Q, K]`, cosines.
+        query_names: `[Q]` classes.
+        neighbour_names: `[Q, K]` classes. Without either there is no green and red.
+        title: of the picture.
+    """
+    left, right = _tiles(queries), _tiles(neighbours)
+    tile_height, tile = left.shape[1:3]
+    pitch_x, pitch_y = tile + 16, tile_height + (33 if neighbour_names is None else 46)
+    first, top = MARGIN + tile + 40, TOP + 20
+    width = first + right.shape[1] * pitch_x - 16 + MARGIN
+    judged = query_names is not None and neighbour_names is not None
+    note = "green: of the query's class; red: of another" if judged else ""
+    with open_page(path, width, top + len(left) * pitch_y, title, note) as page:
+        page.write(MARGIN, TOP - 3, "query", tile, ha="left")
+        page.write(first, TOP - 3, "nearest first, with cosine", page.width - first, ha="left")
+        for i, query in enumerate(left):
+            y = top + i * pitch_y
+            below = y + tile_height + 6
+            query_name = "" if query_names is None else query_names[i]
+            page.paste(MARGIN, y, query, FRAME, border=2)
+            page.write(MARGIN + tile / 2, below, query_name, tile + 8)
+            for j, image in enumerate(right[i]):
+                x = first + j * pitch_x
+                name = "" if neighbour_names is None else neighbour_names[i][j]
+                frame = FRAME if not judged else SAME if name == query_name else OTHER
+                page.paste(x, y, image, frame, border=4 if judged else 2)
+                cosine = f"{float(similarities[i][j]):z.2f}"
+                page.write(x + tile / 2, below, cosine, tile, color=GREY)
+                page.write(x + tile / 2, below + 13, name, tile + 8)

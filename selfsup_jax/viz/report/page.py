@@ -1,0 +1,260 @@
+"""Puts the page together and writes it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import datetime
+import glob
+import json
+import os
+import struct
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from selfsup_jax import __version__
+from selfsup_jax.errors import UserError
+from selfsup_jax.viz.report import charts, curves, measures, recipes, titles
+from selfsup_jax.viz.report.confusion import mistakes
+from selfsup_jax.viz.report.files import whole
+from selfsup_jax.viz.report.recipes import Recipe
+from selfsup_jax.viz.report.records import Found, Job, read
+from selfsup_jax.viz.report.series import Owners, run_name
+
+COLOURS = 10  # that the style sheet has; after these they come again, dashed
+_DRAWN_ELSEWHERE = ("learning_curves", "confusion_matrix")
+_PICTURES = {
+    "view_pairs": "What the network sees: pairs of views",
+    "representation_map": "Held-out images in two dimensions",
+    "nearest_neighbours": "Nearest neighbours",
+}
+
+
+@dataclasses.dataclass
+class Picture:
+    """A PNG file: what it shows, its size in pixels, and its bytes as base64."""
+
+    title: str
+    width: int
+    height: int
+    data: str
+
+
+def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str:
+    """Writes a report on runs and evaluation jobs as one HTML file, whole or not at all.
+
+    Args:
+        workdirs: of runs, jobs or studies, or folders of these.
+        output: path of the file; one that is there is replaced.
+        title: of the page; by default made of the runs' methods and data.
+
+    Returns:
+        One line on what the report holds.
+
+    Raises:
+        UserError: a workdir is not there or holds no run, or the file can't be written.
+    """
+    found = read(workdirs)
+    text = render(found, workdirs, title)
+    partial = f"{output}.{os.getpid()}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(partial, output)
+    except OSError as e:
+        raise UserError(f"{output}: cannot be written: {e.strerror or e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+    size = len(text.encode()) / 1e6
+    return f"wrote {output} ({size:.1f} MB): {_count(found)}"
+
+
+def render(found: Found, workdirs: Sequence[str], title: str | None = None) -> str:
+    """The page as text.
+
+    Args:
+        found: what was read.
+        workdirs: as they were given, for the page to tell.
+        title: of the page, or None for one made of methods and data.
+    """
+    notes = list(found.notes)
+    groups = recipes.group(found.runs)
+    owners = Owners(groups, found.jobs)
+    table = measures.table(owners, found.jobs, notes)
+    dots = _dots(table)
+    first, others = curves.learning(groups)
+    watched = curves.watched(found.jobs, owners)
+    page = {
+        "title": title or _title(groups, found.jobs),
+        "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+        "count": _count(found),
+        "given": list(workdirs),
+        "version": __version__,
+        "recipes": groups,
+        "owners": owners.names,
+        "overviews": [recipes.overview(recipe) for recipe in groups],
+        "table": table,
+        "baselines": titles.BASELINES,
+        "many_seeds": any(row.runs > 1 for row in table.rows),
+        "dots": dots,
+        "beside": {name for chart in dots for row in chart.rows for name, *_ in row["baselines"]},
+        "drawn": _drawn([*first, *others, *(panel for _, panels in watched for panel in panels)]),
+        "curves": first,
+        "more_curves": others,
+        "watched": watched,
+        "mistakes": _mistakes(found.jobs, owners),
+        "pictures": _pictures(found, owners, notes),
+        "differences": recipes.differences(groups) if len(groups) > 1 else [],
+        "configs": _configs(found, owners),
+        "runs": [(recipe, run) for recipe in groups for run in recipe.runs],
+        "jobs": found.jobs,
+        "without": _without(groups),
+        "notes": list(dict.fromkeys(notes)),
+        "charts": charts,
+    }
+    return _environment().get_template("page.html.j2").render(page)
+
+
+def _environment() -> jinja2.Environment:
+    folder = resources.files("selfsup_jax.viz.report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = recipes.shown
+    environment.filters["colour"] = lambda owner: f"c{owner % COLOURS}"
+    environment.filters["dash"] = lambda owner: f"d{owner // COLOURS % 3}"
+    return environment
+
+
+def _count(found: Found) -> str:
+    parts = [(len(found.runs), "run"), (len(found.jobs), "evaluation job")]
+    return ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in parts if n) or "no run"
+
+
+def _drawn(panels: Sequence[charts.Panel]) -> set[int]:
+    """Numbers of the owners that have curves."""
+    return {line.owner for panel in panels for line in panel.lines}
+
+
+def _title(groups: Sequence[Recipe], jobs: Sequence[Job]) -> str:
+    methods = dict.fromkeys(recipe.method for recipe in groups)
+    methods |= dict.fromkeys(recipes.method_name(job.tell("method")) for job in jobs)
+    data = list(filter(None, dict.fromkeys(recipe.data for recipe in groups)))
+    names = list(filter(None, methods)) or ["Self-supervised learning"]
+    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return f"{listed} on {' and '.join(data)}" if 0 < len(data) <= 2 else listed
+
+
+def _dots(table: measures.Table) -> list[charts.Dots]:
+    """A chart for each measure that is no second look at the same predictions; of last steps."""
+    found = []
+    for column in table.columns:
+        if column.measure.endswith(("_top5", "_mean_per_class")):
+            continue
+        rows = [row for row in table.rows if column in row.cells and row.last]
+        placed = []
+        for row in rows:
+            cell, base = row.cells[column], table.beside(row, column)
+            placed.append(
+                charts.DotRow(
+                    row.owner, row.name, cell.values, cell.mean, cell.std, cell.text, base
+                )
+            )
+        if len(placed) > 1 or any(row.baselines for row in placed):
+            group = "" if column.group == measures.CLOSING else f"{column.group}: "
+            found.append(charts.dots(group + column.title, placed))
+    return found
+
+
+def _mistakes(jobs: Sequence[Job], owners: Owners) -> list[dict[str, Any]]:
+    found = []
+    for job in jobs:
+        if job.confusion is not None and job.confusion.matrix.sum():
+            name, step = _job_name(job, owners), whole(job.tell("step"))
+            found.append({"name": name, "step": step, "told": mistakes(job.confusion)})
+    return found
+
+
+def _job_name(job: Job, owners: Owners) -> str:
+    return f"{owners.name(job)} · {titles.KINDS.get(job.kind, job.kind)}"
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def _pictures(found: Found, owners: Owners, notes: list[str]) -> list[tuple[str, list[Picture]]]:
+    """(run or job, its pictures) of those that have any."""
+    named = [(run_name(recipe, run), run.path) for recipe in owners.recipes for run in recipe.runs]
+    named += [(_job_name(job, owners), job.path) for job in found.jobs]
+    result = []
+    for name, folder in named:
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "plots", "*.png")), key=_order)
+        loaded = (_load(path, notes) for path in paths)
+        pictures = [picture for picture in loaded if picture is not None]
+        if pictures:
+            result.append((name, pictures))
+    return result
+
+
+def _order(path: str) -> tuple[int, str]:
+    name = os.path.basename(path).removesuffix(".png")
+    return (list(_PICTURES).index(name) if name in _PICTURES else len(_PICTURES)), name
+
+
+def _load(path: str, notes: list[str]) -> Picture | None:
+    name = os.path.basename(path).removesuffix(".png")
+    if name in _DRAWN_ELSEWHERE:
+        return None
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as e:
+        notes.append(f"{path}: cannot be read, left out: {e.strerror}")
+        return None
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
+        notes.append(f"{path}: is no PNG picture, left out")
+        return None
+    width, height = struct.unpack(">II", data[16:24])
+    title = _PICTURES.get(name, name.replace("_", " ").capitalize())
+    return Picture(title, width, height, base64.b64encode(data).decode())
+
+
+# ----------------------------------------------------------------------------- configs
+
+
+def _configs(found: Found, owners: Owners) -> list[tuple[str, str, str]]:
+    """(name, config, results) of each run and job, as JSON."""
+    entries: list[tuple[str, Any]] = []
+    for recipe in owners.recipes:
+        for run in recipe.runs:
+            entries.append((f"{recipe.name}, seed {recipes.shown(run.seed)}", run))
+    for job in found.jobs:
+        entries.append((f"{_job_name(job, owners)} ({os.path.basename(job.path)})", job))
+    return [
+        (name, _json(entry.config), _json(entry.results) if entry.results is not None else "")
+        for name, entry in entries
+    ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _without(groups: Sequence[Recipe]) -> dict[str, list[str]]:
+    """What is missing -> the recipes where it is."""
+    bare = {
+        "No curves (no metrics.jsonl)": [
+            r.name for r in groups if not any(x.history for x in r.runs)
+        ],
+        "Not finished": [r.name for r in groups if len(r.done) < len(r.runs)],
+    }
+    return {what: names for what, names in bare.items() if names}

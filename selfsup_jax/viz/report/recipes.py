@@ -1,0 +1,212 @@
+"""Runs that differ only in their seeds are one recipe: its name, and how recipes differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from selfsup_jax.viz.report.files import finite, whole
+from selfsup_jax.viz.report.records import Run
+
+# Fields that change nothing of what is learned, with all that lies below them. Where the data lies
+# is among them, as far as the data has a name.
+_FREE = (
+    *("seed", "found", "monitor", "profile", "data.dir", "data.download", "log_every_steps"),
+    *("checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"),
+)
+
+METHODS = {"byol": "BYOL", "moco": "MoCo", "simclr": "SimCLR", "dino": "DINO"}
+METHODS |= {"simsiam": "SimSiam", "barlow_twins": "Barlow Twins", "vicreg": "VICReg"}
+
+
+@dataclasses.dataclass
+class Recipe:
+    """Runs whose configs differ only in the seed, one of each seed, in the order of seeds."""
+
+    runs: list[Run]
+    name: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the first run, flat."""
+        return self.runs[0].settings
+
+    @property
+    def done(self) -> list[Run]:
+        """Those of the runs that have results."""
+        return [run for run in self.runs if run.results is not None]
+
+    @property
+    def method(self) -> str:
+        """As one writes it."""
+        return method_name(self.settings.get("method"))
+
+    @property
+    def data(self) -> str:
+        """Name of its data set; of a folder of images, the folder's path too."""
+        name, where = str(self.settings.get("data.name", "")), self.settings.get("data.dir")
+        return f"{name} {where}" if name == "folder" and where else name
+
+
+def method_name(method: Any) -> str:
+    """`"moco"` -> `"MoCo"`; one that is not known as it is."""
+    return METHODS.get(str(method), str(method)) if method is not None else ""
+
+
+def group(runs: Sequence[Run]) -> list[Recipe]:
+    """The recipes of some runs, named so that no two have the same name.
+
+    Two runs of the same recipe with the same seed are no two seeds: the second is a recipe apart.
+    """
+    recipes: dict[tuple[str, int], Recipe] = {}
+    times: Counter[tuple[str, str]] = Counter()
+    for run in runs:
+        identity = json.dumps(sorted(_bound(run.settings).items()), default=str)
+        again = times[identity, str(run.seed)]
+        times[identity, str(run.seed)] += 1
+        recipes.setdefault((identity, again), Recipe([])).runs.append(run)
+    for recipe in recipes.values():
+        recipe.runs.sort(key=lambda run: (whole(run.seed) or 0, str(run.seed)))
+    _name(list(recipes.values()))
+    return list(recipes.values())
+
+
+def differences(recipes: Sequence[Recipe]) -> list[tuple[str, list[Any]]]:
+    """(field, its value in each recipe or None) of the fields in which some recipes differ."""
+    configs = [_bound(recipe.settings) for recipe in recipes]
+    fields = sorted({field for config in configs for field in config})
+    rows = [(field, [config.get(field) for config in configs]) for field in fields]
+    return [(field, values) for field, values in rows if any(v != values[0] for v in values)]
+
+
+def shown(value: Any) -> str:
+    """A config's or a result's value: short, and as one reads it."""
+    if value is None:
+        return "–"  # noqa: RUF001
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(shown(v) for v in value) or "none"
+    return str(value)
+
+
+def duration(settings: dict[str, Any]) -> str:
+    """How long a config asks to train: `46 epochs`."""
+    for unit in ("steps", "examples", "epochs"):  # the order in which a run asks for them
+        value = finite(settings.get(unit))
+        if value:
+            return f"{value:,.6g} {unit}" if value < 1e6 else f"{int(value):,} {unit}"
+    return ""
+
+
+def overview(recipe: Recipe) -> dict[str, str]:
+    """What the table of runs tells of a recipe: heading -> text."""
+    settings, results = recipe.settings, [run.results or {} for run in recipe.done]
+    images = [whole(run.settings.get("found.train_images")) for run in recipe.runs]
+    size, speeds = settings.get("data.image_size"), [r.get("images_per_second") for r in results]
+    rates = [rate for rate in map(finite, speeds) if rate is not None]
+    ran = [r for r in results if "device_kind" in r]
+    devices = [f"{r.get('device_count', '?')} x {r['device_kind']}" for r in ran]
+    return {
+        "method": recipe.method,
+        "data": recipe.data + (f", {size} px" if size else ""),
+        "images": _all(f"{n:,}" for n in images if n),
+        "length": duration(settings),
+        "steps": _all(_steps(run) for run in recipe.runs),
+        "batch": shown(settings.get("batch_size")),
+        "seeds": ", ".join(shown(run.seed) for run in recipe.runs),
+        "ran on": _all(devices),
+        "images/s": f"{np.median(rates):,.0f}" if rates else "",
+        "not finished": _all(_unfinished(run, len(recipe.runs) > 1) for run in recipe.runs),
+        "collapsed": _collapsed(recipe),
+    }
+
+
+def collapsed_at(run: Run) -> int | None:
+    """The step at which a run says that it had collapsed, or None."""
+    results = run.results or {}
+    return whole(results.get("collapsed_at_step")) if results.get("collapsed") else None
+
+
+def _collapsed(recipe: Recipe) -> str:
+    looked = [run for run in recipe.done if "collapsed" in (run.results or {})]
+    bad = [run for run in looked if (run.results or {})["collapsed"]]
+    if not bad:
+        return "no" if looked else ""
+    steps = [collapsed_at(run) for run in bad]
+    by = "; ".join(f"{step:,}" for step in steps if step is not None)
+    count = f"{len(bad)} of {len(looked)}" if len(looked) > 1 else "yes"
+    return count + (f", by step {by}" if by else "")
+
+
+def _steps(run: Run) -> str:
+    steps = whole((run.results or {}).get("steps"))
+    return f"{steps:,}" if steps is not None else ""
+
+
+def _unfinished(run: Run, many: bool) -> str:
+    if run.results is not None:
+        return ""
+    at = f"step {run.last_step:,}" if run.last_step else "nothing logged"
+    seed = f"seed {shown(run.seed)}: " if many else ""
+    return f"{seed}{at}{f' ({run.ended})' if run.ended else ''}"
+
+
+def _all(texts: Any) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _bound(settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields that make a recipe what it is."""
+    kept = {
+        k: v for k, v in settings.items() if not any(f"{k}.".startswith(f"{f}.") for f in _FREE)
+    }
+    if settings.get("data.name") == "folder" and "data.dir" in settings:
+        kept["data.dir"] = settings["data.dir"]
+    return kept
+
+
+def _name(recipes: Sequence[Recipe]) -> None:
+    for recipe in recipes:
+        recipe.name = _own_name(recipe)
+    for depth in (1, 2):  # with one folder above, with two
+        counts = Counter(recipe.name for recipe in recipes)
+        for recipe in recipes:
+            if counts[recipe.name] > 1:
+                above = os.path.dirname(recipe.runs[0].path)
+                if os.path.basename(recipe.runs[0].path).startswith("seed_"):
+                    above = os.path.dirname(above)
+                parts = above.split(os.sep)[-depth:]
+                recipe.name = "/".join([*parts, _own_name(recipe)])
+    counts = Counter()
+    for recipe in recipes:
+        counts[recipe.name] += 1
+        if counts[recipe.name] > 1:
+            recipe.name += f" ({counts[recipe.name]})"
+
+
+def _own_name(recipe: Recipe) -> str:
+    """The study's name for it, or its folder's, without what tells the seeds apart."""
+    first = recipe.runs[0]
+    if first.variant:
+        return first.variant.replace("_", " ")
+    folders = [os.path.basename(run.path) for run in recipe.runs]
+    if all(re.fullmatch(r"seed_\d+", folder) for folder in folders):
+        return os.path.basename(os.path.dirname(first.path)) or first.path
+    stems = [re.sub(r"[\s._-]*(seed|s)?[\s._-]*\d*$", "", folder) for folder in folders]
+    if len(folders) == 1:
+        return folders[0] or first.path
+    return (
+        (stems[0] if len(set(stems)) == 1 else " + ".join(folders[:2]))
+        or recipe.method
+        or first.path
+    )
