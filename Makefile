@@ -1,4 +1,4 @@
-# Everything from a fresh machine: Python >= 3.11, make and a package index are all it takes.
+# Sets up everything on a new machine. Requires only Python >= 3.11, make and a package index.
 PYTHON ?= python3
 METHOD ?= byol
 DEMO := runs/demo$(if $(filter byol,$(METHOD)),,_$(METHOD))
@@ -23,7 +23,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Made anew when what is declared has changed; reused otherwise.
+# Rebuilds the environment when the declared dependencies change; otherwise reuses it.
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Python 3.11 or newer is needed, this is %d.%d; try make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv --clear $(VENV)

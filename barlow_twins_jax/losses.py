@@ -17,15 +17,15 @@ def barlow_twins_loss(
     mean_over_devices: Callable[[Any], Any] = lambda tree: tree,
     epsilon: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """How far the views' cross-correlation matrix is from the identity.
+    """The distance of the views' cross-correlation matrix from the identity.
 
-    Each dimension is normalised over the global batch, as by the authors' batch norm without scale
-    and offset. Devices exchange moments and the matrix, and no rows.
+    Each dimension is normalised over the global batch, as in the authors' batch norm without scale
+    and offset. Devices exchange moments and the matrix, but no rows.
 
     Args:
         projection_1, projection_2: `[b, D]` float32, this device's rows of both views.
-        off_diagonal_weight: lambda, of the redundancy term.
-        mean_over_devices: of a tree; the identity where one device has the whole batch.
+        off_diagonal_weight: lambda, the weight of the redundancy term.
+        mean_over_devices: of a tree; the identity if one device has the whole batch.
         epsilon: added to the variances.
 
     Returns:

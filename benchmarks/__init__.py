@@ -1,1 +1,1 @@
-"""What things cost: each module runs alone, `python -m benchmarks.step`, and prints a table."""
+"""Benchmarks. Run one module, such as `python -m benchmarks.step`; it prints a table."""

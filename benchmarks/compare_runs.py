@@ -1,4 +1,4 @@
-"""Whether two runs' workdirs hold the same, bit for bit: checkpoints, metrics, events, results."""
+"""Compares two runs' workdirs bit for bit: checkpoints, metrics, events, results."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-_MEASURED = re.compile("second|memory")  # in the names of tags and fields that no rerun repeats
+_MEASURED = re.compile("second|memory")  # names of tags and fields that differ in every run
 
 
 def arrays(runs: list[Path], step: int) -> tuple[int, list[str]]:
-    """How many arrays the last checkpoints have, and the names of those not equal bit for bit."""
+    """(number of arrays in the checkpoints of `step`, messages about arrays that differ)."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
-    found: list[dict[str, Any]] = []
+    checkpoints: list[dict[str, Any]] = []
     for run in runs:
         path = (run / "checkpoints" / str(step) / "state").absolute()
         named, _ = jax.tree_util.tree_flatten_with_path(ocp.StandardCheckpointer().restore(path))
         arrays = {jax.tree_util.keystr(k): np.asarray(x) for k, x in named}
-        found.append({k: (x.dtype, x.shape, x.tobytes()) for k, x in arrays.items()})
-    return _compare("array", *found)
+        checkpoints.append({k: (x.dtype, x.shape, x.tobytes()) for k, x in arrays.items()})
+    return _compare("array", *checkpoints)
 
 
 def lines(runs: list[Path], name: str) -> tuple[int, list[str]]:
-    """How many lines a text file has, and which of them are not equal byte for byte."""
+    """(number of lines of a text file, messages about lines that differ)."""
     lines = [(run / name).read_bytes().splitlines(keepends=True) for run in runs]
     return _compare(f"{name}: line", *(dict(enumerate(of_run, start=1)) for of_run in lines))
 
 
 def results(runs: list[Path]) -> tuple[int, list[str]]:
-    """How many fields `results.json` has, timings left out, and the names of those not equal."""
+    """(number of fields of `results.json` without timings, messages about fields that differ)."""
     fields = [json.loads((run / "results.json").read_text()) for run in runs]
     return _compare(
         "result",
@@ -47,22 +47,22 @@ def results(runs: list[Path]) -> tuple[int, list[str]]:
 
 
 def scalars(runs: list[Path]) -> tuple[int, list[str]]:
-    """How many (tag, step) TensorBoard has, and those not there once, with the same bits."""
-    # Where TensorFlow is installed, tensorboard reads with it unless there is this module.
+    """(number of (tag, step) in TensorBoard, messages about those that differ or are repeated)."""
+    # If TensorFlow is installed, tensorboard reads with it unless this module exists.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
     from tensorboard.backend.event_processing import event_file_loader
     from tensorboard.util import tensor_util
 
-    found: list[dict[tuple[str, int], list[bytes]]] = []
+    events: list[dict[tuple[str, int], list[bytes]]] = []
     for run in runs:
-        found.append(defaultdict(list))
+        events.append(defaultdict(list))
         for path in sorted(run.rglob("*.tfevents.*")):
             for event in event_file_loader.EventFileLoader(str(path)).Load():
                 for value in event.summary.value:
                     bits = tensor_util.make_ndarray(value.tensor).tobytes()
-                    found[-1][value.tag, event.step].append(bits)
-    many = [f"TensorBoard {k}: {len(v)} times" for k, v in found[1].items() if len(v) > 1]
-    kept = [{k: set(v) for k, v in f.items() if not _MEASURED.search(k[0])} for f in found]
+                    events[-1][value.tag, event.step].append(bits)
+    many = [f"TensorBoard {k}: {len(v)} times" for k, v in events[1].items() if len(v) > 1]
+    kept = [{k: set(v) for k, v in f.items() if not _MEASURED.search(k[0])} for f in events]
     count, wrong = _compare("TensorBoard", *kept)
     return count, many + wrong
 

@@ -1,12 +1,12 @@
-"""A training step as an NVIDIA H100 would run it, compiled where there is none: what it moves.
+"""Compiles a training step for an NVIDIA H100, without one, and counts the bytes it moves.
 
     python -m benchmarks.compile_for_gpu --config=configs/byol.py --config.batch_size=256
     python -m benchmarks.compile_for_gpu --config=configs/byol.py:cifar10 --gpus=2 --hlo=step.txt
 
-Needs `jax[cuda13]` (the plugin alone will do: `jax-cuda13-plugin`, `jax-cuda13-pjrt`) and neither a
-GPU nor a driver. Kernels are not tuned, so this tells nothing of time, but which kernels there are,
-and the bytes that each kind reads and writes: what bounds a ResNet's step. What an array costs is
-counted once for each kernel that reads or writes it; caches may make it less.
+Needs `jax[cuda13]` (or only its plugin: `jax-cuda13-plugin`, `jax-cuda13-pjrt`), but no GPU and no
+driver. Kernels are not autotuned, so the output has no timings: it lists the kernels and the bytes
+that each kind reads and writes, which limit a ResNet's step. An array is counted once for each
+kernel that reads or writes it; with caches the real traffic may be lower.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HLO = flags.DEFINE_string("hlo", "", "where to write the compiled program")
 _GPUS = flags.DEFINE_integer("gpus", 1, "of one machine; the global batch is spread over them")
 _CLASSES = flags.DEFINE_integer("classes", 1000, "of the online probe")
 
-# What XLA asks of a device before it compiles for it.
+# The device description that XLA needs to compile for an H100.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -58,15 +58,15 @@ _BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, 
 
 
 def kernels(hlo: str) -> Iterator[tuple[str, int]]:
-    """(kind, bytes read and written) of each kernel of a compiled program's main computation."""
+    """Yields (kind, bytes read and written) of each kernel in a program's entry computation."""
     sizes: dict[str, int] = {}
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
-        found = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:,|$)", line)
-        if not found:
+        match = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:,|$)", line)
+        if not match:
             continue
-        name, shape, operation, operands = found.groups()
+        name, shape, operation, operands = match.groups()
         if operation == "custom-call":
-            shape = re.sub(r"u8\[\d+\]", "", shape)  # its scratch space
+            shape = re.sub(r"u8\[\d+\]", "", shape)  # without its scratch space
         sizes[name] = _size(shape)
         if operation in ("fusion", "custom-call", "copy", "sort", "while"):
             read = sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))

@@ -1,9 +1,9 @@
-"""What evaluation costs: features against the encoder's bare forward, the fast probe, kNN.
+"""Times evaluation: feature extraction (against the encoder's forward pass alone), probe, kNN.
 
     python -m benchmarks.evaluation RUN...
 
-Features are taken from the run's own data. Of several runs on the same data the features stand
-beside each other (four narrow encoders of 128 make 50,000 x 512 of CIFAR-10).
+Features are extracted from the run's own data. The features of several runs on the same data are
+concatenated (four narrow encoders of 128 features give 50,000 x 512 for CIFAR-10).
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.report import Row, show
-from configs import linear_probe as linear_probe_config
+from configs import common
 from selfsup_jax.data import inputs
 from selfsup_jax.data.augment import normalize
 from selfsup_jax.devices import parallel
-from selfsup_jax.evaluation import encoder, knn, logistic
+from selfsup_jax.evaluation import encoder, knn, logistic, probes, scores
 from selfsup_jax.evaluation.features import Extractor, Features
-from selfsup_jax.jobs import frozen_features
 
 
 def main() -> None:
-    """The command line of this file's docstring."""
+    """Parses the flags and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--data_dir", default="", help="in place of the runs' data.dir")
@@ -55,7 +54,9 @@ def main() -> None:
     show("evaluation", rows, args.json)
 
 
-def _open(args: argparse.Namespace, run: str) -> tuple[encoder.Frozen, ConfigDict, Extractor]:
+def _open(
+    args: argparse.Namespace, run: str
+) -> tuple[encoder.FrozenEncoder, ConfigDict, Extractor]:
     frozen = encoder.load(run)
     data = ConfigDict(frozen.config["data"])
     data.dir = args.data_dir or data.dir
@@ -64,24 +65,24 @@ def _open(args: argparse.Namespace, run: str) -> tuple[encoder.Frozen, ConfigDic
 
 
 def _features(args: argparse.Namespace) -> tuple[list[Row], Features, Features]:
-    """Rates of the first run, and the features of all."""
+    """Rates of the first run, and the concatenated features of all runs."""
     rows = _rates_of_run(args, args.runs[0])
-    found: dict[str, list[Features]] = {"train": [], "test": []}
+    parts: dict[str, list[Features]] = {"train": [], "test": []}
     for run in args.runs:
         frozen, data, extract = _open(args, run)
-        for name, each in found.items():
+        for name, per_run in parts.items():
             source = inputs.load_split(data, data[f"{name}_split"], f"data.{name}_split")
             batches = inputs.eval_batches(data, source, args.batch_size)
-            each.append(extract(frozen.variables, batches()))
+            per_run.append(extract(frozen.variables, batches()))
     joined = {
-        name: Features(np.concatenate([f.x for f in each], axis=1), each[0].labels)
-        for name, each in found.items()
+        name: Features(np.concatenate([f.x for f in per_run], axis=1), per_run[0].labels)
+        for name, per_run in parts.items()
     }
     return rows, joined["train"], joined["test"]
 
 
 def _rates_of_run(args: argparse.Namespace, run: str) -> list[Row]:
-    """Rates of extraction and of the bare forward, in turn."""
+    """Rates of feature extraction and of the forward pass alone, measured alternately."""
     frozen, data, extract = _open(args, run)
     represent = encoder.represent(frozen.config)
     source = inputs.load_split(data, data.test_split, "data.test_split")
@@ -118,18 +119,18 @@ def _rates_of_run(args: argparse.Namespace, run: str) -> list[Row]:
 
 def _probe(args: argparse.Namespace, train: Features, test: Features) -> list[Row]:
     classes = int(train.labels.max()) + 1
-    config = linear_probe_config.fast()
+    config = common.linear_probe()
     times = []
     for _ in range(2):  # the first compiles
         began = time.perf_counter()
-        found = frozen_features.fast_probe(train, test, classes, config).results
+        results = probes.linear(train, test, classes, seed=0, **common.linear_probe()).results
         times.append(time.perf_counter() - began)
     rows: list[Row] = [
         ("features", float(len(train.x)), f"x {train.x.shape[1]}"),
-        (f"fast probe, sweep of {len(config.inverse_penalties)} and test", times[0], "s"),
+        (f"fast probe, sweep of {len(config.C)} and test", times[0], "s"),
         ("the same, compiled before", times[1], "s"),
-        ("top-1", 100 * found["linear_probe_top1"], "%"),
-        ("C picked", found["linear_probe_inverse_penalty"], ""),
+        ("top-1", 100 * results["linear_probe_top1"], "%"),
+        ("C chosen", results["linear_probe_C"], ""),
     ]
     heads = logistic.fit(train, classes, (args.penalty,), tolerance=config.tolerance)
     ours = float(np.mean(heads.logits(test.x)[0].argmax(1) == test.labels))
@@ -157,10 +158,12 @@ def _sklearn(args: argparse.Namespace, train: Features, test: Features) -> list[
 
 
 def _knn(args: argparse.Namespace, train: Features, test: Features) -> list[Row]:
-    times = []
+    classes, times = int(train.labels.max()) + 1, []
     for _ in range(1 + args.repeats):  # the first compiles
         began = time.perf_counter()
-        top1 = knn.knn_accuracy(train, test)
+        neighbours = knn.nearest(train.x, test.x, k=200)
+        votes = knn.vote(neighbours, train.labels, classes, k=200, temperature=0.1)
+        top1 = scores.top_k(votes, test.labels, 1)
         times.append(time.perf_counter() - began)
     rows: list[Row] = [
         (f"kNN, {len(test.x):,} queries, first time", times[0], "s"),
@@ -175,8 +178,8 @@ def _knn(args: argparse.Namespace, train: Features, test: Features) -> list[Row]
             jax.ShapeDtypeStruct((blocks, 8192), jnp.int32),
         )
         queries = jax.ShapeDtypeStruct((1024, train.x.shape[1]), jnp.float32)
-        look = jax.jit(functools.partial(knn._nearest_of_part, k=200))
-        memory = look.lower(part, queries).compile().memory_analysis()
+        search = jax.jit(functools.partial(knn._nearest_of_part, k=200))
+        memory = search.lower(part, queries).compile().memory_analysis()
         size = memory.temp_size_in_bytes / 2**20
         rows.append((f"kNN temporaries, a bank of {blocks * 8192:,}", size, "MiB"))
     return rows

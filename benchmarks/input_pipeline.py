@@ -1,4 +1,4 @@
-"""How fast the host makes batches of crops, with nothing to train.
+"""Measures how fast the host makes batches of crops, without any training.
 
 python -m benchmarks.input_pipeline --config=configs/byol.py:demo --json=input.json
 """

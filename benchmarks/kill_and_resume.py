@@ -1,11 +1,11 @@
-"""Stops a run again and again, anywhere, and shows that it ends as one that was never stopped.
+"""Stops a run many times at random moments and compares it with a run that was never stopped.
 
 python -m benchmarks.kill_and_resume --kills=20 --signal=KILL --config=configs/byol.py:demo
 
-Flags that are not this script's own (or all that follow a `--`) go to `run_experiment.py`. Below
-the workdir are written `undisturbed/`, kept for a later call with the same flags, and, anew each
-time, `killed/` and `logs/`, what each process printed. Exit status: 0 when the two runs
-are equal, 1 when anything differs or a process ends as it must not, 2 after a mistake in flags.
+Flags that this script does not have (and all flags after `--`) are passed to `run_experiment.py`.
+The workdir contains `undisturbed/`, which a later call with the same flags reuses, and, new in each
+call, `killed/` and `logs/` (the output of each process). Exit status: 0 if the two runs are equal,
+1 if anything differs or a process ends in an unexpected way, 2 for invalid flags.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ _JSON = flags.DEFINE_string("json", "", "where to write the result as flat JSON"
 
 _FIRST_STEP = "first step done"
 _SHOWN_STEP = re.compile(r"\bstep ([\d,]+)/")
-_POLL = 0.002  # seconds between looks, short beside a save
-_PATIENCE = 300.0  # seconds that a process has to end in after the signal
+_POLL = 0.002  # seconds between polls, short compared with a save
+_PATIENCE = 300.0  # seconds in which a process must end after the signal
 
 
 @dataclasses.dataclass
 class Pace:
-    """How fast the run goes: of the last process that showed it."""
+    """The speed of the run, measured in the last process that printed it."""
 
     start_seconds: float = 10.0  # until the first step is done
     steps_per_second: float = 20.0
-    end_seconds: float = 0.0  # from the last step on
-    seconds: float = 0.0  # of the undisturbed run; 0 where not known
+    end_seconds: float = 0.0  # after the last step
+    seconds: float = 0.0  # of the undisturbed run; 0 if unknown
 
 
 class Aim(NamedTuple):
-    """The moment to stop a process at."""
+    """The moment at which to stop a process."""
 
-    at: str  # "save": one begins; "commit": one has ended and the oldest goes; or "anywhere"
+    at: str  # "save": one begins; "commit": one has ended, the oldest is deleted; or "anywhere"
     position: float  # for "anywhere": see `Process.position`
-    delay: float  # for the others: seconds from there
+    delay: float  # for the others: seconds after that event
 
 
 # ------------------------------------------------------------------------------ processes
 
 
 class Process:
-    """One process of the run in `workdir`, ended on leaving the `with` block.
+    """One process of the run in `workdir`; it is killed at the end of the `with` block.
 
-    What it prints goes to `log`, and what that tells of its speed to `pace`.
+    Its output is written to `log`; the speed that the output shows is written to `pace`.
     """
 
     def __init__(self, arguments: list[str], workdir: Path, log: Path, pace: Pace):
@@ -74,7 +74,7 @@ class Process:
         self._first_at = 0.0
         self._began = time.monotonic()
         with log.open("wb") as out:
-            # A session of its own: a Ctrl-C is for this script, which ends the process itself.
+            # A new session: Ctrl-C reaches only this script, which then ends the process.
             self._popen = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -84,16 +84,16 @@ class Process:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._popen.kill()  # does nothing to one that has ended
+        self._popen.kill()  # no effect on a process that has ended
         self._popen.wait()
         self._printed.close()
 
     def seconds(self) -> float:
-        """Since it was started."""
+        """Seconds since the start of the process."""
         return time.monotonic() - self._began
 
     def look(self) -> int | None:
-        """Takes in what it has printed since the last look. Returns its exit status, if it has."""
+        """Reads the output since the last call. Returns the exit status, or None while it runs."""
         status, now = self._popen.poll(), self.seconds()
         for line in self._printed.read().decode(errors="replace").splitlines():
             if line.startswith(_FIRST_STEP):
@@ -107,14 +107,14 @@ class Process:
         return status
 
     def position(self) -> float:
-        """Steps done since the resume, by the clock; negative in start-up."""
+        """Steps since the resume, estimated by the clock; negative during start-up."""
         if self.shown_at is None:
             return min(0.0, self.seconds() - self._pace.start_seconds) * self._pace.steps_per_second
         since = (self.seconds() - self.shown_at) * self._pace.steps_per_second
         return self.shown - self.resumed + since
 
     def wait_for(self, aim: Aim | None) -> int | None:
-        """Returns at that moment, or with the exit status of a process that ended by itself."""
+        """Waits for that moment; returns None, or the exit status if the process ended first."""
         while (status := self.look()) is None:
             if aim is None:
                 time.sleep(0.1)
@@ -132,7 +132,7 @@ class Process:
         return status
 
     def _saving(self) -> bool:
-        # Orbax's name for what isn't whole yet; what a stop has left is gone by the first step.
+        # Orbax's name for an unfinished save. A resume removes earlier ones before its first step.
         return any(self.checkpoints.glob("*.orbax-checkpoint-tmp*"))
 
     def stop(self, number: signal.Signals) -> int:
@@ -143,14 +143,14 @@ class Process:
         return status
 
     def fail(self, why: str) -> NoReturn:
-        """Ends the script, telling why, with the last lines that the process printed."""
+        """Ends the script; prints the reason and the last lines of the process's output."""
         lines = self.log.read_text(errors="replace").splitlines()[-15:]
         print("\n    ".join([f"{self.log}: {why}", *lines]))
         sys.exit(1)
 
 
 def newest(checkpoints: Path) -> int:
-    """The newest checkpoint's step, or 0; Orbax gives a checkpoint that name once it is whole."""
+    """The newest checkpoint's step, or 0. Orbax uses the step as name only for complete ones."""
     names = [path.name for path in checkpoints.glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -159,7 +159,7 @@ def newest(checkpoints: Path) -> int:
 
 
 def run_undisturbed(arguments: list[str], top: Path, pace: Pace) -> None:
-    """The run that nothing stops, unless an earlier call has done it."""
+    """Runs without a stop, unless an earlier call has finished this run."""
     workdir, note = top / "undisturbed", top / "undisturbed.json"
     if (workdir / "results.json").exists():
         earlier = json.loads(note.read_text()) if note.exists() else {"arguments": arguments}
@@ -179,22 +179,22 @@ def run_undisturbed(arguments: list[str], top: Path, pace: Pace) -> None:
 def draw_aim(
     rng: random.Random, kind: str, resumed: int, due: float, interval: int, total: int, pace: Pace
 ) -> Aim:
-    """Draws a moment; together they spread over the run, start-up and evaluation included.
+    """Draws the moment of a stop. The stops cover the run, including start-up and evaluation.
 
     Args:
-        rng: drawn from.
+        rng: random generator.
         kind: "KILL", which loses the steps since the last checkpoint, or "TERM", which saves them.
-        resumed: the step that the process goes on from.
-        due: the step to be at after this stop, for the stops to be spread evenly.
-        interval: steps from one checkpoint to the next.
+        resumed: the step from which the process resumes.
+        due: the step that the run should reach before this stop, so that stops are spread evenly.
+        interval: steps between two checkpoints.
         total: steps of the run.
-        pace: turns time into steps.
+        pace: converts time to steps.
     """
     start = -pace.start_seconds * pace.steps_per_second
-    if resumed >= total:  # starts to evaluate where others make their first step
+    if resumed >= total:  # the evaluation starts where other processes do the first step
         return Aim("anywhere", rng.uniform(start, 0.0), 0.0)
     at = rng.choices(["save", "commit", "anywhere"], [2, 1, 3] if kind == "KILL" else [1, 0, 5])[0]
-    # To be at `due` on average: of what is drawn, the part since a checkpoint or a half is lost.
+    # Reaches `due` on average: KILL loses the steps since a checkpoint, TERM stops half-way.
     reach = max(due, resumed) + interval if kind == "KILL" else 2 * due - resumed
     end = total + 0.9 * pace.end_seconds * pace.steps_per_second
     reach = min(max(reach, resumed + interval / 2), end)
@@ -202,7 +202,7 @@ def draw_aim(
 
 
 def run_killed(arguments: list[str], top: Path, total: int, interval: int, pace: Pace) -> list[str]:
-    """Runs and stops, then runs to the end. Returns what each stop was aimed at."""
+    """Runs and stops repeatedly, then runs to the end. Returns the `at` of each stop."""
     kind, rng, began = _SIGNAL.value, random.Random(_SEED.value), time.monotonic()
     for name in ("killed", "logs"):
         shutil.rmtree(top / name, ignore_errors=True)
@@ -232,7 +232,7 @@ def run_killed(arguments: list[str], top: Path, total: int, interval: int, pace:
 
 
 def complaint(status: int, kind: str, process: Process, saved: int, total: int) -> str:
-    """What is wrong with the way a process ended, if anything."""
+    """The error in how a process ended; empty if there is none."""
     if saved < process.resumed:
         return f"the checkpoint of step {process.resumed} is gone"
     in_loop = process.shown_at is not None and process.shown < total
@@ -243,12 +243,12 @@ def complaint(status: int, kind: str, process: Process, saved: int, total: int) 
 
 
 def main(argv: list[str]) -> None:
-    """Runs, stops, compares, prints the verdict."""
+    """Runs, stops, compares, prints the result."""
     arguments = [arg for arg in argv[1:] if arg != "--"]
     if not any(re.match("--?config(=|$)", arg) for arg in arguments):
         arguments.insert(0, "--config=configs/byol.py:demo")
     logging.set_verbosity(logging.WARNING)
-    # Ends the process under way too, as Ctrl-C does.
+    # Also ends the current process, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     top, pace = Path(_WORKDIR.value), Pace()
     runs = [top / "undisturbed", top / "killed"]
@@ -282,7 +282,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing; what it doesn't know is left to `run_experiment.py`."""
+    """Parses the flags with absl; unknown flags are left to `run_experiment.py`."""
     try:
         return flags.FLAGS(argv, known_only=True)
     except flags.Error as e:

@@ -1,16 +1,16 @@
-"""What it costs to watch a run and to save it, beside the steps themselves.
+"""Times the monitoring and the checkpoints of a run, relative to its steps.
 
     python -m benchmarks.overhead --config=configs/byol.py:demo
     python -m benchmarks.overhead --config=configs/byol.py --config.batch_size=8 --repeats=5
 
-- *in the step*: the compiled step as the loop runs it against the same step of which norms and
-  outputs are not asked for, so that the compiler leaves them out. Both run in turn, and the median
-  of the pairs' ratios counts.
-- *diagnostics*: one look at a step's outputs on the host, spread over the steps between two looks.
-- *saving*: how long the next step comes later when a checkpoint is taken (the copy to the host, and
-  the call that begins the writing, which the device spends on the next step), and the work that
-  goes on in the background; spread over the steps between two checkpoints.
-- *resume*: reading the state back and putting it on the devices.
+- *in the step*: the compiled training step against the same step without the norms and outputs,
+  which the compiler then removes. Both run alternately; the result is the median ratio of the
+  pairs.
+- *diagnostics*: one snapshot of a step's outputs on the host, relative to the steps between two.
+- *saving*: the delay of the next step by a checkpoint (the copy to the host, and the call that
+  starts the writing while the device runs the next step), and the writing in the background;
+  relative to the steps between two checkpoints.
+- *resume*: reading the state and putting it on the devices.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """How long a call takes, and what it returns, once that is ready."""
+    """(seconds until the result of a call is ready, the result)."""
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, result
 
 
 def in_the_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row], float, Any, Any]:
-    """Rows; the step's seconds, a state and the metrics of a step."""
+    """Rows; the seconds of a step; a state; the metrics of a step."""
 
     def bare_step(state: Any, batch: Any, *, axis_name: str) -> tuple[Any, Any]:
         state, metrics = method.train_step(state, batch, axis_name=axis_name)
-        watching = ("outputs", "finite", "update_norm", "grad_norm")
-        return state, {k: v for k, v in metrics.items() if not k.startswith(watching)}
+        monitored = ("outputs", "finite", "update_norm", "grad_norm")
+        return state, {k: v for k, v in metrics.items() if not k.startswith(monitored)}
 
     steps = [parallel.step_over_devices(step) for step in (method.train_step, bare_step)]
     states = [parallel.replicate(method.init_state, jax.random.PRNGKey(0)) for _ in steps]
@@ -60,10 +60,10 @@ def in_the_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row
     for repeat in range(repeats + 2):
         pair = [0.0, 0.0]
         for i in (0, 1) if repeat % 2 else (1, 0):
-            pair[i], (states[i], found) = seconds(lambda i=i: steps[i](states[i], batch))
-            metrics = found if i == 0 else metrics
+            pair[i], (states[i], step_metrics) = seconds(lambda i=i: steps[i](states[i], batch))
+            metrics = step_metrics if i == 0 else metrics
         times.append((pair[0], pair[1]))
-    whole, bare = np.asarray(times[2:]).T  # the first two compile and settle
+    whole, bare = np.asarray(times[2:]).T  # the first two compile and warm up
     rows = [
         ("step, with norms and outputs", float(np.median(whole)) * 1e3, "ms"),
         ("step without them", float(np.median(bare)) * 1e3, "ms"),
@@ -72,21 +72,23 @@ def in_the_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row
     return rows, float(np.median(whole)), states[0], metrics
 
 
-def looking(config: Any, outputs: Outputs, state: Any, step_seconds: float) -> list[report.Row]:
-    """Rows of a look at a step's outputs and the state after it."""
+def diagnosing(
+    config: Any, method: Any, outputs: Outputs, state: Any, step_seconds: float
+) -> list[report.Row]:
+    """Rows of one snapshot of a step's outputs and of the state after it."""
 
-    def look() -> Any:
+    def snapshot() -> Any:
         rows = Outputs(*parallel.gather_rows(tuple(outputs), np.arange(config.batch_size)))
         params = parallel.local_copy((state.online_params, state.target_params))
         distance = diagnostics.target_distance(*params)
-        return diagnostics.of_outputs(rows, config.monitor.max_rows), distance
+        return diagnostics.of_outputs(rows, method.pairs, config.monitor.max_rows), distance
 
-    look()
-    taken = float(np.median([seconds(look)[0] for _ in range(9)]))
+    snapshot()
+    taken = float(np.median([seconds(snapshot)[0] for _ in range(9)]))
     between = config.monitor.diagnostics_every_steps * step_seconds
     return [
-        ("one look at outputs and target", taken * 1e3, "ms"),
-        ("looks, spread over the steps", 100 * taken / between, "%"),
+        ("diagnostics of outputs and target", taken * 1e3, "ms"),
+        ("the same, spread over the steps", 100 * taken / between, "%"),
     ]
 
 
@@ -130,7 +132,7 @@ def main(argv: list[str]) -> None:
     method = byol_jax.method.build(config, _CLASSES.value, 1000, 10)
     batch = parallel.shard(report.fake_batch(config.batch_size, config.data.image_size))
     rows, step_seconds, state, metrics = in_the_step(method, batch, _REPEATS.value)
-    rows += looking(config, metrics["outputs"], state, step_seconds)
+    rows += diagnosing(config, method, metrics["outputs"], state, step_seconds)
     rows += saving(config, method, state, step_seconds)
     title = f"{jax.device_count()} x {jax.devices()[0].device_kind}, batch {config.batch_size}"
     report.show(title, rows, _JSON.value)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing, a table, flat JSON."""
+"""Shared by the benchmarks: timing, a table, flat JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = tuple[str, float, str]  # name, value, unit
 
 
 def median_seconds(fn: Callable[..., Any], *args: Any, repeats: int = 5) -> float:
-    """The median time of `fn(*args)`, after one call that compiles."""
+    """The median time of `fn(*args)` in seconds, after one call that compiles."""
     jax.block_until_ready(fn(*args))
     times = []
     for _ in range(repeats):
@@ -28,7 +28,7 @@ def median_seconds(fn: Callable[..., Any], *args: Any, repeats: int = 5) -> floa
 
 
 def fake_batch(size: int, image_size: int) -> dict[str, np.ndarray]:
-    """Noise in the shapes and types that the pipeline gives."""
+    """A batch of noise with the shapes and dtypes of the input pipeline."""
     rng = np.random.default_rng(0)
     shape = (size, image_size, image_size, 3)
     return {
@@ -40,7 +40,7 @@ def fake_batch(size: int, image_size: int) -> dict[str, np.ndarray]:
 
 
 def show(title: str, rows: list[Row], json_path: str = "") -> None:
-    """Prints a table, and with a path writes the same as flat JSON."""
+    """Prints a table and, if a path is given, also writes it as flat JSON."""
     machine = f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"\n{title}\n{datetime.date.today()}, {machine}, jax {jax.__version__}\n")
     width = max(len(name) for name, _, _ in rows)

@@ -1,21 +1,21 @@
-"""What a training step costs, and where the time goes.
+"""Times a training step and its parts.
 
     python -m benchmarks.step --config=configs/byol.py --config.batch_size=8 --json=step.json
     python -m benchmarks.step --config=configs/moco.py --config.batch_size=64 \\
       --config.compute_dtype=float32 --repeats=3
 
-Times the whole step and its parts, each compiled alone on the same shapes:
+Each part is compiled alone, on the same shapes:
 
 - augmentation: both views, from uint8 to normalised float;
-- convolutions: the encoder's convolutions and 1x1 matmuls in order, with nothing between them;
-- rest of the encoder: its forward pass less its convolutions (norms, ReLUs, sums, pooling);
-- forward of all networks: online and target, the views that each sees;
-- all networks alone: the same with the online network's backward pass. What a step takes over it
-  is augmentation, loss, queue, optimizer and EMA;
+- convolutions: the encoder's convolutions and 1x1 matmuls in order, without the layers between;
+- rest of the encoder: its forward pass minus its convolutions (norms, ReLUs, sums, pooling);
+- forward of all networks: online and target, each on its own views;
+- all networks alone: the same plus the online network's backward pass. The rest of a step is
+  augmentation, loss, queue, optimizer and EMA;
 - optimizer + EMA.
 
-XLA fuses across the parts, so they need not add up to the step exactly. FLOPs are XLA's count of
-the compiled step, two per multiply-add; the peak is a 2048^3 float32 matmul, measured here and now.
+XLA fuses operations across the parts, so their sum may differ from the step. FLOPs are XLA's count
+for the compiled step, two per multiply-add; the peak is measured with a 2048^3 float32 matmul.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from ml_collections import config_flags
 
 from benchmarks import report
 from selfsup_jax.build import find
-from selfsup_jax.data.augment import normalize
 from selfsup_jax.devices import collectives, parallel
-from selfsup_jax.models import network
+from selfsup_jax.method import apply, stack_views
 from selfsup_jax.models.resnet import Conv
 from selfsup_jax.state import encoder_variables
 
@@ -46,7 +45,7 @@ _CLASSES = flags.DEFINE_integer("classes", 1000, "of the online probe")
 
 
 def whole_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row], float, float]:
-    """Rows of the compiled step, as the loop runs it; its seconds and its FLOPs."""
+    """Rows of the compiled step, as the training loop runs it; its seconds; its FLOPs."""
     state = parallel.replicate(method.init_state, jax.random.PRNGKey(0))
     sharded = parallel.shard(batch)
     step = parallel.step_over_devices(method.train_step)
@@ -82,7 +81,7 @@ def matmul_peak(repeats: int) -> float:
 
 
 def convolutions(encoder: nn.Module, variables: Any, images: jax.Array) -> Any:
-    """A function of all the encoder's convolutions, each on an input of the shape it sees."""
+    """A jitted function of all convolutions of the encoder, its inputs and its kernels."""
     seen: list[tuple[dict, tuple[int, ...]]] = []
 
     def record(next_fn, args, kwargs, context):
@@ -117,13 +116,13 @@ def convolutions(encoder: nn.Module, variables: Any, images: jax.Array) -> Any:
 def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
     """Two functions of normalised images `[V, B, H, W, 3]`: forward, and forward with backward.
 
-    They do what the method's networks must do in any case, and nothing else: the views that the
-    online network sees through all of it, those of the target through the target. MoCo's queries
-    are made of one view and its keys of the other, unless it is symmetric.
+    They contain only the necessary network passes: the online network on its views and the target
+    network on its views. MoCo computes queries from one view and keys from the other, unless it is
+    symmetric.
     """
     one_sided = config.method == "moco" and not config.symmetric
     views = 1 if one_sided else 2
-    # SimCLR's two views are one batch for batch norm.
+    # In SimCLR, both views share one batch for batch norm.
     layout = collectives.batch_layout(
         config.bn_groups, 1 if config.method == "simclr" else views, None
     )
@@ -131,14 +130,14 @@ def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
 
     def forward(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
         online = {"params": params, "batch_stats": state.online_stats}
-        outputs, _ = network.apply(net, online, network.stack_views(images[:views]), layout)
+        outputs, _ = apply(net, online, stack_views(images[:views]), layout)
         z, projected = outputs[-1], None
         if state.target_params:
             target = {"params": state.target_params, "batch_stats": state.target_stats}
-            seen = network.stack_views(images[1:] if one_sided else images)
+            seen = stack_views(images[1:] if one_sided else images)
             project = getattr(net, "project", None)  # without the predictor
-            projected, _ = network.apply(net, target, seen, layout, method=project)
-        # A direction of no meaning: the gradient of a plain sum would be simplified away.
+            projected, _ = apply(net, target, seen, layout, method=project)
+        # An arbitrary direction: XLA would simplify the gradient of a plain sum.
         direction = jnp.sin(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)
         return jnp.vdot(z, direction), projected
 
@@ -146,26 +145,26 @@ def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
 
 
 def parts(config: Any, method: Any, batch: dict, repeats: int) -> dict[str, float]:
-    """Seconds of each part alone, on one device."""
+    """Seconds of each part, run alone on one device."""
     encoder_module, optimizer = method.network.encoder, method.optimizer
     state = jax.jit(method.init_state)(jax.random.PRNGKey(0))
     layout = collectives.batch_layout(1, 2, None)
 
     @jax.jit
     def augmentation(rng, batch):
-        return normalize(method.augment_views(rng, batch), method.augment.mean, method.augment.std)
+        return method.augment.normalized(rng, batch)["global"]
 
     def timed(fn, *args):
         return report.median_seconds(fn, *args, repeats=repeats)
 
     seconds = {"augmentation": timed(augmentation, state.rng, batch)}
     views = augmentation(state.rng, batch)
-    images = network.stack_views(views)
+    images = stack_views(views)
 
     variables = encoder_variables(state)
     convs, inputs, kernels = convolutions(encoder_module, variables, images)
     seconds["convolutions"] = timed(convs, inputs, kernels)
-    encode = jax.jit(lambda v, x: network.apply(encoder_module, v, x, layout))
+    encode = jax.jit(lambda v, x: apply(encoder_module, v, x, layout))
     encoder = timed(encode, variables, images)
     seconds["encoder forward"] = encoder
     seconds["rest of the encoder"] = max(0.0, encoder - seconds["convolutions"])

@@ -6,19 +6,18 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from byol_jax import losses
+from byol_jax.negatives import negatives_loss
+from selfsup_jax import checks
 from selfsup_jax.build import parts_from_config
-from selfsup_jax.devices import collectives
-from selfsup_jax.errors import bad_field
-from selfsup_jax.method import Context, Loss, Method
+from selfsup_jax.method import Context, Loss, Method, Views, apply, split_views, stack_views
 from selfsup_jax.models import network
-from selfsup_jax.models.network import SiameseWithPredictor, apply, split_views, stack_views
+from selfsup_jax.models.network import SiameseWithPredictor
 from selfsup_jax.state import Outputs, PyTree, TrainState, fresh_state
 
-# The parts of the online network that the target network is an average of.
+# The parts of the target network: a moving average of these parts of the online network.
 TARGET_PARTS = ("encoder", "projector")
 
 
@@ -26,7 +25,7 @@ def loss(
     net: SiameseWithPredictor,
     online: PyTree,
     target: PyTree,
-    views: jax.Array,
+    views: Views,
     state: TrainState,
     context: Context,
     *,
@@ -35,32 +34,27 @@ def loss(
 ) -> Loss:
     """The loss of both views; see `Method.loss`.
 
-    Without target parameters the online projection is its own target, and gradients pass through
+    Without target parameters the online projection is also the target, and gradients flow through
     both sides, as in SimCLR. `negatives_weight` and `temperature` are section 5's beta and alpha.
     """
-    images, layout = stack_views(views), context.layout(num_views=2)
-    (representation, projection, prediction), online_stats = apply(net, online, images, layout)
-    q_1, q_2 = split_views(prediction)  # [b, D] each
+    images, layout = stack_views(views["global"]), context.layout(num_views=2)
+    outputs, online_stats = apply(net, online, images, layout)
+    representation, projection, q = (split_views(x) for x in outputs)  # [2, b, D]
     if target["params"]:
         projections, target_stats = apply(net, target, images, layout, method=net.project)
-        z_1, z_2 = lax.stop_gradient(split_views(projections))
-        value = losses.byol_loss(q_1, q_2, z_1, z_2)
+        z = lax.stop_gradient(split_views(projections))
+        value = losses.byol_loss(q[0], q[1], z[0], z[1])
     else:
-        target_stats, (z_1, z_2) = target["batch_stats"], split_views(projection)
-        value = losses.positive_loss(q_1, q_2, z_1, z_2)
+        target_stats, z = target["batch_stats"], projection
+        value = losses.positive_loss(q[0], q[1], z[0], z[1])
     if negatives_weight:
-        all_1, all_2 = collectives.gather((z_1, z_2), context.axis_name)  # [B, D] each
-        first_row = collectives.first_row(len(q_1), context.axis_name)
-        negatives = losses.negatives_loss(q_1, all_1, all_2, first_row, temperature)
-        negatives += losses.negatives_loss(q_2, all_2, all_1, first_row, temperature)
+        all_1, all_2 = context.gather((z[0], z[1]))  # [B, D] each
+        offset = context.batch_offset(q.shape[1])
+        negatives = negatives_loss(q[0], all_1, all_2, temperature, offset)
+        negatives += negatives_loss(q[1], all_2, all_1, temperature, offset)
         value += negatives_weight * negatives
-    outputs = Outputs(
-        representation=split_views(representation),
-        projection=split_views(projection),
-        prediction=jnp.stack([q_1, q_2]),
-        target=jnp.stack([z_2, z_1]),
-    )
-    return Loss(value, outputs, online_stats, target_stats)
+    rows = Outputs(representation, projection, prediction=q, target=z)
+    return Loss(value, rows, online_stats, target_stats)
 
 
 def start(
@@ -70,35 +64,37 @@ def start(
     image_shape: tuple[int, ...],
     target_parts: tuple[str, ...],
 ) -> TrainState:
-    """A fresh state. The target starts from its own random draw, as in the authors' code."""
+    """The initial state. The target has its own random initialisation, as in the authors' code."""
     online_rng, target_rng, step_rng = jax.random.split(rng, 3)
     online, target = (network.init(key, net, image_shape) for key in (online_rng, target_rng))
     return fresh_state(*online, step_rng, target_parts, target)
 
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
-    """Binds the values of a validated config (`configs/byol.py`).
-
-    Raises:
-        UserError: negatives and more than one microbatch.
-    """
-    if config.negatives_weight and config.accumulate_steps > 1:
-        raise bad_field(
-            "accumulate_steps",
-            config.accumulate_steps,
-            f"must be 1 with negatives_weight={config.negatives_weight}: the negatives are those "
-            "of one global batch",
+    """Builds BYOL from `configs/byol.py`; raises `UserError` for an invalid field."""
+    checks.in_range(config, ["tau_base"], 0, 1)
+    checks.in_range(config, ["negatives_weight"], 0)
+    checks.in_range(config, ["temperature"], 0, above=True)
+    if config.use_predictor:
+        checks.equals(
+            config,
+            "predictor.output_size",
+            config.projector.output_size,
+            "that of the projector, which it is compared with",
         )
+    if config.negatives_weight:
+        checks.equals(config, "accumulate_steps", 1, "the negatives are those of one global batch")
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
     predictor = parts.predictor if config.use_predictor else None
     target_parts = TARGET_PARTS if config.use_target_network else ()
-    return Method(
-        network=SiameseWithPredictor(parts.encoder, parts.projector, predictor, parts.classifier),
-        loss=functools.partial(
-            loss,
-            negatives_weight=config.negatives_weight,
-            temperature=config.temperature,
+    first = functools.partial(start, image_shape=parts.image_shape, target_parts=target_parts)
+    of_config = {
+        "network": SiameseWithPredictor(
+            parts.encoder, parts.projector, predictor, parts.classifier
         ),
-        start=functools.partial(start, image_shape=parts.image_shape, target_parts=target_parts),
-        **parts.shared,
-    )
+        "loss": functools.partial(
+            loss, negatives_weight=config.negatives_weight, temperature=config.temperature
+        ),
+        "start": first,
+    }
+    return Method(**(parts.shared | of_config))

@@ -1,1 +1,1 @@
-"""One file per method or job; `file.py:preset,field=value`."""
+"""Config files, one per method or job; a config is given as `file.py:preset,field=value`."""

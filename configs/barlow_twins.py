@@ -1,19 +1,19 @@
-"""Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230), from images to a probed representation.
+"""Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230), pretraining with probes at the end.
 
     python run_experiment.py --config=configs/barlow_twins.py --workdir=DIR  # the paper's recipe
 
 Presets, their cost, and what to expect (published numbers are the paper's linear evaluation on all
-of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train_images` of it):
 
 - `imagenet` (the default): ResNet-50, 224 px, batch 2048, 1000 epochs; 73.2 % (table 1). About 124
   hours on 32 V100 GPUs (section 2.2).
-- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, after lightly's benchmark:
-  84.2 % kNN, the best epoch on the test set (peers' table). Not run by us.
-- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 85.2 % kNN for
-  a recipe of its own. Not run by us.
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, following lightly's
+  benchmark: 84.2 % kNN, the best epoch on the test set (lightly's table). Not run by us.
+- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 85.2 % kNN with
+  another recipe. Not run by us.
 - `demo`: 5,000 embedded handwritten digits, a few minutes on two CPU cores; 95.5 %, and 89.0 % with
   10 labels per class (one seed).
-- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
 """
 
 from __future__ import annotations
@@ -25,14 +25,7 @@ from configs import common, datasets
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {
-        "imagenet": imagenet,
-        "cifar10": cifar10,
-        "imagenette": imagenette,
-        "demo": demo,
-        "folder": folder,
-    }
-    return common.parse(arg, presets, default="imagenet")
+    return common.parse(arg, imagenet, cifar10, imagenette, demo, folder)
 
 
 def imagenet() -> ConfigDict:
@@ -55,10 +48,11 @@ def _paper() -> ConfigDict:
         learning_rate=0.2,  # x batch / 256
         weight_decay=1e-6,
         end_fraction=1e-3,
-        excluded_rate=0.0048 / 0.2,  # biases and norms have 0.0048 x batch / 256
+        excluded_rate=0.0048 / 0.2,  # biases and norms: 0.0048 x batch / 256
     )
     view = {"jitter_style": "torchvision", "blur_padding": "reflect"}
-    config.augment = common.augmentation(
+    config.views = common.views(
+        config,
         common.view(blur_prob=1.0, solarize_prob=0.0, **view),
         common.view(blur_prob=0.1, solarize_prob=0.2, **view),
     )
@@ -66,7 +60,7 @@ def _paper() -> ConfigDict:
 
 
 def cifar10() -> ConfigDict:
-    """CIFAR-10 on one accelerator, after lightly's benchmark: SGD, 0.06 x B / 128."""
+    """CIFAR-10 on one accelerator, following lightly's benchmark: SGD, 0.06 x B / 128."""
     config = datasets.on_cifar10(_paper())
     config.epochs = 200.0
     config.batch_size = 128

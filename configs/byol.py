@@ -1,23 +1,23 @@
-"""BYOL (Grill et al. 2020, arXiv 2006.07733), from images to a probed representation.
+"""BYOL (Grill et al. 2020, arXiv 2006.07733), pretraining with probes at the end.
 
     python run_experiment.py --config=configs/byol.py --workdir=DIR          # the paper's recipe
     python run_experiment.py --config=configs/byol.py:imagenet,epochs=300 --workdir=DIR
     python run_experiment.py --config=configs/byol.py:PRESET --config.batch_size=256 --workdir=DIR
 
 Presets, their cost, and what to expect (published numbers are the papers' linear evaluation on all
-of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train_images` of it):
 
 - `imagenet` (the default): ResNet-50, 224 px, batch 4096, 1000 epochs; 74.3 %, and 72.5 % after
   300 epochs (the paper, table 1 and section 4). About 8 hours on 512 TPU v3 cores (section 3.3).
-  `epochs=` 40, 100, 300 and 1000 take the learning rate, decay and tau of the authors' code for
-  that length; another length takes those of the next shorter one.
-- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, after lightly's benchmark:
-  86.9 % kNN, the best epoch on the test set (peers' table; ours are in the README).
+  `epochs=` 40, 100, 300 and 1000 have the learning rate, weight decay and tau of the authors' code
+  for that length; other lengths have those of the next shorter one.
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, following lightly's
+  benchmark: 86.9 % kNN, the best epoch on the test set (lightly's table; ours is in the README).
 - `imagenette`: ResNet-18, 128 px crops, batch 256, 1000 epochs; 92.3 % online linear
   (the authors' README).
 - `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; at least 95 %, and
   85 % with 10 labels per class.
-- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
 """
 
 from __future__ import annotations
@@ -37,14 +37,7 @@ _BY_LENGTH = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {
-        "imagenet": imagenet,
-        "cifar10": cifar10,
-        "imagenette": imagenette,
-        "demo": demo,
-        "folder": folder,
-    }
-    return common.parse(arg, presets, default="imagenet")
+    return common.parse(arg, imagenet, cifar10, imagenette, demo, folder)
 
 
 def imagenet(epochs: float = 1000) -> ConfigDict:
@@ -63,9 +56,9 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.tau_base = tau_base
     config.tau_schedule = "cosine"  # from tau_base to 1; or `constant`
 
-    # What makes it BYOL (section 5, table 5b); `configs/byol_to_simclr.py` tries the rest.
-    config.use_predictor = True  # without one it collapses
-    config.use_target_network = True  # else the online projection is its own target
+    # The choices of BYOL (section 5, table 5b); `configs/byol_to_simclr.py` runs the others too.
+    config.use_predictor = True  # without it the encoder collapses
+    config.use_target_network = True  # False: the online projection is also the target
     config.negatives_weight = 0.0  # beta; SimCLR has 1
     config.temperature = 0.3  # alpha, of the negatives
 
@@ -73,16 +66,18 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.projector = common.head()
     config.predictor = common.head()
     config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
-    config.augment = common.augmentation(
-        common.view(blur_prob=1.0, solarize_prob=0.0), common.view(blur_prob=0.1, solarize_prob=0.2)
+    config.views = common.views(
+        config,
+        common.view(blur_prob=1.0, solarize_prob=0.0),
+        common.view(blur_prob=0.1, solarize_prob=0.2),
     )
     return config
 
 
 def cifar10() -> ConfigDict:
-    """CIFAR-10 on one accelerator, after lightly's benchmark: SGD, no warm-up, no blur.
+    """CIFAR-10 on one accelerator, following lightly's benchmark: SGD, no warm-up, no blur.
 
-    There the loss is a quarter of this one: a quarter of its rate and four times its decay.
+    lightly's loss is a quarter of ours, so we use 1/4 of its learning rate and 4 x its weight decay.
     """
     config = datasets.on_cifar10(_paper())
     config.epochs = 200.0
@@ -92,10 +87,10 @@ def cifar10() -> ConfigDict:
     config.projector.hidden_sizes = (1024,)
     config.predictor.hidden_sizes = (1024,)
     config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = 0.03  # 0.06 x B / 128, a quarter
-    config.optimizer.weight_decay = 2e-3  # 5e-4, four times
+    config.optimizer.learning_rate = 0.03  # a quarter of 0.06 x B / 128
+    config.optimizer.weight_decay = 2e-3  # 4 x 5e-4
     config.optimizer.warmup_epochs = 0.0
-    for view in (config.augment.view_1, config.augment.view_2):
+    for view in common.sections_of_views(config):
         view.jitter_style = "torchvision"
     return config
 
@@ -109,7 +104,7 @@ def imagenette() -> ConfigDict:
 
 
 def folder() -> ConfigDict:
-    """Your own images: the 300-epoch recipe with a batch for one device."""
+    """Your own images: the 300-epoch recipe with a small batch for one device."""
     config = datasets.on_folder(_paper(epochs=300))
     config.tau_base = 0.99
     config.projector.hidden_sizes = (1024,)

@@ -4,25 +4,25 @@
     python run_experiment.py "--config=configs/byol_to_simclr.py:cifar10,seeds=(1,)" --workdir=DIR
 
 A variant has the predictor or not, the target network or not, and negatives (beta = 1) or not:
-BYOL is (yes, yes, 0), SimCLR (no, no, 1). Without a target network the online projection is its own
-target and gradients flow through both sides, as in SimCLR. What beta weighs has temperature 0.3
-where there is a target network, and SimCLR's 0.1 where there is none; everything else is BYOL's
-recipe for the data.
+BYOL is (yes, yes, 0), SimCLR (no, no, 1). Without a target network the online projection is also the
+target, and gradients flow through both sides, as in SimCLR. The temperature of the negatives is 0.3
+with a target network and SimCLR's 0.1 without; everything else is BYOL's recipe for the data set.
 
 Published (table 5b; ResNet-50, ImageNet, 300 epochs, linear top-1): without negatives only BYOL
-learns, the other three collapse to 0.1-0.3 %; with them all learn.
+learns, and the other three collapse to 0.1-0.3 %; with negatives all four learn.
 
 Presets; any field after the comma is set in each variant:
 
-- `demo` (the default): embedded digits, 16 epochs a run, about 15 minutes on two CPU cores. What we
-  saw is in the README.
-- `cifar10`, `imagenet` (300 epochs): `configs/byol.py`'s. Not run by us.
+- `demo` (the default): embedded digits, 16 epochs per run, about 15 minutes on two CPU cores. Our
+  results are in the README.
+- `cifar10`, `imagenet` (300 epochs): as in `configs/byol.py`. Not run by us.
 
-A run that is done is not repeated: the same command goes on where it stopped.
+Finished runs are not repeated: the same command continues an interrupted sweep.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 from ml_collections import ConfigDict
@@ -44,15 +44,14 @@ _PUBLISHED = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {"demo": demo, "cifar10": cifar10, "imagenet": imagenet}
-    return common.parse(arg, presets, default="demo")
+    return common.parse(arg, demo, cifar10, imagenet)
 
 
 def demo() -> ConfigDict:
     """Embedded digits: a third of the BYOL demo's length."""
     base = byol.get_config("demo")
     base.epochs = 16.0
-    base.monitor.reference = ""  # of another length
+    base.monitor.reference = ""  # the reference curve has another length
     base.monitor.knn_every_steps = 0
     base.monitor.plots_every_steps = 0
     return _variants(base, "the embedded digits")
@@ -72,19 +71,19 @@ def _variants(base: ConfigDict, data: str) -> ConfigDict:
     variants, published = {}, {}
     for predictor, target, beta in itertools.product((True, False), (True, False), (0, 1)):
         name = f"{_word('predictor', predictor)}_{_word('target', target)}_beta_{beta}"
-        config = base.copy_and_resolve_references()
+        config = copy.deepcopy(base)
         config.use_predictor = predictor
         config.use_target_network = target
         config.negatives_weight = float(beta)
         config.temperature = 0.3 if target else 0.1
         variants[name] = config
         published[name] = _PUBLISHED[predictor, target, beta]
-    study = common.study(f"From BYOL to SimCLR on {data}", variants, seeds=(0,))
-    study.show = ("use_predictor", "use_target_network", "negatives_weight")
-    study.measures = ("linear_probe_top1", "knn_top1", "projection_std", "effective_rank")
-    study.published = ConfigDict(published)
-    study.published_title = "paper, ImageNet"
-    return study
+    sweep = common.sweep(f"From BYOL to SimCLR on {data}", variants, seeds=(0,))
+    sweep.columns = ("use_predictor", "use_target_network", "negatives_weight")
+    sweep.metrics = ("linear_probe_top1", "knn_top1", "projection_std", "effective_rank")
+    sweep.published = ConfigDict(published)
+    sweep.published_title = "paper, ImageNet"
+    return sweep
 
 
 def _word(name: str, present: bool) -> str:

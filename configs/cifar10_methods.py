@@ -1,25 +1,25 @@
-"""Seven methods on CIFAR-10, one narrow encoder, one budget: the README's table of results.
+"""Seven methods on CIFAR-10 with one narrow encoder and one budget: the table in the README.
 
     python run_experiment.py --config=configs/cifar10_methods.py --workdir=runs/cifar10_methods
     python run_experiment.py --config=configs/cifar10_methods.py:tune --workdir=runs/cifar10_tuning
 
-(`:table,data.dir=TFDS_DIR` where TFDS's data lies elsewhere, `,data.download=True` to fetch it.)
+(`:table,data.dir=TFDS_DIR` if TFDS's data is elsewhere, `,data.download=True` to download it.)
 
 Every run: ResNet-18 with a 3x3 stem, a quarter as wide, the same initialisation for all; 24 px
 crops; batch 64; 3 epochs of the 50,000 training images (150,000 images, 2,343 steps); SGD with
-momentum 0.9. What differs between the methods is what makes them what they are (loss, heads, target
-network, queue, v1's augmentation and schedule) and the values that were tuned. MoCo has 2
-batch-norm groups, so that a group has 32 images, as in the paper.
+momentum 0.9. The methods differ in what defines them (loss, heads, target network, queue, v1's
+augmentation and schedule) and in the tuned values. MoCo has 2 batch-norm groups, so that a group
+has 32 images, as in the paper.
 
 - `table` (the default): 3 seeds, 21 runs; probes of the last step's encoder on the 10,000 test
-  images (linear probe and kNN with 20,000 labelled training images), beside the encoder as it was
-  before training.
-- `tune`: the learning rate of each method, with tau, temperature or the loss's weight where it has
-  one: four tries for each, of 1 epoch on train[:45000], judged by the linear probe on the 5,000
-  held-out images train[45000:]. The best of each is the table's; what the tries gave is in
-  `benchmarks/results/cifar10_tuning/`.
+  images (linear probe and kNN with 20,000 labelled training images), and of the untrained encoder
+  for comparison.
+- `tune`: the learning rate of each method and, if it has them, tau, temperature or the weight in
+  the loss: four tries per method, each 1 epoch on train[:45000], compared by the linear probe on
+  the 5,000 held-out images train[45000:]. The table uses the best try of each method; the results
+  of all tries are in `benchmarks/results/cifar10_tuning/`.
 
-A run that is done is not repeated: the same command goes on where it stopped.
+Finished runs are not repeated: the same command continues an interrupted sweep.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _PRESETS = {
 
 
 def _tries(**values: Any) -> tuple[dict[str, Any], ...]:
-    """Four tries from a value, or four, for each field; `__` stands for the dot."""
+    """Four tries; a field has one value for all of them, or four; `__` stands for a dot."""
     columns = (v if isinstance(v, tuple) else (v,) * 4 for v in values.values())
     fields = [name.replace("__", ".") for name in values]
     return tuple(dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-# Learning rates are those at batch 256; a step has a quarter of it.
+# Learning rates are for batch 256; the runs, with batch 64, use a quarter of them.
 _TRIES = {
     "moco_v1": _tries(
         optimizer__learning_rate=(0.2, 0.2, 0.5, 0.5),
@@ -82,50 +82,50 @@ _TRIES = {
     "vicreg": _tries(optimizer__learning_rate=(0.03, 0.1, 0.2, 0.4)),
 }
 
-# The try with the best linear probe on train[45000:].
+# Index of the try with the best linear probe on train[45000:].
 _BEST = {
     "moco_v1": 3,
     "moco_v2": 3,
     "simclr": 0,
     "byol": 3,
-    "simsiam": 1,
-    "barlow_twins": 1,
-    "vicreg": 1,
+    "simsiam": 3,
+    "barlow_twins": 0,
+    "vicreg": 2,
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return common.parse(arg, {"table": table, "tune": tune}, default="table")
+    return common.parse(arg, table, tune)
 
 
 def table() -> ConfigDict:
     """The methods with their tuned values, three seeds."""
     variants = {name: _run(key, _TRIES[key][_BEST[key]]) for key, name in _NAMES.items()}
-    study = common.study("CIFAR-10, ResNet-18 x 0.25", variants, seeds=(0, 1, 2))
-    study.show = ("epochs",)
-    return study
+    sweep = common.sweep("CIFAR-10, ResNet-18 x 0.25", variants, seeds=(0, 1, 2))
+    sweep.columns = ("epochs",)
+    return sweep
 
 
 def tune() -> ConfigDict:
-    """Four tries of each method on a part of the training set, judged on the rest of it."""
+    """Four tries of each method on a part of the training set, evaluated on the rest."""
     variants = {}
-    for number, key in itertools.product(range(4), _NAMES):
-        config = _run(key, _TRIES[key][number])
+    for index, key in itertools.product(range(4), _NAMES):
+        config = _run(key, _TRIES[key][index])
         config.epochs = 1.0
         config.data.train_split = "train[:45000]"
         config.data.test_split = "train[45000:]"
         config.eval.random_init = False
         config.eval.max_train_images = 10000
-        variants[f"{key}_try_{number + 1}"] = config
-    study = common.study("Tries on CIFAR-10's train[:45000]", variants, seeds=(0,))
-    study.show = ("optimizer.learning_rate", "tau_base", "temperature", "off_diagonal_weight")
-    study.measures = ("linear_probe_top1", "knn_top1")
-    return study
+        variants[f"{key}_try_{index + 1}"] = config
+    sweep = common.sweep("Tries on CIFAR-10's train[:45000]", variants, seeds=(0,))
+    sweep.columns = ("optimizer.learning_rate", "tau_base", "temperature", "off_diagonal_weight")
+    sweep.metrics = ("linear_probe_top1", "knn_top1")
+    return sweep
 
 
 def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
-    """A run of one method: its own CIFAR-10 preset with what is the same for all."""
+    """A run of one method: its own CIFAR-10 preset, with the settings that all methods share."""
     config = _PRESETS.get(name, moco).get_config("cifar10")
     config.epochs = 3.0
     config.batch_size = 64
@@ -137,14 +137,12 @@ def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
     config.data.test_split = "test"
     config.data.image_size = 24
     config.data.test_resize = 28
-    config.data.crop_area = (0.2, 1.0)
     config.data.resize_method = "bilinear"
     # torchvision's jitter at half of SimCLR's strength, no blur.
     view = common.view(saturation=0.4, jitter_style="torchvision", blur_prob=0.0)
-    config.augment.view_1 = view
-    config.augment.view_2 = view.copy_and_resolve_references()
-    config.augment.mean = (0.4914, 0.4822, 0.4465)
-    config.augment.std = (0.247, 0.2435, 0.2616)
+    config.views = common.views(config, view, area=(0.2, 1.0))
+    config.views.mean = (0.4914, 0.4822, 0.4465)
+    config.views.std = (0.247, 0.2435, 0.2616)
     config.eval.max_train_images = 20000
     config.monitor.knn_every_steps = 0
     config.monitor.plots_every_steps = 0
@@ -156,7 +154,7 @@ def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
 
 
 def _small_heads(name: str, config: ConfigDict) -> ConfigDict:
-    """Heads, queue and batch-norm groups for so small an encoder and batch."""
+    """Heads, queue and batch-norm groups for a small encoder and a small batch."""
     if name in ("barlow_twins", "vicreg"):
         config.projector = common.wide_head(256)
     elif name == "simsiam":

@@ -1,4 +1,4 @@
-"""Defaults that the methods' configs share, and the reading of `file.py:preset,field=value`."""
+"""Defaults for the configs of all methods, and the parser of `file.py:preset,field=value`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,52 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict, config_dict
 
-# What fields of earlier versions are called now.
+# Fields of earlier versions -> their names now.
 RENAMED = {
+    "augment.view_1": "views.global.view_1",
+    "augment.view_2": "views.global.view_2 (view_1 where both views are augmented alike)",
+    "augment.mean": "views.mean",
+    "augment.std": "views.std",
+    "data.crop_area": "views.global.area",
+    "data.crop_aspect": "views.global.aspect",
+    "flip_prob": "views.global.view_1.flip_prob",
+    "inverse_penalties": "C",
+    "inverse_penalty": "C",
+    "watch": "follow",
+    "watch_poll_seconds": "follow_poll_seconds",
+    "watch_patience_hours": "follow_patience_hours",
+    "order": "only",
+    "show": "columns",
+    "measures": "metrics",
     "projector.hidden_size": "projector.hidden_sizes, such as (4096,)",
     "predictor.hidden_size": "predictor.hidden_sizes, such as (4096,)",
     "projector.style": "projector.linear_init, .hidden_norm, .output_bias and .output_norm",
 }
+RENAMED_PRESETS = {"hundredth": "1pct", "tenth": "10pct", "all": "100pct"}
 
 
 def parse(
-    arg: str | None, presets: dict[str, Callable[..., ConfigDict]], default: str
+    arg: str | None, /, *functions: Callable[..., ConfigDict], **named: Callable[..., ConfigDict]
 ) -> ConfigDict:
-    """Makes the config of `preset,field=value,...`; the preset may be left out.
+    """Makes the config of `preset,field=value,...`; the first preset is the default.
 
-    What the preset's function takes is handed to it, such as `epochs=300` where recipes differ by
-    length; any other field, dotted where nested, is set on the result.
+    Parameters of the preset's function are passed to it, such as `epochs=300` if the recipe depends
+    on the length; other fields (nested ones with dots) are set in the resulting config.
+
+    Args:
+        arg: the text after `file.py:` on the command line.
+        functions: presets that have the names of their functions.
+        named: presets that have other names.
 
     Raises:
-        ValueError: an unknown preset or field, naming the nearest valid ones.
+        ValueError: a preset or field is unknown; the message has the nearest valid names.
     """
+    presets = {function.__name__: function for function in functions} | named
     outside_brackets = r",(?![^(]*\))"
     parts = [part.strip() for part in re.split(outside_brackets, arg or "") if part.strip()]
-    name = parts.pop(0) if parts and "=" not in parts[0] else default
+    name = parts.pop(0) if parts and "=" not in parts[0] else next(iter(presets))
+    if name not in presets and name in RENAMED_PRESETS:
+        raise ValueError(f"unknown preset {name!r}: it is now {RENAMED_PRESETS[name]}")
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}; did you mean: {_nearest(name, presets)}?")
     fields = {}
@@ -51,10 +75,10 @@ def parse(
 
 
 def set_field(config: ConfigDict, key: str, value: object) -> None:
-    """`config.a.b = value` for the key `a.b`, which must be there already.
+    """`config.a.b = value` for the key `a.b`, which must exist.
 
-    In a study, a field that is not the study's own is set in each of its variants that has it; the
-    seed is not theirs.
+    In a sweep, a field that the sweep itself does not have is set in each variant that has it,
+    except for the seed.
     """
     if "variants" in config and key.partition(".")[0] not in config:
         runs = [run for run in config.variants.values() if key != "seed" and _has(run, key)]
@@ -62,6 +86,7 @@ def set_field(config: ConfigDict, key: str, value: object) -> None:
             set_field(run, key, value)
         if runs:
             return
+        _check_renamed(key)
         own = set(config) - {"variants", "published"}
         names = {name for run in config.variants.values() for name in field_names(run)}
         near = _nearest(key, (names | own) - {"seed"})
@@ -74,22 +99,29 @@ def set_field(config: ConfigDict, key: str, value: object) -> None:
 
 
 def check_field(config: ConfigDict, key: str) -> None:
-    """Raises `ValueError`, naming the nearest ones, where the config has no field `a.b`."""
-    if key in RENAMED and not _has(config, key):
-        raise ValueError(f"unknown field config.{key}: it is now {RENAMED[key]}")
+    """Raises `ValueError` with the nearest field names if the config has no field `key`."""
     if not _has(config, key):
+        _check_renamed(key)
         near = _nearest(key, field_names(config))
         raise ValueError(f"unknown field config.{key}; did you mean: {near}?")
 
 
+def _check_renamed(key: str) -> None:
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            name, space, hint = new.partition(" ")
+            name += key.removeprefix(old)
+            raise ValueError(f"unknown field config.{key}: it is now {name}{space}{hint}")
+
+
 def _has(config: ConfigDict, key: str) -> bool:
-    """Whether there is such a field, or a section of fields."""
+    """Whether the config has such a field or section."""
     names = field_names(config)
     return key in names or key in {name.rpartition(".")[0] for name in names}
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Every field's dotted name."""
+    """The dotted names of all fields."""
     names = []
     for key in config:
         value = config[key]
@@ -115,12 +147,12 @@ def _literal(text: str) -> object:
 
 
 def pretrain_defaults() -> ConfigDict:
-    """What every pretraining config has, whatever the method."""
+    """The fields of every pretraining config, for all methods."""
     config = ConfigDict()
     config.job = "pretrain"
     config.seed = 0
 
-    # Length. The first that is given counts: steps, examples, epochs.
+    # Length: the first of steps, examples and epochs that is given is used.
     config.steps = config_dict.placeholder(int)
     config.examples = config_dict.placeholder(int)
     config.epochs = 1000.0
@@ -133,14 +165,12 @@ def pretrain_defaults() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "imagenet2012"  # a TFDS name, `folder`, or `digits`
     config.data.dir = ""  # TFDS's data_dir (its own default if empty), or the folder of images
-    config.data.download = False  # let TFDS fetch and prepare what is not in config.data.dir
-    config.data.train_split = ""  # TFDS split syntax; empty chooses by what the data set has
+    config.data.download = False  # let TFDS download and prepare data that is not in `dir`
+    config.data.train_split = ""  # TFDS split syntax; empty: chosen from the data set's splits
     config.data.test_split = ""  # held-out images for the evaluation at the end
     config.data.image_size = 224  # pixels, of the crops and of the test images
     config.data.test_resize = 256  # shorter side before the test's centre crop
     config.data.resize_method = "bicubic"
-    config.data.crop_area = (0.08, 1.0)  # share of the image's area
-    config.data.crop_aspect = (3 / 4, 4 / 3)  # width / height, log-uniform
     config.data.cache_gib = 4.0  # a TFDS split up to this size is held in memory, else streamed
     config.data.shuffle_buffer = 16384  # images, for streamed splits
     config.data.max_undecodable = 0.01  # share of images that may be broken before the run stops
@@ -148,13 +178,13 @@ def pretrain_defaults() -> ConfigDict:
     config.log_every_steps = 50
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2  # the newest
-    config.keep_every_steps = 0  # checkpoints of multiples of it are kept for good; 0: none
+    config.keep_every_steps = 0  # checkpoints at multiples of it are never deleted; 0: none
 
-    config.monitor = ConfigDict()  # looking at the run as it goes; intervals of 0: never
+    config.monitor = ConfigDict()  # monitoring during training; an interval of 0: never
     config.monitor.diagnostics_every_steps = 500  # spread, rank, alignment, uniformity
     config.monitor.knn_every_steps = 5000  # kNN on held-out images, if eval.enabled
     config.monitor.plots_every_steps = 5000
-    config.monitor.max_rows = 512  # examples of a batch that the diagnostics look at
+    config.monitor.max_rows = 512  # examples of a batch that the diagnostics use
     config.monitor.knn_train_images = 5000
     config.monitor.knn_test_images = 1000
     config.monitor.map_images = 1000  # held-out images on the map
@@ -174,44 +204,57 @@ def pretrain_defaults() -> ConfigDict:
     config.eval.max_test_images = 50000
     config.eval.knn_k = 200
     config.eval.knn_temperature = 0.1
+    config.eval.linear = linear_probe()
     config.eval.fewshot_labels = 10  # per class
     config.eval.fewshot_draws = 10
-    config.eval.random_init = True  # the same probes on an encoder that was never trained
-    config.eval.pixels = False  # and on raw pixels
+    config.eval.random_init = True  # the same probes on an untrained encoder
+    config.eval.pixels = False  # the same probes on raw pixels
     return config
 
 
-def study(title: str, variants: dict[str, ConfigDict], seeds: tuple[int, ...]) -> ConfigDict:
-    """A study: every variant pretrained with every seed, and one table of what they learned."""
+def linear_probe() -> ConfigDict:
+    """Logistic regression on frozen features, at the end of a run and in the job `linear_probe`."""
     config = ConfigDict()
-    config.job = "study"
+    # Inverse strengths of the L2 penalty (scikit-learn's C); the best is chosen on held-out images.
+    config.C = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    config.held_out_images = 10009  # of the training images, at most a fifth: BYOL, appendix C.1
+    config.standardize = True  # features to zero mean and unit deviation
+    config.max_iterations = 200  # of L-BFGS
+    config.tolerance = 1e-3  # a fit ends when its largest gradient is below it
+    return config
+
+
+def sweep(title: str, variants: dict[str, ConfigDict], seeds: tuple[int, ...]) -> ConfigDict:
+    """A sweep: every variant is pretrained with every seed; one table has the results."""
+    config = ConfigDict()
+    config.job = "sweep"
     config.title = title
     config.seeds = seeds
     config.variants = ConfigDict(variants)  # name -> the config of a run; its seed is replaced
-    config.order = tuple(variants)  # which of them are run, in which order
-    # The table's columns: `show` are fields of the variants' configs, `measures` of their results.
-    config.show = ()
-    config.measures = (
+    config.only = tuple(variants)  # the variants to run, in this order
+    # The table shows `columns` (fields of the variants' configs) and `metrics` (of their results).
+    config.columns = ()
+    config.metrics = (
         "linear_probe_top1",
         "knn_top1",
         "random_init_linear_probe_top1",
         "random_init_knn_top1",
     )
-    config.published = ConfigDict()  # variant -> published top-1, to stand beside
+    config.published = ConfigDict()  # variant -> published top-1, for comparison
     config.published_title = "published"
-    config.publish_dir = ""  # a folder that also takes table and record, once all runs are done
+    config.publish_dir = ""  # table and record are also written here after all runs
     return config
 
 
 def encoder(**changes) -> ConfigDict:
-    """The encoder, BYOL's where not said otherwise (`selfsup_jax/models/resnet.py:ResNet`)."""
+    """The encoder; the defaults are BYOL's (`selfsup_jax/models/resnet.py:ResNet`)."""
     fields = {
         "depth": 50,
         "width": 1.0,  # multiplies every stage's channels
         "stem": "imagenet",  # or `cifar`
         "padding": "same",  # BYOL's code; `torch`: MoCo's; `fixed`: SimCLR's
         "zero_init_gamma": True,  # the last norm of each residual branch starts at 0
-        "kernel_init": "lecun",  # BYOL's and SimCLR's codes; `kaiming_fan_out`: MoCo's
+        "kernel_init": "lecun",  # BYOL's and SimCLR's code; `kaiming_fan_out`: MoCo's
         "bn_decay": 0.9,
         "bn_epsilon": 1e-5,
         "bn_unbiased_average": False,  # running variance times n / (n - 1), as PyTorch's
@@ -220,7 +263,7 @@ def encoder(**changes) -> ConfigDict:
 
 
 def head(**changes) -> ConfigDict:
-    """A projector or predictor, BYOL's where not said otherwise (`selfsup_jax/models/heads.py`)."""
+    """A projector or predictor; the defaults are BYOL's (`selfsup_jax/models/heads.py`)."""
     fields = {
         "hidden_sizes": (4096,),  # () is a linear head
         "output_size": 256,
@@ -234,12 +277,12 @@ def head(**changes) -> ConfigDict:
 
 
 def wide_head(size: int) -> ConfigDict:
-    """Three layers of one size, as Barlow Twins' projector and VICReg's expander."""
+    """Three layers of one size: Barlow Twins' projector, VICReg's expander."""
     return head(hidden_sizes=(size, size), output_size=size, linear_init="torch", hidden_bias=False)
 
 
 def adamw(learning_rate: float = 1e-3, warmup_epochs: float = 10.0) -> ConfigDict:
-    """AdamW for small batches, where LARS is slow: our choice, no paper's."""
+    """AdamW for small batches, where LARS is slow: our choice, not from a paper."""
     return optimizer(
         name="adamw",
         learning_rate=learning_rate,
@@ -250,38 +293,38 @@ def adamw(learning_rate: float = 1e-3, warmup_epochs: float = 10.0) -> ConfigDic
 
 
 def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
-    """The optimizer: LARS in the order of BYOL's code where not said otherwise."""
+    """The optimizer; the default is LARS as in BYOL's code."""
     fields = {
         "name": "lars",  # or `sgd`, `adamw`, `lamb`
         "learning_rate": 0.2,
         "scaling": "linear",  # x batch_size / 256; or `sqrt`, x sqrt(batch_size); or `none`
         "schedule": "cosine",  # or `step`, `constant`
-        "end_fraction": 0.0,  # of the peak, where the cosine ends
+        "end_fraction": 0.0,  # the cosine ends at this fraction of the peak
         "drops": (),  # of the step schedule, as fractions of the run
         "drop_factor": 0.1,
-        "warmup_steps": config_dict.placeholder(int),  # the first of these that is given counts
+        "warmup_steps": config_dict.placeholder(int),  # the first of these that is given is used
         "warmup_examples": config_dict.placeholder(int),
         "warmup_epochs": warmup_epochs,
         "momentum": 0.9,
         "nesterov": False,
         "rate_inside_momentum": False,  # outside: BYOL's code and PyTorch; inside: SimCLR's
         "weight_decay": 1.5e-6,
-        "weight_decay_end": config_dict.placeholder(float),  # a cosine leads there; none: constant
+        "weight_decay_end": config_dict.placeholder(float),  # end of a cosine; None: constant decay
         "trust_coefficient": 1e-3,  # LARS's eta
         "exclude": ("bias$", "scale$"),  # biases and norms: no decay, no LARS ratio
-        "excluded_rate": 1.0,  # times the learning rate, for these
-        "constant_rate": (),  # patterns of parameters whose rate follows no schedule
-        "clip_norm": 0.0,  # the gradient's norm is cut to this; 0: never
-        "beta_2": 0.999,  # of AdamW and LAMB, whose first beta is the momentum
+        "excluded_rate": 1.0,  # factor on the learning rate of these
+        "constant_rate": (),  # patterns of parameters with a constant learning rate
+        "clip_norm": 0.0,  # maximum norm of the gradient; 0: no clipping
+        "beta_2": 0.999,  # of AdamW and LAMB; their first beta is `momentum`
         "adam_epsilon": 1e-8,
     }
     return _changed("an optimizer", fields, changes)
 
 
 def view(**changes) -> ConfigDict:
-    """One view's augmentation, BYOL's view 1 (Grill et al., appendix B) where not said otherwise.
+    """One view's augmentation; the defaults are BYOL's view 1 (Grill et al., appendix B).
 
-    `selfsup_jax/data/augment.py:ViewAugmentation` says what each field means.
+    `selfsup_jax/data/augment.py:ViewAugmentation` documents the fields.
     """
     fields = {
         "flip_prob": 0.5,
@@ -303,12 +346,35 @@ def view(**changes) -> ConfigDict:
     return _changed("a view", fields, changes)
 
 
-def augmentation(view_1: ConfigDict, view_2: ConfigDict) -> ConfigDict:
-    """Two views, normalised by ImageNet's mean and deviation."""
-    config = ConfigDict({"view_1": view_1, "view_2": view_2})
-    config.mean = (0.485, 0.456, 0.406)
-    config.std = (0.229, 0.224, 0.225)
-    return config
+def views(
+    config: ConfigDict, *each: ConfigDict, area: tuple[float, ...] = (0.08, 1.0)
+) -> ConfigDict:
+    """Two views of each image, normalised with ImageNet's mean and standard deviation.
+
+    The views of a group have the same crop size. The group is `global`; methods with more views
+    also have `local`. The last `view_N` section of a group is used for all further views.
+
+    Args:
+        config: its `data.image_size` is the default size of the crops.
+        each: the augmentation of each view, or one for both.
+        area: of the crops, as a share of the image's area.
+    """
+    group = ConfigDict({f"view_{i}": view for i, view in enumerate(each, start=1)})
+    group.count = 2
+    group.size = config.data.get_oneway_ref("image_size")  # pixels
+    group.area = area
+    group.aspect = (3 / 4, 4 / 3)  # width / height, log-uniform
+    section = ConfigDict()
+    section["global"] = group
+    section.mean = (0.485, 0.456, 0.406)
+    section.std = (0.229, 0.224, 0.225)
+    return section
+
+
+def sections_of_views(config: ConfigDict) -> list[ConfigDict]:
+    """The augmentation of each view that has its own section."""
+    groups = [group for group in config.views.values() if isinstance(group, ConfigDict)]
+    return [group[key] for group in groups for key in group if key.startswith("view_")]
 
 
 def _changed(what: str, fields: dict, changes: dict) -> ConfigDict:

@@ -1,29 +1,31 @@
-"""What every method's presets share for the data that they are made for."""
+"""Settings for each data set, which the presets of all methods share."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def on_imagenet(config: ConfigDict) -> ConfigDict:
-    """ImageNet at 224 px; its test split has no public labels, so validation is held out."""
+    """ImageNet at 224 px; its test labels are not public, so `validation` is the test split."""
     config.data.train_split = "train"
     config.data.test_split = "validation"
     return config
 
 
 def on_cifar10(config: ConfigDict) -> ConfigDict:
-    """CIFAR-10 for one accelerator: ResNet-18 with a 3x3 stem; no blur, as is usual there."""
+    """CIFAR-10 for one accelerator: ResNet-18 with a 3x3 stem; no blur, as is usual for it."""
     config.compute_dtype = "float32"
     config.data.name = "cifar10"
     config.data.image_size = 32
     config.data.test_resize = 32
     config.encoder.depth = 18
     config.encoder.stem = "cifar"
-    for view in (config.augment.view_1, config.augment.view_2):
+    for view in common.sections_of_views(config):
         view.update(blur_prob=0.0, solarize_prob=0.0)
-    config.augment.mean = (0.4914, 0.4822, 0.4465)
-    config.augment.std = (0.247, 0.2435, 0.2616)
+    config.views.mean = (0.4914, 0.4822, 0.4465)
+    config.views.std = (0.247, 0.2435, 0.2616)
     config.checkpoint_every_steps = 2000
     config.eval.max_train_images = 50000
     return config
@@ -36,20 +38,20 @@ def on_imagenette(config: ConfigDict) -> ConfigDict:
     config.data.image_size = 128
     config.data.test_resize = 146
     config.encoder.depth = 18
-    for view in (config.augment.view_1, config.augment.view_2):
+    for view in common.sections_of_views(config):
         view.blur_kernel = 13  # a tenth of the image, as 23 is of 224
     return config
 
 
 def on_folder(config: ConfigDict) -> ConfigDict:
-    """Your own images at 96 px, on whatever is at hand: a small encoder, a batch of 64."""
+    """Your own images at 96 px, for any machine: a small encoder, a batch of 64."""
     config.batch_size = 64
     config.compute_dtype = "float32"
     config.data.name = "folder"
     config.data.image_size = 96
     config.data.test_resize = 110
     config.encoder.depth = 18
-    for view in (config.augment.view_1, config.augment.view_2):
+    for view in common.sections_of_views(config):
         view.blur_kernel = 9
     return config
 
@@ -60,13 +62,13 @@ def on_digits(config: ConfigDict) -> ConfigDict:
     config.compute_dtype = "float32"
     config.data.name = "digits"
     config.data.image_size = 16
-    config.data.test_resize = 20  # a digit fills 20 of its 28 pixels: the margins go
-    config.data.crop_area = (0.4, 1.0)
-    config.data.resize_method = "area"  # 28 to 16 pixels: bicubic without antialiasing skips lines
+    config.data.test_resize = 20  # a digit fills 20 of 28 pixels: this removes the margins
+    config.views["global"].area = (0.4, 1.0)
+    config.data.resize_method = "area"  # bicubic without antialiasing skips lines (28 to 16 px)
     config.encoder.depth = 18
     config.encoder.width = 0.25
     config.encoder.stem = "cifar"
-    for view in (config.augment.view_1, config.augment.view_2):
+    for view in common.sections_of_views(config):
         view.update(
             flip_prob=0.0,
             saturation=0.0,
@@ -76,8 +78,8 @@ def on_digits(config: ConfigDict) -> ConfigDict:
             blur_prob=0.5,
             solarize_prob=0.0,
         )
-    config.augment.mean = (0.13, 0.13, 0.13)
-    config.augment.std = (0.31, 0.31, 0.31)
+    config.views.mean = (0.13, 0.13, 0.13)
+    config.views.std = (0.31, 0.31, 0.31)
     config.log_every_steps = 62  # an epoch
     config.checkpoint_every_steps = 310
     config.monitor.diagnostics_every_steps = 62

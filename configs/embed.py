@@ -1,4 +1,4 @@
-"""The features of a split, or of a folder of images, for your own work.
+"""Writes the features of a split or of a folder of images, for use in other projects.
 
     python run_experiment.py --config=configs/embed.py --config.checkpoint=RUN --workdir=DIR
     python run_experiment.py --config=configs/embed.py --config.checkpoint=RUN --workdir=DIR \\
@@ -6,7 +6,7 @@
 
 Writes `features.npz` (`features` [N, D] float32, `labels` [N] int32 with -1 for none, `names` [N],
 `class_names`), or with `--config.format=npy` files of `rows_per_file` rows: `features-00000.npy`,
-`labels-00000.npy`, `names-00000.npy`, for splits that no memory holds.
+`labels-00000.npy`, `names-00000.npy`, for splits too large for memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from configs import common, evaluation
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `field=value,...`."""
-    return common.parse(arg, {"embed": embed}, default="embed")
+    return common.parse(arg, embed)
 
 
 def embed() -> ConfigDict:
-    """The run's held-out split, or all of another data set."""
+    """The run's test split, or all of another data set."""
     config = evaluation.job_defaults("embed")
-    config.split = ""  # in TFDS's syntax; empty: the run's test split, or all of other data
+    config.split = ""  # in TFDS's syntax; empty: the run's test split, or all of another data set
     config.format = "npz"  # or `npy`
     config.rows_per_file = 65536  # of `npy`
     return config

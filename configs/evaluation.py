@@ -1,14 +1,16 @@
-"""What the configs of all evaluation jobs have in common."""
+"""Fields that the configs of all evaluation jobs share."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
+from configs import common
+
 
 def job_defaults(job: str) -> ConfigDict:
     """A job that evaluates the encoder in `config.checkpoint`.
 
-    What is left empty in `data` is taken from the run that made the encoder.
+    Empty fields in `data` are taken from the run that trained the encoder.
     """
     config = ConfigDict()
     config.job = job
@@ -16,11 +18,11 @@ def job_defaults(job: str) -> ConfigDict:
     config.checkpoint = ""
     config.seed = 0
     config.compute_dtype = ""  # of convolutions and matmuls; empty: the run's
-    config.feature_batch_size = 256  # images at once, of each host, where nothing is trained
+    config.feature_batch_size = 256  # images per batch and host, for frozen encoders
 
-    config.watch = False  # evaluates every checkpoint of a run that is going on, each once
-    config.watch_poll_seconds = 30.0
-    config.watch_patience_hours = 24.0  # without a new checkpoint
+    config.follow = False  # wait for new checkpoints of a running run and evaluate each once
+    config.follow_poll_seconds = 30.0
+    config.follow_patience_hours = 24.0  # stop after so long without a new checkpoint
 
     config.data = ConfigDict()
     config.data.name = ""
@@ -34,27 +36,30 @@ def job_defaults(job: str) -> ConfigDict:
     config.data.cache_gib = 4.0  # a TFDS split up to this size is held in memory, else streamed
     config.data.shuffle_buffer = 16384  # images, for streamed splits
     config.data.max_undecodable = 0.01  # share of images that may be broken before the job stops
-    config.data.max_train_images = 0  # of more an evenly spread part is taken; 0: all
-    config.data.allow_unseen_classes = False  # test images of classes that no training image has
+    config.data.max_train_images = 0  # maximum, evenly spread over the split; 0: all
+    config.data.allow_unseen_classes = False  # of test images
     return config
 
 
 def with_baseline(config: ConfigDict) -> ConfigDict:
-    """The same measured on an encoder that was never trained, too."""
+    """Also evaluates an untrained encoder, as a baseline."""
     config.random_init = True
     return config
 
 
 def training(config: ConfigDict, *, epochs: float, batch_size: int) -> ConfigDict:
-    """What a job needs that trains something on crops and flips of the training images."""
-    config.steps = config_dict.placeholder(int)  # the first of these that is given counts
+    """Adds the fields of a job that trains on crops and flips of the training images."""
+    config.steps = config_dict.placeholder(int)  # the first of these that is given is used
     config.examples = config_dict.placeholder(int)
     config.epochs = epochs
     config.batch_size = batch_size  # global: over all devices of all hosts
     config.accumulate_steps = 1
-    config.flip_prob = config_dict.placeholder(float)  # empty: the run's first view's
-    config.data.crop_area = ()  # share of the image's area; empty: the run's
-    config.data.crop_aspect = ()
+    view = common.view(jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
+    view["flip_prob"] = config_dict.placeholder(float)  # empty: as the run's first view
+    config.views = common.views(config, view, area=())  # share of the image; empty: the run's
+    config.views["global"].count = 1
+    config.views["global"].aspect = ()  # empty: the run's
+    del config.views.mean, config.views.std  # the run's
     config.log_every_steps = 50
     config.checkpoint_every_steps = 500
     config.keep_checkpoints = 1

@@ -1,9 +1,9 @@
-"""What a handful of labels per class is enough for: logistic regression on frozen features.
+"""Few-shot evaluation: logistic regression on frozen features with a few labels per class.
 
     python run_experiment.py --config=configs/fewshot.py --config.checkpoint=RUN --workdir=DIR
 
-For each number of labels per class a new draw of images is labelled many times over; the mean over
-the draws comes with its 95 % confidence interval. Seconds to minutes after the features are there.
+For each number of labels per class the labelled images are drawn several times; the result is the
+mean over the draws with its 95 % confidence interval. Seconds to minutes after the features.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from configs import common, evaluation
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `field=value,...`."""
-    return common.parse(arg, {"fewshot": fewshot}, default="fewshot")
+    return common.parse(arg, fewshot)
 
 
 def fewshot() -> ConfigDict:
@@ -23,5 +23,5 @@ def fewshot() -> ConfigDict:
     config = evaluation.with_baseline(evaluation.job_defaults("fewshot"))
     config.labels_per_class = (1, 2, 5, 10)
     config.draws = 20
-    config.inverse_penalty = 1.0  # scikit-learn's C; so few labels leave nothing to pick it on
+    config.C = 1.0  # scikit-learn's C; there are too few labels to choose it
     return config

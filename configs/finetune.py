@@ -1,19 +1,19 @@
-"""The encoder trained on, with a classifier on top: semi-supervised, or with all labels.
+"""Fine-tuning of the encoder with a classifier on top: semi-supervised, or with all labels.
 
-    python run_experiment.py --config=configs/finetune.py:tenth --config.checkpoint=RUN \\
+    python run_experiment.py --config=configs/finetune.py:10pct --config.checkpoint=RUN \\
         --workdir=DIR
 
-Presets by the share of labels; epochs and rates of the first two as in SimCLR's paper (appendix
-B.5: Nesterov momentum, no decay, no warm-up; the batch of 1024 is BYOL's), the encoder's and the
-head's apart; published top-1 as in BYOL's paper, table 2:
+Presets by the share of labels. Epochs and learning rates of the first two are SimCLR's (appendix
+B.5: Nesterov momentum, no weight decay, no warm-up; the batch of 1024 is BYOL's). Encoder and head
+have separate learning rates. Published top-1 is from BYOL's paper, table 2:
 
-- `hundredth`: 1 % of the labels, 60 epochs; 48.3 % for SimCLR's ResNet-50, 53.2 % for BYOL's.
-- `tenth` (the default): 10 %, 30 epochs; 65.6 % and 68.8 %.
-- `all`: 100 %, 30 epochs.
+- `1pct`: 1 % of the labels, 60 epochs; 48.3 % for SimCLR's ResNet-50, 53.2 % for BYOL's.
+- `10pct` (the default): 10 %, 30 epochs; 65.6 % and 68.8 %.
+- `100pct`: 100 %, 30 epochs.
 
-The labelled images are drawn from the seed, the same number of each class; or take the lists that
-were published with SimCLR: `--config.data.name=imagenet2012_subset/1pct` (TFDS has them) with
-`--config.label_share=1.0`, or any list of file names, one a line, in `--config.label_list=FILE`.
+The labelled images are drawn with the seed, the same number for each class. SimCLR's published lists
+are in TFDS: `--config.data.name=imagenet2012_subset/1pct` with `--config.label_share=1.0`. Any other
+list of file names, one per line, can be given as `--config.label_list=FILE`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from configs import common, evaluation
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {"hundredth": hundredth, "tenth": tenth, "all": all_labels}
-    return common.parse(arg, presets, default="tenth")
+    presets = {"10pct": ten_percent, "1pct": one_percent, "100pct": all_labels}
+    return common.parse(arg, **presets)
 
 
-def hundredth() -> ConfigDict:
+def one_percent() -> ConfigDict:
     """1 % of the labels."""
     return _finetune(label_share=0.01, epochs=60.0)
 
 
-def tenth() -> ConfigDict:
+def ten_percent() -> ConfigDict:
     """10 % of the labels."""
     return _finetune(label_share=0.1, epochs=30.0)
 
@@ -49,11 +49,11 @@ def _finetune(label_share: float, epochs: float) -> ConfigDict:
         evaluation.job_defaults("finetune"), epochs=epochs, batch_size=1024
     )
     config.label_share = label_share
-    config.label_list = ""  # a file of file names, one a line, in place of a share
+    config.label_list = ""  # a file with file names, one per line, instead of a share
     config.bn_groups = 1
-    config.train_batch_norm = True  # else statistics stay as they were, and only they
+    config.train_batch_norm = True  # False: only the batch statistics are frozen
     plain = {"name": "sgd", "weight_decay": 0.0, "nesterov": True, "exclude": ()}
     config.optimizer = common.optimizer(warmup_epochs=0.0, learning_rate=0.05, **plain)
-    config.head_learning_rate = 0.05  # scaled and scheduled as the encoder's
-    config.random_init = False  # the same from an encoder that was never trained
+    config.head_learning_rate = 0.05  # scaled and scheduled like the encoder's
+    config.random_init = False  # also fine-tune an untrained encoder
     return config

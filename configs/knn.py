@@ -4,11 +4,11 @@
     python run_experiment.py --config=configs/knn.py --config.checkpoint=RUN --workdir=DIR \\
         --config.neighbours='(20,200)' --config.temperatures='(0.07,0.1)'
 
-Nothing is trained: seconds for CIFAR-10. k and temperature are those that the run's own kNN had,
-unless they are given; of several the pair is picked on held-out training images. The test set is
-looked at once. Each device holds its part of the training
-features (ImageNet's 1.28 M x 2048 float32: 10.5 GB over all devices of a host) and beside it about
-`query_rows x (bank_rows + 4 k)` numbers, whatever the bank's size.
+Nothing is trained: seconds for CIFAR-10. By default k and temperature are those of the run's own kNN;
+if several are given, the best pair is chosen on held-out training images. The test set is evaluated
+once. Each device holds its part of the training features (ImageNet's 1.28 M x 2048 float32: 10.5 GB
+over all devices of a host) and about `query_rows x (bank_rows + 4 k)` further numbers, for any size
+of the bank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from configs import common, evaluation
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `field=value,...`."""
-    return common.parse(arg, {"knn": knn}, default="knn")
+    return common.parse(arg, knn)
 
 
 def knn() -> ConfigDict:
@@ -28,7 +28,7 @@ def knn() -> ConfigDict:
     config = evaluation.with_baseline(evaluation.job_defaults("knn"))
     config.neighbours = ()  # k; empty: the run's eval.knn_k
     config.temperatures = ()  # empty: the run's eval.knn_temperature
-    config.held_out_images = 5000  # training images that the picking is done on
-    config.bank_rows = 8192  # training features that a device looks at at once
+    config.held_out_images = 5000  # training images for choosing k and temperature
+    config.bank_rows = 8192  # training features that a device compares at once
     config.query_rows = 1024
     return config

@@ -1,4 +1,4 @@
-"""Linear evaluation of a frozen encoder, by the papers' protocols or in a minute.
+"""Linear evaluation of a frozen encoder: fast, or with the papers' protocols.
 
     python run_experiment.py --config=configs/linear_probe.py --config.checkpoint=RUN --workdir=DIR
     python run_experiment.py --config=configs/linear_probe.py:PRESET --config.checkpoint=RUN \\
@@ -6,18 +6,18 @@
 
 Presets:
 
-- `fast` (the default): features once, without augmentation; logistic regression at all L2 strengths
-  of `inverse_penalties` at once, the best picked on held-out training images, then fitted to all.
-  12 seconds for 50,000 x 512 features on two CPU cores, after the features.
+- `fast` (the default): features are computed once, without augmentation; logistic regression for all
+  L2 strengths in `C` at once; the best is chosen on held-out training images, then fitted to all.
+  12 seconds for 50,000 x 512 features on two CPU cores, after the features are computed.
 - `byol`: Grill et al. 2020, appendix C.1: 80 epochs of SGD with Nesterov momentum, batch 1024,
-  crops and flips; five learning rates, picked on held-out training images. 74.3 % for ResNet-50
+  crops and flips; five learning rates, chosen on held-out training images. 74.3 % for ResNet-50
   after 1000 epochs on ImageNet (their table 1).
-- `moco`: He et al. 2019, section 4.1: 100 epochs of SGD, learning rate 30, a tenth of it from
+- `moco`: He et al. 2019, section 4.1: 100 epochs of SGD, learning rate 30, divided by 10 at
   epochs 60 and 80, batch 256. 60.6 % for MoCo v1, 67.7 % for v2 (200 epochs).
 
-Crops reach as far as those of the run's pretraining, where `data.crop_area` doesn't say otherwise
-(`byol`; the same in its paper). The test set is looked at once, with what was picked, by the last
-step's classifier. Both protocols train all learning rates on one pass through the encoder.
+By default the crops' `views.global.area` is that of the run's pretraining (as in BYOL's paper). The
+test set is evaluated once, with the chosen value and the last step's classifier. `byol` and `moco`
+train the classifiers of all learning rates in one pass through the encoder.
 """
 
 from __future__ import annotations
@@ -29,25 +29,21 @@ from configs import common, evaluation
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return common.parse(arg, {"fast": fast, "byol": byol, "moco": moco}, default="fast")
+    return common.parse(arg, fast, byol, moco)
 
 
 def _probe(protocol: str) -> ConfigDict:
     config = evaluation.job_defaults("linear_probe")
     config.protocol = protocol
-    # Training images that the picking is done on; at most a fifth of them.
-    config.held_out_images = 10009  # of ImageNet: BYOL's paper, appendix C.1
+    # Training images for choosing the strength or the learning rate; at most a fifth of them.
+    config.held_out_images = 10009  # for ImageNet: BYOL's paper, appendix C.1
     return config
 
 
 def fast() -> ConfigDict:
     """Logistic regression on features that are computed once."""
     config = evaluation.with_baseline(_probe("fast"))
-    # scikit-learn's C.
-    config.inverse_penalties = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    config.standardize = True  # features to zero mean and unit deviation
-    config.max_iterations = 200  # of L-BFGS
-    config.tolerance = 1e-3  # the largest slope at which a fit is done
+    config.update(common.linear_probe())
     return config
 
 
@@ -62,14 +58,14 @@ def byol() -> ConfigDict:
 def moco() -> ConfigDict:
     """The protocol of MoCo's paper, section 4.1."""
     config = evaluation.training(_probe("sgd"), epochs=100.0, batch_size=256)
-    config.held_out_images = 0  # one learning rate: nothing to pick
+    config.held_out_images = 0  # one learning rate: nothing to choose
     config.learning_rates = (30.0,)
     config.optimizer = _optimizer(schedule="step", drops=(0.6, 0.8), scaling="none")
-    config.data.crop_area = (0.08, 1.0)  # its pretraining has (0.2, 1)
+    config.views["global"].area = (0.08, 1.0)  # MoCo's pretraining has (0.2, 1)
     return config
 
 
 def _optimizer(**changes) -> ConfigDict:
-    # Its learning rate is each of `learning_rates` in turn.
+    # The learning rate is a factor on `learning_rates`.
     plain = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "exclude": ()}
     return common.optimizer(warmup_epochs=0.0, **(plain | changes))

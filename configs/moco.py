@@ -5,23 +5,23 @@
     python run_experiment.py --config=configs/moco.py:v1 --workdir=DIR
 
 Presets, their cost, and what to expect (published numbers are the papers' linear evaluation on all
-of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train_images` of it):
 
 - `imagenet` (the default): v2. ResNet-50, 224 px, batch 256, 200 epochs; 67.5 +- 0.1 % (the
   authors' code), and 71.1 % after 800 epochs (v2, table 2). About 53 hours on 8 V100 GPUs (v2,
   table 3).
 - `v1`: linear head, temperature 0.07, step schedule, v1's augmentation; 60.6 % (v1, section 4.1).
-- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, symmetric loss, after
-  lightly's benchmark: 83.8 % kNN, the best epoch on the test set (peers' table; ours are in the
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, symmetric loss, following
+  lightly's benchmark: 83.8 % kNN, the best epoch on the test set (lightly's table; ours is in the
   README).
 - `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. Neither published nor run by us.
 - `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; 96 %, and 87 % with
   10 labels per class.
-- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
 
-`view_1` makes the queries and `view_2` the keys; with `symmetric` each makes both in turn. The
-batch must be a multiple of `bn_groups` times the devices, so that the keys' images can be dealt out
-evenly; the queue a multiple of the keys that a step makes.
+`view_1` gives the queries and `view_2` the keys; with `symmetric` each view gives both. The batch
+must be a multiple of `bn_groups` times the devices, so that the keys' images can be shuffled evenly;
+the queue must be a multiple of the number of keys per step.
 """
 
 from __future__ import annotations
@@ -33,15 +33,7 @@ from configs import common, datasets
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {
-        "imagenet": imagenet,
-        "v1": v1,
-        "cifar10": cifar10,
-        "imagenette": imagenette,
-        "demo": demo,
-        "folder": folder,
-    }
-    return common.parse(arg, presets, default="imagenet")
+    return common.parse(arg, imagenet, v1, cifar10, imagenette, demo, folder)
 
 
 def imagenet() -> ConfigDict:
@@ -60,7 +52,7 @@ def _v2() -> ConfigDict:
     config.method = "moco"
     config.epochs = 200.0
     config.batch_size = 256
-    config.bn_groups = 8  # the paper's 8 GPUs; on any number of devices
+    config.bn_groups = 8  # the paper's 8 GPUs; here on any number of devices
     config.tau_base = 0.999  # the paper's m
     config.tau_schedule = "constant"  # or `cosine`, from tau_base to 1
     config.queue_size = 65536
@@ -86,33 +78,32 @@ def _v2() -> ConfigDict:
         learning_rate=0.03,  # at batch 256
         weight_decay=1e-4,
         warmup_epochs=0.0,
-        exclude=(),  # all parameters decay
+        exclude=(),  # weight decay for all parameters
     )
     view = {"hue": 0.1, "saturation": 0.4, "jitter_style": "torchvision", "blur_prob": 0.5}
     view |= {"blur_padding": "reflect"}
-    config.augment = common.augmentation(common.view(**view), common.view(**view))
-    config.data.crop_area = (0.2, 1.0)
+    config.views = common.views(config, common.view(**view), area=(0.2, 1.0))
     config.data.resize_method = "bilinear"
     return config
 
 
 def as_v1(config: ConfigDict) -> ConfigDict:
-    """What v1 does otherwise than v2: head, temperature, schedule, augmentation.
+    """The differences of v1 from v2: head, temperature, schedule, augmentation.
 
-    The authors turn images gray before the jitter; here it comes after, which is the same but for
-    the hue.
+    The authors apply grayscale before the jitter; here it comes after, which differs only in the
+    effect of the hue.
     """
     config.projector.hidden_sizes = ()  # linear
     config.temperature = 0.07
     config.optimizer.schedule = "step"
     config.optimizer.drops = (0.6, 0.8)  # epochs 120 and 160 of 200
-    for view in (config.augment.view_1, config.augment.view_2):
+    for view in common.sections_of_views(config):
         view.update(jitter_prob=1.0, hue=0.4, blur_prob=0.0)
     return config
 
 
 def cifar10() -> ConfigDict:
-    """CIFAR-10 on one accelerator, after lightly's benchmark."""
+    """CIFAR-10 on one accelerator, following lightly's benchmark."""
     config = datasets.on_cifar10(_v2())
     config.batch_size = 128
     config.tau_base = 0.99
@@ -120,14 +111,14 @@ def cifar10() -> ConfigDict:
     config.temperature = 0.1
     config.symmetric = True
     config.projector.hidden_sizes = (512,)
-    # There 0.06 x B / 128 and 5e-4, for the mean of both directions' losses; here they are added.
+    # lightly: 0.06 x B / 128 and 5e-4, for the mean of both directions' losses; here: their sum.
     config.optimizer.learning_rate = 0.06
     config.optimizer.weight_decay = 1e-3
     return config
 
 
 def imagenette() -> ConfigDict:
-    """Imagenette: v2 with a queue of under half of its 9,469 images, and a faster key encoder."""
+    """Imagenette: v2 with a queue shorter than half of its 9,469 images, and a faster key encoder."""
     config = datasets.on_imagenette(_v2())
     config.epochs = 800.0
     config.tau_base = 0.99

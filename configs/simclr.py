@@ -1,21 +1,21 @@
-"""SimCLR (Chen et al. 2020, arXiv 2002.05709), from images to a probed representation.
+"""SimCLR (Chen et al. 2020, arXiv 2002.05709), pretraining with probes at the end.
 
     python run_experiment.py --config=configs/simclr.py --workdir=DIR         # the paper's recipe
     python run_experiment.py --config=configs/simclr.py:imagenet,scaling=sqrt --workdir=DIR
 
 Presets, their cost, and what to expect (published numbers are the paper's linear evaluation on all
-of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train_images` of it):
 
 - `imagenet` (the default): ResNet-50, 224 px, batch 4096, 1000 epochs; 69.3 %, and 64.5 % after 100
   epochs (the paper, table 6 and the authors' README). About 1.5 hours per 100 epochs on 128 TPU v3
-  cores (section 2.2). `scaling=sqrt` takes the learning rate
-  0.075 x sqrt(B) in place of 0.3 x B / 256: better for small batches and short runs (appendix B.1).
+  cores (section 2.2). `scaling=sqrt` uses the learning rate 0.075 x sqrt(B) instead of
+  0.3 x B / 256: better for small batches and short runs (appendix B.1).
 - `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 512, 1000 epochs, as in the authors' README:
   about 91 % linear.
 - `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. Neither published nor run by us.
 - `demo`: 5,000 embedded handwritten digits, under 4 minutes on two CPU cores; 96 %, and 90 % with
   10 labels per class.
-- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
 """
 
 from __future__ import annotations
@@ -24,20 +24,13 @@ from ml_collections import ConfigDict
 
 from configs import common, datasets
 
-# How the learning rate grows with the batch -> its base (appendix B.1).
+# Scaling of the learning rate with the batch -> base learning rate (appendix B.1).
 _BASE_RATES = {"linear": 0.3, "sqrt": 0.075}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {
-        "imagenet": imagenet,
-        "cifar10": cifar10,
-        "imagenette": imagenette,
-        "demo": demo,
-        "folder": folder,
-    }
-    return common.parse(arg, presets, default="imagenet")
+    return common.parse(arg, imagenet, cifar10, imagenette, demo, folder)
 
 
 def imagenet(scaling: str = "linear") -> ConfigDict:
@@ -68,15 +61,14 @@ def _paper(scaling: str = "linear") -> ConfigDict:
         weight_decay=1e-6,
         rate_inside_momentum=True,
     )
-    view = _view(strength=1.0)
-    config.augment = common.augmentation(view, view.copy_and_resolve_references())
-    config.augment.mean = (0.0, 0.0, 0.0)  # the authors' images stay in [0, 1]
-    config.augment.std = (1.0, 1.0, 1.0)
+    config.views = common.views(config, _view(strength=1.0))
+    config.views.mean = (0.0, 0.0, 0.0)  # the authors' images stay in [0, 1]
+    config.views.std = (1.0, 1.0, 1.0)
     return config
 
 
 def _view(strength: float) -> ConfigDict:
-    """Appendix A, with its strength of the colour distortion."""
+    """The augmentation of appendix A, with a strength of the colour distortion."""
     return common.view(
         brightness=0.8 * strength,
         contrast=0.8 * strength,
@@ -87,13 +79,12 @@ def _view(strength: float) -> ConfigDict:
 
 
 def cifar10() -> ConfigDict:
-    """CIFAR-10 as in the authors' README: colour distortion of half the strength, no blur."""
+    """CIFAR-10 as in the authors' README: half the colour distortion, no blur."""
     config = _paper()
-    config.augment.view_1 = _view(strength=0.5)
-    config.augment.view_2 = _view(strength=0.5)
-    mean, std = config.augment.mean, config.augment.std
+    config.views["global"].view_1 = _view(strength=0.5)
+    mean, std = config.views.mean, config.views.std
     config = datasets.on_cifar10(config)
-    config.augment.mean, config.augment.std = mean, std
+    config.views.mean, config.views.std = mean, std
     config.batch_size = 512
     config.temperature = 0.5
     config.projector.hidden_sizes = (512,)
@@ -103,7 +94,7 @@ def cifar10() -> ConfigDict:
 
 
 def imagenette() -> ConfigDict:
-    """Imagenette: the square root's learning rate, for its small batch."""
+    """Imagenette: square-root scaling of the learning rate, because the batch is small."""
     config = datasets.on_imagenette(_paper(scaling="sqrt"))
     config.epochs = 800.0
     config.projector.hidden_sizes = (512,)
@@ -111,7 +102,7 @@ def imagenette() -> ConfigDict:
 
 
 def folder() -> ConfigDict:
-    """Your own images: the square root's learning rate and a temperature for a small batch."""
+    """Your own images: square-root scaling and a temperature for a small batch."""
     config = datasets.on_folder(_paper(scaling="sqrt"))
     config.epochs = 300.0
     config.temperature = 0.2

@@ -1,20 +1,20 @@
-"""SimSiam (Chen and He 2020, arXiv 2011.10566), from images to a probed representation.
+"""SimSiam (Chen and He 2020, arXiv 2011.10566), pretraining with probes at the end.
 
     python run_experiment.py --config=configs/simsiam.py --workdir=DIR  # the paper's recipe
     python run_experiment.py --config=configs/simsiam.py:imagenet,epochs=800 --workdir=DIR
 
 Presets, their cost, and what to expect (published numbers are the paper's linear evaluation on all
-of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train_images` of it):
 
 - `imagenet` (the default): ResNet-50, 224 px, batch 256, 100 epochs; 68.1 %, and 70.0, 70.8, 71.3 %
   after 200, 400, 800 epochs (table 4).
-- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, after lightly's benchmark:
-  81.9 % kNN, the best epoch on the test set (peers' table). Not run by us.
-- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 87.2 % kNN for
-  a recipe of its own. Not run by us.
+- `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 128, 200 epochs, following lightly's
+  benchmark: 81.9 % kNN, the best epoch on the test set (lightly's table). Not run by us.
+- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 87.2 % kNN with
+  another recipe. Not run by us.
 - `demo`: 5,000 embedded handwritten digits, a few minutes on two CPU cores; 95.0 %, and 85.8 % with
   10 labels per class (one seed).
-- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
 """
 
 from __future__ import annotations
@@ -26,14 +26,7 @@ from configs import common, datasets
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {
-        "imagenet": imagenet,
-        "cifar10": cifar10,
-        "imagenette": imagenette,
-        "demo": demo,
-        "folder": folder,
-    }
-    return common.parse(arg, presets, default="imagenet")
+    return common.parse(arg, imagenet, cifar10, imagenette, demo, folder)
 
 
 def imagenet() -> ConfigDict:
@@ -69,13 +62,12 @@ def _paper() -> ConfigDict:
         learning_rate=0.05,  # x batch / 256
         weight_decay=1e-4,
         warmup_epochs=0.0,
-        exclude=(),  # all parameters decay
-        constant_rate=("^predictor/",),  # its rate does not decay (section 4.2)
+        exclude=(),  # weight decay for all parameters
+        constant_rate=("^predictor/",),  # its learning rate is constant (section 4.2)
     )
     view = {"saturation": 0.4, "jitter_style": "torchvision", "blur_prob": 0.5}
     view |= {"blur_padding": "reflect"}
-    config.augment = common.augmentation(common.view(**view), common.view(**view))
-    config.data.crop_area = (0.2, 1.0)
+    config.views = common.views(config, common.view(**view), area=(0.2, 1.0))
     config.data.resize_method = "bilinear"
     return config
 
@@ -87,12 +79,12 @@ def _heads(config: ConfigDict, hidden: tuple[int, ...], output: int, predictor: 
 
 
 def cifar10() -> ConfigDict:
-    """CIFAR-10 on one accelerator, after lightly's benchmark: SGD, 0.06 x B / 128."""
+    """CIFAR-10 on one accelerator, following lightly's benchmark: SGD, 0.06 x B / 128."""
     config = datasets.on_cifar10(_paper())
     config.epochs = 200.0
     config.batch_size = 128
     config.encoder.zero_init_gamma = False
-    config.data.crop_area = (0.08, 1.0)
+    config.views["global"].area = (0.08, 1.0)
     config.projector.hidden_sizes = (2048,)
     config.optimizer.learning_rate = 0.12
     config.optimizer.weight_decay = 5e-4
@@ -101,7 +93,7 @@ def cifar10() -> ConfigDict:
 
 
 def imagenette() -> ConfigDict:
-    """Imagenette: the paper's recipe, longer."""
+    """Imagenette: the paper's recipe with more epochs."""
     config = datasets.on_imagenette(_paper())
     config.epochs = 800.0
     return config

@@ -3,13 +3,13 @@
     python run_experiment.py --config=configs/transfer.py --config.checkpoint=RUN --workdir=DIR \\
         --config.data.dir=TFDS_DIR
 
-The twelve sets of BYOL's paper (appendix D) and SimCLR's (appendix B.8), each with its metric: the
-L2 strength is picked on the validation split from 45 log-spaced values, then fitted to training and
-validation images together, and the test set is looked at once. Sets that are not prepared in
-`data.dir` are named and left out (`--config.data.download=True` lets TFDS fetch them). Birdsnap
-and Aircraft are not in TFDS: `--config.sets.aircraft.name=folder --config.sets.aircraft.dir=DIR`
-takes a folder with `train` and `test` in it. VOC's objects that are marked as difficult count like
-the others, where its own scoring leaves them out.
+The twelve sets of BYOL's paper (appendix D) and SimCLR's (appendix B.8), each with its metric. The
+L2 strength is chosen on the validation split from 45 log-spaced values; the classifier is then
+fitted to the training and validation images, and the test set is evaluated once. Sets that are not
+prepared in `data.dir` are logged and left out (`--config.data.download=True` lets TFDS download
+them). Birdsnap and Aircraft are not in TFDS: `--config.sets.aircraft.name=folder
+--config.sets.aircraft.dir=DIR` uses a folder with sub-folders `train` and `test`. VOC's objects that
+are marked as difficult count like the others; VOC's own scoring leaves them out.
 
 Published for BYOL's ResNet-50: Food-101 75.3, CIFAR-10 91.3, CIFAR-100 78.4, Birdsnap 57.2,
 SUN397 62.2, Cars 67.8, Aircraft 60.6, VOC2007 82.5, DTD 75.5, Pets 90.4, Caltech-101 94.2,
@@ -24,7 +24,7 @@ from configs import common, evaluation
 
 _FIELDS = ("name", "train_split", "validation_split", "test_split", "metric")
 # Name -> (TFDS name, training, validation and test split, metric): BYOL's paper, appendix D. An
-# empty validation split: a fifth of the training images, drawn from the seed.
+# empty validation split means a fifth of the training images, drawn with the seed.
 SETS = {
     "food101": ("food101", "train", "", "validation", "top1"),
     "cifar10": ("cifar10", "train", "", "test", "top1"),
@@ -43,17 +43,17 @@ SETS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `field=value,...`."""
-    return common.parse(arg, {"transfer": transfer}, default="transfer")
+    return common.parse(arg, transfer)
 
 
 def transfer() -> ConfigDict:
     """The papers' protocol."""
     config = evaluation.job_defaults("transfer")
-    config.order = tuple(SETS)  # which sets, in which order
+    config.only = tuple(SETS)  # the sets to evaluate, in this order
     config.sets = ConfigDict(
         {name: {"dir": "", **dict(zip(_FIELDS, row, strict=True))} for name, row in SETS.items()}
     )
-    # scikit-learn's C is their reciprocal over the number of images: the loss is their mean.
+    # Penalties of the mean loss: scikit-learn's C is 1 / (penalty x number of images).
     config.penalties = tuple(float(f"{10 ** (-6 + 11 * i / 44):.6g}") for i in range(45))
     config.standardize = False
     config.max_iterations = 300  # of L-BFGS

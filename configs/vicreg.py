@@ -1,20 +1,20 @@
-"""VICReg (Bardes et al. 2021, arXiv 2105.04906), from images to a probed representation.
+"""VICReg (Bardes et al. 2021, arXiv 2105.04906), pretraining with probes at the end.
 
     python run_experiment.py --config=configs/vicreg.py --workdir=DIR  # the paper's recipe
     python run_experiment.py --config=configs/vicreg.py:imagenet,epochs=100 --workdir=DIR
 
 Presets, their cost, and what to expect (published numbers are the paper's linear evaluation on all
-of the training set; a run's own `linear_probe_top1` fits `config.eval.max_train_images` of it):
+of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train_images` of it):
 
 - `imagenet` (the default): ResNet-50, 224 px, batch 2048, 1000 epochs; 73.2 % (table 1), and 68.6 %
-  after 100 epochs (its ablations). `epochs=100` takes the higher rate of the shorter run.
+  after 100 epochs (its ablations). `epochs=100` uses the higher learning rate of short runs.
 - `cifar10`: ResNet-18 with a 3x3 stem, 32 px, batch 256, 200 epochs. solo-learn's table has 92.1 %
-  online linear after 1000 epochs of a recipe of its own. Not run by us.
-- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 84.5 % kNN for
-  a recipe of its own. Not run by us.
+  online linear after 1000 epochs with another recipe. Not run by us.
+- `imagenette`: ResNet-18, 128 px crops, batch 256, 800 epochs. lightly's table has 84.5 % kNN with
+  another recipe. Not run by us.
 - `demo`: 5,000 embedded handwritten digits, a few minutes on two CPU cores; 96.2 %, and 93.4 % with
   10 labels per class (one seed).
-- `folder`: your own images: `--config.data.dir=/path/to/images`, with class sub-folders or none.
+- `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
 """
 
 from __future__ import annotations
@@ -26,14 +26,7 @@ from configs import common, datasets
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    presets = {
-        "imagenet": imagenet,
-        "cifar10": cifar10,
-        "imagenette": imagenette,
-        "demo": demo,
-        "folder": folder,
-    }
-    return common.parse(arg, presets, default="imagenet")
+    return common.parse(arg, imagenet, cifar10, imagenette, demo, folder)
 
 
 def imagenet(epochs: float = 1000) -> ConfigDict:
@@ -47,7 +40,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.method = "vicreg"
     config.epochs = float(epochs)
     config.batch_size = 2048
-    # lambda, mu and nu of equation 6. There mu is 25; the authors' code halves that term.
+    # lambda, mu and nu of equation 6. The paper's mu is 25; the authors' code halves that term.
     config.invariance_weight = 25.0
     config.variance_weight = 12.5
     config.covariance_weight = 1.0
@@ -61,7 +54,8 @@ def _paper(epochs: float = 1000) -> ConfigDict:
         end_fraction=1e-3,
     )
     view = {"jitter_style": "torchvision", "blur_padding": "reflect"}
-    config.augment = common.augmentation(
+    config.views = common.views(
+        config,
         common.view(blur_prob=1.0, solarize_prob=0.0, **view),
         common.view(blur_prob=0.1, solarize_prob=0.2, **view),
     )

@@ -1,4 +1,8 @@
-"""Encoding the keys: batch norm over shuffled groups (v1, section 3.3)."""
+"""The keys: encoded over shuffled batch-norm groups (v1, section 3.3), and kept in a queue.
+
+The queue is an array of fixed size; only the index of its oldest key moves. The queue is donated to
+the compiled step, which overwrites the oldest keys with the new ones and copies nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +10,91 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from selfsup_jax.devices import collectives
-from selfsup_jax.method import Context
-from selfsup_jax.models.network import apply, split_views, stack_views
+from selfsup_jax.method import Context, apply, split_views, stack_views
+from selfsup_jax.models.heads import l2_normalize
 from selfsup_jax.state import PyTree
 
 
 def encode_keys(
-    variables: PyTree, views: jax.Array, context: Context, *, net: Any
+    net: Any, variables: PyTree, views: jax.Array, context: Context
 ) -> tuple[jax.Array, PyTree]:
-    """Keys of shuffled batches (section 3.3, "shuffling BN"), in the order of the views.
+    """Keys of shuffled batches ("shuffling BN"), in the order of the views.
 
-    Each view's images are dealt out to the batch-norm groups anew before they are encoded, so
-    that a query and its key share their statistics with the same images no more often than a
-    query and any other key do; afterwards the keys are put back. One group leaves the order as it
-    is.
+    Each view's images are shuffled over the batch-norm groups before they are encoded, so that a
+    query shares its statistics with its own key no more often than with any other key; afterwards
+    the keys are put back in order. With a single group nothing is shuffled.
 
     Args:
-        variables: of the key encoder.
+        net, variables: the module, and the key encoder's variables.
         views: `[V, b, H, W, C]` float32.
         context: the step's.
-        net: the module.
 
     Returns:
         `[V, b, D]` unit vectors, and the new batch statistics.
     """
-    layout, axis_name = context.layout(len(views)), context.axis_name
+    num_views, axis_name = len(views), context.axis_name
+    layout = context.layout(num_views)
     if context.groups == 1:
         (_, keys), stats = apply(net, variables, stack_views(views), layout)
-        return split_views(keys, len(views)), stats
+        return split_views(keys, num_views), stats
 
     rng = jax.random.fold_in(context.rng, 0)
     orders = [
-        dealing_order(jax.random.fold_in(rng, view), context.index, context.groups)
-        for view in range(len(views))
+        shuffle_order(jax.random.fold_in(rng, view), context.index, context.groups)
+        for view in range(num_views)
     ]
-    images = views.astype(net.encoder.dtype)  # what the encoder makes of them anyway
-    dealt = [collectives.deal(x, order, axis_name) for x, order in zip(images, orders, strict=True)]
-    (_, keys), stats = apply(net, variables, jnp.concatenate(dealt), layout)
+    images = views.astype(net.encoder.dtype)  # the encoder casts them anyway
+    shuffled = [
+        collectives.batch_shuffle(x, order, axis_name)
+        for x, order in zip(images, orders, strict=True)
+    ]
+    (_, keys), stats = apply(net, variables, jnp.concatenate(shuffled), layout)
     restored = [
-        collectives.collect(x, order, axis_name)
-        for x, order in zip(split_views(keys, len(views)), orders, strict=True)
+        collectives.batch_unshuffle(x, order, axis_name)
+        for x, order in zip(split_views(keys, num_views), orders, strict=True)
     ]
     return jnp.stack(restored), stats
 
 
-def dealing_order(rng: jax.Array, index: jax.Array, groups: int) -> jax.Array:
-    """Who goes where: for each run of G images of the global batch, a permutation of them.
+def shuffle_order(rng: jax.Array, index: jax.Array, groups: int) -> jax.Array:
+    """Which image goes to which group: one permutation per block of G images of the global batch.
 
     Args:
         rng: the key of a view of a step.
-        index: `[B]` int32, the images' places in the global batch, which their draws depend on.
+        index: `[B]` int32, the images' positions in the global batch, which key their draws.
         groups: G.
 
     Returns:
-        `[B / G, G]` int32; image `order[i, g]` of run i goes to group g.
+        `[B / G, G]` int32; image `order[i, g]` of block i goes to group g.
     """
     draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i)))(index)
     return jnp.argsort(draws.reshape(-1, groups), axis=1)
+
+
+def init_queue(rng: jax.Array, size: int, dimension: int) -> jax.Array:
+    """`[size, dimension]` float32 unit vectors in random directions, as in the authors' code."""
+    return l2_normalize(jax.random.normal(rng, (size, dimension), jnp.float32))
+
+
+def enqueue(
+    queue: jax.Array, index: jax.Array, keys: jax.Array, *, after: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Overwrites the oldest keys with new ones.
+
+    Args:
+        queue: `[K, D]` float32.
+        index: int32 scalar, of the oldest key; a multiple of B.
+        keys: `[B, D]` float32, in the order of the global batch; K is a multiple of B.
+        after: float32 scalar that depends on everything that reads the old queue. Without it, the
+            compiler may write first and must keep a copy of the queue for later reads. If it is
+            not finite, the keys become NaN.
+
+    Returns:
+        The queue, and the new index of its oldest key.
+    """
+    keys = jnp.where(jnp.isfinite(after), keys, jnp.nan)
+    queue = lax.dynamic_update_slice_in_dim(queue, keys, index, axis=0)
+    return queue, (index + len(keys)) % len(queue)

@@ -13,7 +13,7 @@ def contrastive_logits(
 ) -> jax.Array:
     """Similarities of each query to its own key, which comes first, and to the queue's keys.
 
-    Keys and queue are constants here: no gradient passes into them (algorithm 1's `detach`).
+    Keys and queue are constants here: no gradient flows into them (algorithm 1's `detach`).
 
     Args:
         query: `[B, D]` float32 unit vectors.
@@ -26,7 +26,7 @@ def contrastive_logits(
     """
     key, queue = lax.stop_gradient(key), lax.stop_gradient(queue)
     positive = jnp.sum(query * key, axis=-1, keepdims=True)  # [B, 1]
-    # float32 in full, which accelerators don't give by themselves.
+    # Full float32; accelerators default to lower precision.
     negative = jnp.matmul(query, queue.T, precision=lax.Precision.HIGHEST)  # [B, K]
     return jnp.concatenate([positive, negative], axis=1) / temperature
 
@@ -34,7 +34,7 @@ def contrastive_logits(
 def info_nce(
     query: jax.Array, key: jax.Array, queue: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The cross-entropy of picking each query's own key, of all 1 + K.
+    """The cross-entropy of picking each query's own key among all 1 + K.
 
     Args:
         query, key, queue, temperature: see `contrastive_logits`.

@@ -1,11 +1,12 @@
-"""From a config to a method: what all builds have in common, and finding one by its name."""
+"""Builds a method from a config: the parts that all methods share, and the lookup by name."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from selfsup_jax import optim
 from selfsup_jax.data.augment import Augmentation
-from selfsup_jax.errors import UserError, nearest
+from selfsup_jax.errors import UserError, bad_field, nearest
 from selfsup_jax.method import Method
 from selfsup_jax.models import encoders, heads, network
 from selfsup_jax.state import TrainState, fresh_state
@@ -24,28 +25,53 @@ Build = Callable[[Any, int | None, int, int], Method]
 
 
 class Parts(NamedTuple):
-    """What every method makes of a config in the same way."""
+    """The objects that every method builds from a config in the same way."""
 
     encoder: nn.Module
     projector: nn.Module
-    predictor: nn.Module | None  # of configs that have the section
+    predictor: nn.Module | None  # None if the config has no such section
     classifier: nn.Module | None
     image_shape: tuple[int, int, int]
-    shared: dict[str, Any]  # further fields of `Method`
+    shared: dict[str, Any]  # the fields of `Method` that are built in the same way
 
 
 def parts_from_config(
-    config: Any, num_classes: int | None, total_steps: int, warmup_steps: int
+    config: Any,
+    num_classes: int | None,
+    total_steps: int,
+    warmup_steps: int,
+    views: Mapping[str, int] | None = None,
 ) -> Parts:
-    """Encoder, projector, online probe, optimizer and augmentation of a validated config."""
+    """Builds encoder, heads, online probe, optimizer and augmentation from a validated config.
+
+    Args:
+        config: a pretraining config.
+        num_classes: classes of the online probe; None for no probe.
+        total_steps, warmup_steps: length of the run and of its warm-up.
+        views: view group -> number of views that the method takes; None for two global views.
+
+    Raises:
+        UserError: the config has another number of views.
+    """
     dtype = jnp.dtype(config.compute_dtype)
     schedule, optimizer = optim.from_config(
         config.optimizer, config.batch_size, total_steps, warmup_steps
     )
+    augment = Augmentation.from_config(config.views)
+    given = {name: len(group) for name, group in augment.groups.items()}
+    wanted = dict(views or {"global": 2})
+    for name in wanted | given:
+        count = given.get(name, 0)
+        if count != wanted.get(name, 0):
+            raise bad_field(
+                f"views.{name}.count", count, f"{config.method} takes {wanted.get(name, 0)}"
+            )
+    image_shape = (config.views["global"].size, config.views["global"].size, 3)
     shared = {
+        "start": functools.partial(_start_without_target, image_shape=image_shape),
         "optimizer": optimizer,
         "schedule": schedule,
-        "augment": Augmentation.from_config(config.augment),
+        "augment": augment,
         "bn_groups": config.bn_groups,
         "accumulate_steps": config.accumulate_steps,
     }
@@ -60,15 +86,15 @@ def parts_from_config(
         projector=head("projector"),
         predictor=head("predictor") if "predictor" in config else None,
         classifier=heads.LinearClassifier(num_classes) if num_classes else None,
-        image_shape=(config.data.image_size, config.data.image_size, 3),
+        image_shape=image_shape,
         shared=shared,
     )
 
 
-def start_without_target(
+def _start_without_target(
     rng: jax.Array, net: nn.Module, *, image_shape: tuple[int, ...]
 ) -> TrainState:
-    """A fresh state of a method with one network: nothing is kept as a target."""
+    """The initial state of a method with one network, without target parameters."""
     online_rng, step_rng = jax.random.split(rng)
     return fresh_state(*network.init(online_rng, net, image_shape), step_rng)
 
@@ -77,10 +103,10 @@ def start_without_target(
 
 
 def find(name: str) -> Build:
-    """`build` of the package `{name}_jax.method`, ours or anybody's on the path.
+    """Returns `build` of `{name}_jax.method`, in this repository or elsewhere on Python's path.
 
     Raises:
-        UserError: there is none, naming those that there are.
+        UserError: there is no such module; the message lists the methods that exist.
     """
     package = f"{name}_jax"
     if name.isidentifier() and package != __package__ and _has_method(package):
@@ -96,13 +122,13 @@ def _has_method(package: str) -> bool:
     try:
         return importlib.util.find_spec(f"{package}.method") is not None
     except ModuleNotFoundError as e:
-        if e.name != package:  # it is there, and lacks something itself
+        if e.name != package:  # the package exists, but one of its imports fails
             raise
         return False
 
 
 def names() -> list[str]:
-    """The methods beside this package and on the path: folders `{name}_jax` with a `method.py`."""
+    """Names of all methods: folders `{name}_jax` with a `method.py`, here and on Python's path."""
     folders = {*map(pathlib.Path, sys.path), pathlib.Path(__file__).parents[1]}
     packages = {path.parent.name for folder in folders for path in folder.glob("*_jax/method.py")}
     return sorted(name.removesuffix("_jax") for name in packages - {__package__})

@@ -1,24 +1,25 @@
-"""Durations in steps, examples or epochs, turned into steps here and nowhere else."""
+"""Converts durations from steps, examples or epochs to steps, for the whole library."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from selfsup_jax.errors import bad_field
+from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.run.progress import log
 
 
 def to_steps(
     section: Any, num_examples: int, batch_size: int, prefix: str = "", path: str = ""
 ) -> int:
-    """The steps that a config section's duration comes to.
+    """Converts the duration in a config section to steps.
 
     Args:
         section: has the fields `{prefix}steps`, `{prefix}examples` and `{prefix}epochs`; the first
-            of them that is not None counts.
-        num_examples: of an epoch. An epoch has `num_examples // batch_size` steps.
-        batch_size: global.
-        prefix: such as `warmup_`.
-        path: of the section in the config, for messages.
+            of them that is not None is used.
+        num_examples: examples in an epoch, which has `num_examples // batch_size` steps.
+        batch_size: global batch size.
+        prefix: of the field names, such as `warmup_`.
+        path: the section's path in the config, for error messages.
 
     Raises:
         UserError: the duration is negative, or none is given.
@@ -35,3 +36,29 @@ def to_steps(
                 raise bad_field(f"{path}{prefix}{unit}", value, "must not be negative")
             return round(value * steps)
     raise bad_field(f"{path}{prefix}epochs", None, f"give {prefix}steps, _examples or _epochs")
+
+
+def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
+    """The number of training steps, and how many of them are warm-up.
+
+    Raises:
+        UserError: an epoch is smaller than one batch, or the training has no steps.
+    """
+    batch = config.batch_size
+    if batch > num_examples:
+        split = config.data.train_split
+        valid = f"must be at most the {num_examples} images of data.train_split={split!r}"
+        raise bad_field("batch_size", batch, valid)
+    total = to_steps(config, num_examples, batch)
+    warmup = to_steps(config.optimizer, num_examples, batch, prefix="warmup_", path="optimizer.")
+    if total < 1:
+        raise UserError("config.epochs, .examples and .steps: the length rounds to 0 steps")
+    if warmup >= total:
+        log(f"the warm-up of {warmup} steps is longer than the training of {total}")
+    return total, warmup
+
+
+def described(config: Any, num_examples: int, total_steps: int) -> str:
+    """Describes the length of a training, such as `1,000 steps of 64 images (16 epochs)`."""
+    epochs = total_steps / (num_examples // config.batch_size)
+    return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs)"

@@ -1,10 +1,10 @@
-"""Takes the encoder out of a run: a small folder to carry into other work.
+"""Exports the encoder of a run to a small folder, for use in other projects.
 
     python -m selfsup_jax.export CHECKPOINT FOLDER
 
-CHECKPOINT is a run's workdir (its newest checkpoint) or one of its checkpoints. FOLDER takes
-`encoder.json` (architecture, normalisation, origin) and `encoder.npz` (its arrays), which
-`selfsup_jax.evaluation.encoder.load` and every evaluation job's `config.checkpoint` read.
+CHECKPOINT is a run's workdir (its newest checkpoint) or one of its checkpoints. The
+command writes `encoder.json` (architecture, normalisation, origin) and `encoder.npz` (arrays) to
+FOLDER. `selfsup_jax.evaluation.encoder.load` and the evaluation jobs' `config.checkpoint` read it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from selfsup_jax.evaluation import encoder
 
 
 def main() -> None:
-    """The command line of this file's docstring."""
+    """Runs the command in this file's docstring."""
     parser = argparse.ArgumentParser(description="Writes a run's encoder as a small folder.")
     parser.add_argument("checkpoint")
     parser.add_argument("folder")

@@ -1,4 +1,4 @@
-"""Schedules, masks and optimizers, from optax's parts in the order of each author's code."""
+"""Schedules, parameter masks and optimizers, built from optax as in the authors' code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from selfsup_jax import checks
 from selfsup_jax.errors import bad_field
 
 OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
@@ -20,7 +21,7 @@ TAU_SCHEDULES = ("cosine", "constant")
 
 
 def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
-    """The peak rate: `linear` base * B / 256, `sqrt` base * sqrt(B), `none` base."""
+    """The peak learning rate: `linear`: base * B / 256, `sqrt`: base * sqrt(B), `none`: base."""
     return base * {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[scaling]
 
 
@@ -33,9 +34,9 @@ def learning_rate_schedule(
     drop_factor: float = 0.1,
     end_fraction: float = 0.0,
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0 (or a fraction of the peak), drops, or a constant.
+    """Linear warm-up from 0, then cosine to `end_fraction` of the peak, steps, or a constant.
 
-    The value for step k is taken before update k: step 0 of a warm-up has rate 0.
+    Update k, counted from 0, uses the value at k: the first update of a warm-up has rate 0.
     """
     after = max(1, total_steps - warmup_steps)
     if kind == "cosine":
@@ -52,7 +53,7 @@ def learning_rate_schedule(
 
 
 def cosine_between(start: float, end: float, total_steps: int) -> optax.Schedule:
-    """Half a cosine from one value to another, which it keeps: DINO's weight decay."""
+    """Half a cosine from `start` to `end`, then constant, as DINO's weight decay."""
 
     def value(step: jax.Array) -> jax.Array:
         progress = jnp.minimum(step / total_steps, 1.0)
@@ -68,17 +69,17 @@ def cosine_tau(step: jax.Array, total_steps: int, tau_base: float) -> jax.Array:
 
 
 def tau_schedule(kind: str, tau_base: float, total_steps: int) -> Callable[[jax.Array], jax.Array]:
-    """step -> EMA decay of the target: `cosine` as BYOL's, from tau_base to 1, or `constant`."""
+    """step -> EMA decay of the target: `cosine` (BYOL's, from tau_base to 1) or `constant`."""
     if kind == "constant":
         return lambda step: jnp.asarray(tau_base, jnp.float32)
     return functools.partial(cosine_tau, total_steps=total_steps, tau_base=tau_base)
 
 
 def path_mask(params: Any, exclude: Sequence[str], field: str = "exclude") -> Any:
-    """True where no pattern of `exclude` is found in the parameter's path, `a/b/kernel`.
+    """True where no pattern in `exclude` matches the parameter's path, such as `a/b/kernel`.
 
     Raises:
-        UserError: a pattern matches no parameter, so it is misspelt or the model has changed.
+        UserError: a pattern matches no parameter: it is misspelt, or the model has changed.
     """
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     names = ["/".join(str(key.key) for key in path) for path, _ in paths]
@@ -110,24 +111,24 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """SGD (PyTorch's form) and AdamW or, with a trust coefficient, LARS and LAMB.
 
-    SGD and LARS: the decay is added to the gradient, the LARS ratio scales the sum, then comes the
-    momentum. The learning rate multiplies what leaves the momentum (BYOL's code, PyTorch's SGD) or,
-    inside, what enters it (SimCLR's code; `optax.lars` does so). AdamW and LAMB: the decay is added
-    to what leaves Adam's averages, and LAMB's ratio scales the sum.
+    SGD and LARS: the weight decay is added to the gradient, LARS's ratio scales the sum, then the
+    momentum is applied. The learning rate multiplies the momentum's output (BYOL's code, PyTorch's
+    SGD) or its input (SimCLR's code, `optax.lars`). AdamW and LAMB: the weight decay is added to
+    Adam's output, and LAMB's ratio scales the sum.
 
     Args:
         schedule: step -> learning rate.
         momentum: decay of the momentum trace; Adam's first beta.
-        weight_decay: coefficient of the parameters added to the gradient, or step -> that.
-        exclude: path patterns left out of both the decay and the LARS ratio.
-        trust_coefficient: LARS's eta (LAMB's is 1); None is SGD or AdamW.
-        rate_inside_momentum: where the learning rate goes.
-        nesterov: look-ahead momentum.
-        adam: (second beta, epsilon) of AdamW and LAMB; None is SGD or LARS.
-        clip_norm: above it, the whole gradient is scaled down to it; 0 for never.
-        excluded_rate: times the learning rate, for what `exclude` names.
-        constant_rate: path patterns of parameters whose rate stays at `peak`.
-        peak: the schedule's.
+        weight_decay: the coefficient of the weight decay, or a schedule step -> coefficient.
+        exclude: path patterns of parameters without weight decay and without the LARS ratio.
+        trust_coefficient: LARS's eta (LAMB's is 1); None for SGD or AdamW.
+        rate_inside_momentum: the learning rate multiplies the momentum's input.
+        nesterov: Nesterov momentum.
+        adam: (second beta, epsilon) of AdamW and LAMB; None for SGD or LARS.
+        clip_norm: maximum norm of the whole gradient; a larger one is scaled down. 0: no clipping.
+        excluded_rate: factor on the learning rate of the parameters in `exclude`.
+        constant_rate: path patterns of parameters whose learning rate is always `peak`.
+        peak: the peak learning rate of the schedule.
     """
 
     def mask(params: Any) -> Any:
@@ -154,12 +155,12 @@ def _rates(
     constant_rate: Sequence[str],
     peak: float,
 ) -> list[optax.GradientTransformation]:
-    """The learning rate, and where some parameters have another, that."""
+    """The learning rate, and the different ones of `constant_rate` and `exclude`."""
     rates = [optax.scale_by_learning_rate(schedule)]
     if constant_rate:
-        follows = functools.partial(path_mask, exclude=constant_rate, field="constant_rate")
-        stays = optax.masked(optax.scale_by_learning_rate(peak), _opposite(follows))
-        rates = [optax.masked(rates[0], follows), stays]
+        scheduled = functools.partial(path_mask, exclude=constant_rate, field="constant_rate")
+        constant = optax.masked(optax.scale_by_learning_rate(peak), _opposite(scheduled))
+        rates = [optax.masked(rates[0], scheduled), constant]
     if excluded_rate != 1.0:
         excluded = _opposite(functools.partial(path_mask, exclude=exclude))
         rates.append(optax.masked(optax.scale(excluded_rate), excluded))
@@ -171,7 +172,7 @@ def _opposite(mask: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def describe(config: Any, batch_size: int, total_steps: int, warmup_steps: int) -> str:
-    """The learning rate in words, and the rule that it came from."""
+    """Describes the learning rate and its scaling rule, for the log."""
     base = config.learning_rate
     peak = scaled_learning_rate(base, batch_size, config.scaling)
     rule = {
@@ -193,7 +194,7 @@ def describe(config: Any, batch_size: int, total_steps: int, warmup_steps: int) 
 def from_config(
     config: Any, batch_size: int, total_steps: int, warmup_steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The schedule and the optimizer of a `config.optimizer` section (see `configs/byol.py`)."""
+    """The schedule and the optimizer of a section `config.optimizer` (see `configs/common.py`)."""
     peak = scaled_learning_rate(config.learning_rate, batch_size, config.scaling)
     schedule = learning_rate_schedule(
         config.schedule,
@@ -223,3 +224,25 @@ def from_config(
         peak=peak,
     )
     return schedule, optimizer
+
+
+def check(config: Any) -> None:
+    """Checks the section `optimizer` of a config, and its `tau_schedule`; raises `UserError`."""
+
+    def named(*fields: str) -> list[str]:
+        return [f"optimizer.{field}" for field in fields]
+
+    choices = {"name": OPTIMIZERS, "scaling": SCALINGS, "schedule": SCHEDULES}
+    for field, valid in choices.items():
+        checks.one_of(config, f"optimizer.{field}", valid)
+    checks.one_of(config, "tau_schedule", TAU_SCHEDULES)
+    checks.in_range(config, named("adam_epsilon"), 0, above=True)
+    not_negative = ("learning_rate", "weight_decay", "weight_decay_end", "trust_coefficient")
+    checks.in_range(config, named(*not_negative, "clip_norm", "excluded_rate"), 0)
+    checks.in_range(config, named("momentum", "beta_2", "end_fraction", "drop_factor"), 0, 1)
+
+
+def norms(grads: dict[str, Any], updates: Any) -> dict[str, jax.Array]:
+    """`grad_norm/PART` of each part of the online network, and `update_norm`; float32 scalars."""
+    by_part = {f"grad_norm/{part}": optax.tree.norm(tree) for part, tree in grads.items()}
+    return {**by_part, "update_norm": optax.tree.norm(updates)}

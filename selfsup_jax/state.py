@@ -19,7 +19,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: int32 scalar, updates done so far.
-        rng: the run's base key (`uint32[2]`). It never changes: a step folds its number in.
+        rng: the run's base key (`uint32[2]`). It never changes: each step folds in its index.
         online_params, target_params: float32, separate pytrees.
         online_stats, target_stats: batch norm's running mean and variance, float32.
         opt_state: the optimizer's state.
@@ -35,14 +35,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class Outputs(NamedTuple):
-    """What a step computed of a device's b examples in V views, for the diagnostics.
+    """A step's outputs for a device's b examples in V views, for the diagnostics.
 
     Attributes:
-        representation: `[V, b, F]` float32, the online encoder's.
-        projection: `[V, b, D]`, the online projector's.
-        prediction: `[V, b, D]`, what the loss compares with the target (the projection, where
-            there is no predictor).
-        target: `[V, b, D]`; row `[v, i]` is what the loss compares `prediction[v, i]` with.
+        representation: `[V, b, F]` float32, of the online encoder.
+        projection: `[V, b, D]`, of the online projector.
+        prediction: `[P, b, D]`, what the loss compares with the targets (the projections if there
+            is no predictor).
+        target: `[T, b, D]`; `Method.pairs` says which prediction is compared with which target.
     """
 
     representation: jax.Array
@@ -58,12 +58,12 @@ def fresh_state(
     target_parts: Sequence[str] = (),
     target: tuple[PyTree, PyTree] | None = None,
 ) -> TrainState:
-    """The state before the first step, but for the optimizer's, which `Method.init_state` adds.
+    """The initial state without the optimizer's state, which `Method.init_state` adds.
 
     Args:
-        params, stats: the online network's, from `models.network.init`.
+        params, stats: of the online network, from `models.network.init`.
         step_rng: the base key of all steps.
-        target_parts: the parts that the target has.
+        target_parts: names of the parts that the target network has.
         target: the target's own parameters and statistics; None for a copy of the online ones.
     """
     target_params, target_stats = target or jax.tree.map(jnp.copy, (params, stats))
@@ -79,8 +79,13 @@ def fresh_state(
 
 
 def encoder_variables(state: TrainState) -> PyTree:
-    """The online encoder's variables, the part that people carry into their own work."""
+    """The online encoder's variables, which are evaluated and exported."""
     return {
         "params": state.online_params["encoder"],
         "batch_stats": state.online_stats["encoder"],
     }
+
+
+def all_finite(metrics: Metrics) -> jax.Array:
+    """1.0 if every metric of a step is finite, else 0.0: one scalar to check."""
+    return jnp.all(jnp.isfinite(jnp.stack(list(metrics.values())))).astype(jnp.float32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +13,44 @@ from jax import lax
 
 
 def nt_xent(
-    projection: jax.Array,
-    own_view: jax.Array,
-    other_view: jax.Array,
-    first_row: jax.Array | int,
+    projection_1: jax.Array,
+    projection_2: jax.Array,
     temperature: float,
+    gather: Callable[[Any], Any] = lambda rows: rows,
+    batch_offset: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The cross-entropy of finding an image's other view among the 2B - 1 other views.
+    """The cross-entropy of picking an image's other view among the 2B - 1 other views.
 
-    Gradients flow into all three arrays. The paper's equation is the mean over both views of what
-    this gives for each.
+    Gradients flow into both projections and into the gathered rows.
 
     Args:
-        projection: `[b, D]` float32 unit vectors, this device's images in one view.
-        own_view, other_view: `[B, D]` float32 unit vectors, the global batch's in that view and in
-            the other one.
-        first_row: where this device's images begin in the global batch.
+        projection_1, projection_2: `[b, D]` float32 unit vectors, this device's images in both
+            views.
         temperature: tau of equation 1.
+        gather: gathers the rows of all devices, `[B, D]`; the identity if one device has them all.
+        batch_offset: index of this device's first image in the gathered rows.
 
     Returns:
         Two float32 scalars: the loss, and how often the other view is the most similar; means over
-        this device's images.
+        both views of this device's images.
     """
-    rows = first_row + jnp.arange(len(projection))
+    all_1, all_2 = gather((projection_1, projection_2))
+    loss_1, top1_1 = _of_view(projection_1, all_1, all_2, temperature, batch_offset)
+    loss_2, top1_2 = _of_view(projection_2, all_2, all_1, temperature, batch_offset)
+    return (loss_1 + loss_2) / 2, (top1_1 + top1_2) / 2
+
+
+def _of_view(
+    projection: jax.Array,
+    own_view: jax.Array,
+    other_view: jax.Array,
+    temperature: float,
+    batch_offset: jax.Array | int,
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and accuracy of one view's rows `[b, D]` among both views' of the batch, `[B, D]`."""
+    rows = batch_offset + jnp.arange(len(projection))
     itself = jnp.arange(len(own_view)) == rows[:, None]
-    # float32 in full, which accelerators don't give by themselves.
+    # Full float32; accelerators default to lower precision.
     similarity = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     same = jnp.where(itself, -jnp.inf, similarity(projection, own_view.T))  # [b, B]
     other = similarity(projection, other_view.T)

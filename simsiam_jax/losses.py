@@ -16,7 +16,7 @@ def simsiam_loss(
 ) -> jax.Array:
     """The symmetrised negative cosine, in [-1, 1]: D(p1, sg(z2)) / 2 + D(p2, sg(z1)) / 2.
 
-    The projections are constants here: without that it collapses (section 4.1).
+    The projections are constants here: without the stop-gradient it collapses (section 4.1).
 
     Args:
         prediction_1, prediction_2: `[B, D]` float32, p of view 1 and view 2.

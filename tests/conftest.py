@@ -50,7 +50,7 @@ NO_AUGMENTATION = ViewAugmentation(
     flip_prob=0.0, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0, solarize_prob=0.0
 )
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-PLAIN_VIEWS = Augmentation((NO_AUGMENTATION, NO_AUGMENTATION), MEAN, STD)
+PLAIN_VIEWS = Augmentation({"global": (NO_AUGMENTATION, NO_AUGMENTATION)}, MEAN, STD)
 IMAGE_SHAPE = (4, 4, 3)
 NUM_CLASSES = 3
 
@@ -176,26 +176,20 @@ class StandIn:
     init_state: Callable
     train_step: Callable
     represent: Callable = lambda variables, images: images
-    augment_views: Callable = lambda rng, batch: batch
+    augment: Augmentation = PLAIN_VIEWS
+    pairs: tuple[tuple[int, int], ...] = ((0, 1), (1, 0))
     notes: tuple[str, ...] = ()
 
 
 def total_loss(made: Method, state, views, labels, **context):
     """`(online params, target params) -> (loss, Loss)` of normalised views `[2, B, ...]`."""
     given = {"rng": state.rng, "index": np.arange(views.shape[1]), "groups": 1, "axis_name": None}
+    context = Context(**(given | context))
 
     def loss(online_params, target_params):
-        return total(
-            online_params,
-            target_params,
-            state.online_stats,
-            state.target_stats,
-            views,
-            labels,
-            method=made,
-            state=state,
-            context=Context(**(given | context)),
-        )
+        online = {"params": online_params, "batch_stats": state.online_stats}
+        target = {"params": target_params, "batch_stats": state.target_stats}
+        return total(made, online, target, {"global": views}, labels, state, context)
 
     return loss
 

@@ -1,6 +1,7 @@
 """Augmentation against TensorFlow, PIL and NumPy, and its draws against their distributions."""
 
 import colorsys
+import dataclasses
 import functools
 import itertools
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
+from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
 from selfsup_jax.data import augment
 from selfsup_jax.data.augment import ViewAugmentation
+from selfsup_jax.errors import UserError
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(itertools.permutations(range(4))))
@@ -329,6 +332,121 @@ def test_images_of_a_batch_are_augmented_differently():
     images = np.repeat(random_images(1), 16, axis=0)
     got = np.asarray(augment_view(jax.random.PRNGKey(0), images, np.arange(16), FULL))
     assert len({x.round(4).tobytes() for x in got}) >= 14
+
+
+# Two groups: two views of 8 px, alike but for their keys, and three of 6 px.
+GROUPS = {
+    "global": (FULL, dataclasses.replace(FULL, solarize_prob=0.6)),
+    "local": (FULL, dataclasses.replace(FULL, blur_prob=0.0), FULL),
+}
+
+
+@pytest.fixture(scope="module")
+def five_crops() -> dict[str, np.ndarray]:
+    """A batch of five views of seven images."""
+    sizes = (8, 8, 6, 6, 6)
+    batch = {f"view_{i}": random_images(7, s, s, seed=i) for i, s in enumerate(sizes, start=1)}
+    return batch | {"index": np.arange(20, 27, dtype=np.int32)}
+
+
+def views_of(batch, groups):
+    rng = jax.random.PRNGKey(5)
+    return jax.jit(functools.partial(augment.augment_views, groups=groups))(rng, batch)
+
+
+@pytest.fixture(scope="module")
+def five_views(five_crops) -> dict[str, jax.Array]:
+    return views_of(five_crops, GROUPS)
+
+
+def test_groups_have_views_of_their_own_sizes(five_crops, five_views):
+    """View i over all groups, in their order, is crop i augmented by the key with i folded in."""
+    assert list(five_views) == ["global", "local"]
+    assert five_views["global"].shape == (2, 7, 8, 8, 3)
+    assert five_views["local"].shape == (3, 7, 6, 6, 3)
+    each = [*five_views["global"], *five_views["local"]]
+    for i, (got, view) in enumerate(zip(each, sum(GROUPS.values(), ()), strict=True), start=1):
+        key = jax.random.fold_in(jax.random.PRNGKey(5), i)
+        expected = augment_view(key, five_crops[f"view_{i}"], five_crops["index"], view)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+        assert np.abs(got - five_crops[f"view_{i}"] / np.float32(255)).max() > 0.1
+
+
+def test_further_groups_leave_the_first_as_it_was(five_crops, five_views):
+    """The global views are those of a batch that has no others."""
+    pair = {name: five_crops[name] for name in ("view_1", "view_2", "index")}
+    alone = views_of(pair, {"global": GROUPS["global"]})
+    assert list(alone) == ["global"]
+    np.testing.assert_array_equal(five_views["global"], alone["global"])
+
+
+def test_views_of_the_same_crop_are_drawn_apart(five_crops):
+    """Within a group and between groups."""
+    same = {f"view_{i}": five_crops["view_1"] for i in range(1, 6)}
+    groups = {"global": (FULL, FULL), "local": (FULL, FULL, FULL)}
+    views = views_of(same | {"index": five_crops["index"]}, groups)
+    each = np.asarray([*views["global"], *views["local"]])
+    for a, b in itertools.combinations(each, 2):
+        assert (np.abs(a - b).max((1, 2, 3)) > 1e-3).mean() > 0.5
+
+
+def test_normalized_is_every_group_normalised(five_crops, five_views):
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
+    made = augment.Augmentation(GROUPS, mean, std)
+    got = jax.jit(made.normalized)(jax.random.PRNGKey(5), five_crops)
+    for name, views in five_views.items():
+        expected = (np.asarray(views) - np.array(mean)) / np.array(std)
+        np.testing.assert_allclose(got[name], expected, atol=1e-5)
+
+
+def section(**groups) -> ConfigDict:
+    """A section `views` of such groups: `(count, sections of views)`."""
+    made = {}
+    for name, (count, *each) in groups.items():
+        views = {f"view_{i}": dict(vars(view)) for i, view in enumerate(each, start=1)}
+        made[name] = views | {"count": count, "size": 8, "area": (0.1, 1.0), "aspect": (1.0, 2.0)}
+    return ConfigDict(made | {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.2)})
+
+
+def test_the_last_section_is_that_of_all_further_views():
+    first, second = only(flip_prob=0.25), only(blur_prob=0.75)
+    made = augment.Augmentation.from_config(
+        section(local=(4, second), **{"global": (3, first, second)})
+    )
+    assert list(made.groups) == ["global", "local"]  # whichever way they are written
+    assert made.groups["global"] == (first, second, second)
+    assert made.groups["local"] == (second,) * 4
+    assert (made.mean, made.std) == ((0.1, 0.2, 0.3), (0.5, 0.25, 0.2))
+    one = augment.Augmentation.from_config(section(**{"global": (1, first, second)}))
+    assert one.groups == {"global": (first,)}
+    none = augment.Augmentation.from_config(section(local=(0, second), **{"global": (2, first)}))
+    assert none.groups == {"global": (first, first)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "valid"),
+    [
+        ("global.count", 0, "must be at least 1"),
+        ("global.count", -1, "must be at least 1"),
+        ("local.count", -1, "must be at least 1"),
+        ("local.size", 0, "must be at least 1"),
+        ("local.area", (0.5, 1.5), "must be (low, high) with 0 < low <= high <= 1.0"),
+        ("local.aspect", (0.0, 1.0), "must be (low, high)"),
+        ("local.view_1.hue", 0.6, "must be from 0 to 0.5"),
+        ("local.view_1.blur_kernel", 4, "must be odd and at least 1"),
+        ("global.view_2.flip_prob", 1.5, "must be from 0 to 1"),
+        ("std", (1.0, 0.0, 1.0), "must be three numbers, deviations above 0"),
+    ],
+)
+def test_a_bad_value_of_any_group_is_named(field, value, valid):
+    config = ConfigDict({"views": section(local=(3, FULL), **{"global": (2, FULL, FULL)})})
+    augment.check(config)
+    config.update_from_flattened_dict({f"views.{field}": value})
+    with pytest.raises(UserError) as error:
+        augment.check(config)
+    message = str(error.value)
+    assert message.startswith(f"config.views.{field}={value!r}: {valid}") and "\n" not in message
 
 
 def test_uint8_in_float32_between_0_and_1_out():

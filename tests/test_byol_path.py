@@ -29,6 +29,7 @@ from conftest import (
 from test_byol import TARGET, as_float64, oracle_forward
 
 from byol_jax import losses, method
+from byol_jax.negatives import negatives_loss
 from configs import byol, byol_to_simclr
 from selfsup_jax import config as config_lib
 from selfsup_jax.errors import UserError
@@ -98,7 +99,7 @@ def tiny_config(predictor, target, beta, **changes):
     """A variant of the demo for tiny images that are not changed, in small even steps."""
     config = byol.get_config("demo")
     fields = {
-        f"augment.{view}.{name}_prob": 0.0
+        f"views.global.{view}.{name}_prob": 0.0
         for view in ("view_1", "view_2")
         for name in ("flip", "jitter", "grayscale", "blur", "solarize")
     }
@@ -109,8 +110,8 @@ def tiny_config(predictor, target, beta, **changes):
         "temperature": ALPHA,
         "data.image_size": IMAGE_SHAPE[0],
         "data.test_resize": IMAGE_SHAPE[0],
-        "augment.mean": MEAN,
-        "augment.std": STD,
+        "views.mean": MEAN,
+        "views.std": STD,
         "optimizer.scaling": "none",
         "optimizer.learning_rate": 0.05,
         "optimizer.schedule": "constant",
@@ -126,7 +127,7 @@ def tiny_config(predictor, target, beta, **changes):
 
 def tiny_build(config, num_classes=NUM_CLASSES, total_steps=4, warmup_steps=0):
     """`method.build` with an encoder of a hundred parameters."""
-    config_lib.validate(config)
+    config_lib.validate(config, method.build)
     built = method.build(config, num_classes, total_steps, warmup_steps)
     return with_network(built, encoder=TinyEncoder())
 
@@ -187,9 +188,9 @@ def test_a_variant_is_the_papers(losses_and_gradients, views, predictor, target,
     for path, gradient in flatten(by_target).items():
         assert not gradient.any(), path
     assert set(by_target) == set(target_stats) == (set(TARGET) if target else set())
-    # What the diagnostics look at: psi of the other view.
+    # What the diagnostics look at: psi of both views, each of which is compared with the other.
     projections = oracle_forward(other or online, images, TARGET)[1]
-    np.testing.assert_allclose(outputs.target, projections[::-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outputs.target, projections, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("predictor", "beta"), [(True, 0.0), (True, 1.0), (False, 1.0)])
@@ -211,8 +212,7 @@ def test_byol_is_byols_loss(losses_and_gradients):
     """With predictor, target network and beta 0, whatever the temperature."""
     _, (total, out), _ = losses_and_gradients(True, True, 0.0)
     outputs = out.outputs
-    target_2, target_1 = outputs.target
-    expected = losses.byol_loss(*outputs.prediction, target_1, target_2)
+    expected = losses.byol_loss(*outputs.prediction, *outputs.target)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
@@ -230,8 +230,8 @@ def test_simclr_is_nt_xent(alpha):
 
     @jax.jit
     def simclr(z_1, z_2):
-        negatives = losses.negatives_loss(z_1, z_1, z_2, 0, alpha)
-        negatives += losses.negatives_loss(z_2, z_2, z_1, 0, alpha)
+        negatives = negatives_loss(z_1, z_1, z_2, alpha)
+        negatives += negatives_loss(z_2, z_2, z_1, alpha)
         return losses.positive_loss(z_1, z_2, z_1, z_2) + negatives
 
     np.testing.assert_allclose(simclr(*z.astype(np.float32)), expected, rtol=1e-5)
@@ -241,7 +241,7 @@ def test_simclr_is_nt_xent(alpha):
 def test_negatives_of_a_devices_rows_are_the_whole_batchs():
     """Blocks of rows, each from where it begins, make up the loss of all of them."""
     phi, own, other = np.random.default_rng(1).normal(size=(3, 8, 4)).astype(np.float32)
-    run = jax.jit(lambda phi, first_row: losses.negatives_loss(phi, own, other, first_row, 0.2))
+    run = jax.jit(lambda phi, offset: negatives_loss(phi, own, other, 0.2, offset))
     blocks = [run(phi[i : i + 2], i) for i in (0, 2, 4, 6)]
     np.testing.assert_allclose(np.mean(blocks), run(phi, 0), rtol=1e-6)
     assert abs(run(phi[2:4], 4) - blocks[1]) > 1e-3
@@ -352,7 +352,9 @@ def test_negatives_are_those_of_one_batch():
     with pytest.raises(UserError) as error:
         tiny_build(config)
     message = str(error.value)
-    assert message.startswith("config.accumulate_steps=2: must be 1 with negatives_weight=1.0")
+    assert message.startswith(
+        "config.accumulate_steps=2: must be 1: the negatives are those of one"
+    )
     assert "\n" not in message
     tiny_build(tiny_config(True, True, 0.0, accumulate_steps=2))
 
@@ -365,11 +367,11 @@ def switches(config):
 
 
 @pytest.mark.parametrize("preset", ["demo", "cifar10", "imagenet"])
-def test_a_study_has_the_eight_variants(preset):
+def test_a_sweep_has_the_eight_variants(preset):
     """Each once, with the paper's number, and otherwise one and the same recipe."""
-    study = byol_to_simclr.get_config(preset)
-    assert study.job == "study" and set(study.order) == set(study.variants)
-    assert len(study.order) == 8
+    sweep = byol_to_simclr.get_config(preset)
+    assert sweep.job == "sweep" and set(sweep.only) == set(sweep.variants)
+    assert len(sweep.only) == 8
     published = {
         (True, True, 0.0): 72.5,
         (True, True, 1.0): 70.9,
@@ -380,13 +382,13 @@ def test_a_study_has_the_eight_variants(preset):
         (False, True, 0.0): 0.2,
         (False, False, 0.0): 0.1,
     }
-    found = {switches(config): name for name, config in study.variants.items()}
+    found = {switches(config): name for name, config in sweep.variants.items()}
     assert set(found) == set(VARIANTS) == set(published)
     recipes = []
     for variant, name in found.items():
-        config = study.variants[name]
-        config_lib.validate(config)
-        assert study.published[name] == published[variant]
+        config = sweep.variants[name]
+        config_lib.validate(config, method.build)
+        assert sweep.published[name] == published[variant]
         assert config.temperature == (0.3 if variant[1] else 0.1)
         words = zip(("predictor", "target"), variant[:2], strict=True)
         words = [word if there else f"no_{word}" for word, there in words]
@@ -398,15 +400,18 @@ def test_a_study_has_the_eight_variants(preset):
 
 def test_fields_after_the_preset_are_set_in_each_variant():
     arg = "demo,optimizer.learning_rate=0.125,epochs=3,eval.enabled=False,seeds=(1,2)"
-    study = byol_to_simclr.get_config(arg)
-    for config in study.variants.values():
+    sweep = byol_to_simclr.get_config(arg)
+    for config in sweep.variants.values():
         assert config.optimizer.learning_rate == 0.125
         assert config.epochs == 3 and config.eval.enabled is False
-    assert tuple(study.seeds) == (1, 2)
-    assert {switches(config) for config in study.variants.values()} == set(VARIANTS)
-    changed = study.variants[study.order[0]]
+    assert tuple(sweep.seeds) == (1, 2)
+    assert {switches(config) for config in sweep.variants.values()} == set(VARIANTS)
+    smaller = byol_to_simclr.get_config("demo,data.image_size=8")
+    for config in smaller.variants.values():  # the crops' size follows the images'
+        assert config.data.image_size == config.views["global"].size == 8
+    changed = sweep.variants[sweep.only[0]]
     changed.optimizer.momentum = 0.5  # a variant's config is its own
-    assert [c.optimizer.momentum for c in study.variants.values()].count(0.5) == 1
+    assert [c.optimizer.momentum for c in sweep.variants.values()].count(0.5) == 1
 
 
 def test_a_linear_projector_has_no_statistics():

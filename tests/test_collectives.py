@@ -46,12 +46,12 @@ def dealt(devices, groups):
     """What every device holds: (dealt rows, collected rows, each dealt row's group mean)."""
 
     def fn(x, order, axis_name):
-        rows = collectives.deal(x, order, axis_name)
+        rows = collectives.batch_shuffle(x, order, axis_name)
         # The mean over a group as batch norm takes it: of the parts here, then among devices.
         layout = collectives.batch_layout(groups, 1, axis_name)
         means = layout.mean(rows[:, 0].reshape(layout.groups, -1).mean(1))
         means = jnp.repeat(means, len(rows) // layout.groups)
-        return rows, collectives.collect(rows, order, axis_name), means
+        return rows, collectives.batch_unshuffle(rows, order, axis_name), means
 
     return over(devices, fn, *cells_and_order(groups))
 
@@ -114,7 +114,7 @@ def test_a_device_sends_only_what_it_holds(devices, groups):
     local = 16
 
     def fn(x, order):
-        return collectives.collect(collectives.deal(x, order, "d"), order, "d")
+        return collectives.batch_unshuffle(collectives.batch_shuffle(x, order, "d"), order, "d")
 
     mapped = jax.pmap(fn, axis_name="d", devices=jax.devices()[:devices])
     x = np.zeros((devices, local, 5), np.float32)
@@ -133,7 +133,7 @@ def test_gathered_rows_are_the_global_batch(devices):
     def fn(x, axis_name):
         tree = collectives.gather({"rows": x, "double": 2 * x}, axis_name)
         views = collectives.gather(jnp.stack([x, -x]), axis_name, axis=1)
-        first = collectives.first_row(len(x), axis_name)
+        first = collectives.batch_offset(len(x), axis_name)
         own = jax.lax.dynamic_slice_in_dim(tree["rows"], first, len(x))
         return tree, views, own, jnp.asarray(first)
 
@@ -161,7 +161,7 @@ def test_gradient_of_gathered_rows(devices):
             rows = x @ w
             everyone = collectives.gather(rows, axis_name)
             logits = rows @ everyone.T
-            following = (collectives.first_row(len(x), axis_name) + jnp.arange(len(x)) + 1) % 16
+            following = (collectives.batch_offset(len(x), axis_name) + jnp.arange(len(x)) + 1) % 16
             own = jnp.take_along_axis(logits, following[:, None], axis=1)[:, 0]
             return jnp.mean(jax.nn.logsumexp(logits, axis=1) - own)
 

@@ -13,11 +13,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from configs import byol
+from byol_jax.method import build
+from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, transfer
 from selfsup_jax import config as config_lib
-from selfsup_jax.durations import to_steps
+from selfsup_jax.durations import to_steps, total_and_warmup
 from selfsup_jax.errors import UserError
-from selfsup_jax.run import checkpoint, workdir
+from selfsup_jax.run import checkpoint, identity, workdir
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
@@ -46,7 +47,7 @@ def assert_fields(config: ConfigDict, expected: dict) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid(preset):
     config = byol.get_config(preset)
-    config_lib.validate(config)
+    config_lib.validate(config, build)
     assert config.method == "byol"
     assert config.bn_groups == 1  # one global group
     assert json.loads(config.to_json())  # can be written to the workdir
@@ -85,8 +86,8 @@ def test_imagenet_is_the_papers_recipe():
         "data.image_size": 224,
         "data.test_resize": 256,
         "data.resize_method": "bicubic",
-        "data.crop_area": (0.08, 1.0),
-        "data.crop_aspect": (3 / 4, 4 / 3),
+        "views.global.area": (0.08, 1.0),
+        "views.global.aspect": (3 / 4, 4 / 3),
         "encoder.depth": 50,
         "encoder.width": 1.0,
         "encoder.stem": "imagenet",
@@ -106,8 +107,8 @@ def test_imagenet_is_the_papers_recipe():
         "optimizer.nesterov": False,
         "optimizer.rate_inside_momentum": False,
         "optimizer.trust_coefficient": 1e-3,
-        "augment.mean": (0.485, 0.456, 0.406),
-        "augment.std": (0.229, 0.224, 0.225),
+        "views.mean": (0.485, 0.456, 0.406),
+        "views.std": (0.229, 0.224, 0.225),
     }
     both_views = {
         "flip_prob": 0.5,
@@ -125,8 +126,10 @@ def test_imagenet_is_the_papers_recipe():
     }
     config = byol.get_config("imagenet")
     assert_fields(config, expected)
-    assert_fields(config.augment.view_1, both_views | {"blur_prob": 1.0, "solarize_prob": 0.0})
-    assert_fields(config.augment.view_2, both_views | {"blur_prob": 0.1, "solarize_prob": 0.2})
+    group = config.views["global"]
+    assert group.count == 2 and group.size == 224
+    assert_fields(group.view_1, both_views | {"blur_prob": 1.0, "solarize_prob": 0.0})
+    assert_fields(group.view_2, both_views | {"blur_prob": 0.1, "solarize_prob": 0.2})
 
 
 def test_cifar10_is_lightlys_recipe():
@@ -147,8 +150,8 @@ def test_cifar10_is_lightlys_recipe():
         "optimizer.weight_decay": 4 * 5e-4,
         "optimizer.schedule": "cosine",
         "optimizer.warmup_epochs": 0,
-        "augment.view_1.blur_prob": 0,
-        "augment.view_2.blur_prob": 0,
+        "views.global.view_1.blur_prob": 0,
+        "views.global.view_2.blur_prob": 0,
     }
     assert_fields(config, expected)
     rate = config.optimizer.learning_rate * config.batch_size / 256  # linear scaling
@@ -174,12 +177,12 @@ def test_imagenette_is_the_authors_recipe():
 
 def test_fields_after_the_preset_are_set():
     config = byol.get_config(
-        "cifar10, batch_size=64,data.name=mnist,augment.view_2.blur_prob=1,epochs=3,steps=7"
+        "cifar10, batch_size=64,data.name=mnist,views.global.view_2.blur_prob=1,epochs=3,steps=7"
     )
     expected = {
         "batch_size": 64,
         "data.name": "mnist",
-        "augment.view_2.blur_prob": 1.0,
+        "views.global.view_2.blur_prob": 1.0,
         "epochs": 3.0,
         "steps": 7,
     }
@@ -214,6 +217,59 @@ def test_a_misspelt_preset_or_field_names_the_nearest(arg, named, nearest):
     assert nearest in str(error.value).replace(named, "")
 
 
+@pytest.mark.parametrize(
+    ("arg", "old", "new"),
+    [
+        (
+            "demo,augment.view_1.blur_prob=0",
+            "augment.view_1.blur_prob",
+            "views.global.view_1.blur",
+        ),
+        (
+            "demo,augment.view_2.hue=0",
+            "augment.view_2.hue",
+            "views.global.view_2.hue (view_1 where ",
+        ),
+        ("demo,augment.mean=(0,0,0)", "augment.mean", "views.mean"),
+        ("demo,augment.std=(1,1,1)", "augment.std", "views.std"),
+        ("demo,data.crop_area=(1,1)", "data.crop_area", "views.global.area"),
+        ("demo,data.crop_aspect=(1,1)", "data.crop_aspect", "views.global.aspect"),
+        ("demo,projector.hidden_size=64", "projector.hidden_size", "projector.hidden_sizes"),
+        ("demo,predictor.hidden_size=64", "predictor.hidden_size", "predictor.hidden_sizes"),
+        ("demo,projector.style=moco", "projector.style", "projector.linear_init"),
+    ],
+)
+def test_a_field_of_an_earlier_version_is_answered_with_its_name_of_today(arg, old, new):
+    with pytest.raises(ValueError) as error:
+        byol.get_config(arg)
+    assert str(error.value).startswith(f"unknown field config.{old}: it is now {new}")
+
+
+@pytest.mark.parametrize(
+    ("module", "arg", "told"),
+    [
+        (finetune, "hundredth", "preset 'hundredth': it is now 1pct"),
+        (finetune, "tenth", "preset 'tenth': it is now 10pct"),
+        (finetune, "all", "preset 'all': it is now 100pct"),
+        (finetune, "flip_prob=0", "flip_prob: it is now views.global.view_1.flip_prob"),
+        (finetune, "data.crop_area=(1,1)", "data.crop_area: it is now views.global.area"),
+        (linear_probe, "watch=True", "watch: it is now follow"),
+        (linear_probe, "watch_poll_seconds=1", "it is now follow_poll_seconds"),
+        (linear_probe, "watch_patience_hours=1", "it is now follow_patience_hours"),
+        (linear_probe, "inverse_penalties=(1,)", "inverse_penalties: it is now C"),
+        (fewshot, "inverse_penalty=1", "inverse_penalty: it is now C"),
+        (transfer, "order=('a',)", "order: it is now only"),
+        (byol_to_simclr, "demo,order=('a',)", "order: it is now only"),
+        (byol_to_simclr, "demo,show=('a',)", "show: it is now columns"),
+        (byol_to_simclr, "demo,measures=('a',)", "measures: it is now metrics"),
+    ],
+)
+def test_so_are_those_of_jobs_and_sweeps_and_presets(module, arg, told):
+    with pytest.raises(ValueError) as error:
+        module.get_config(arg)
+    assert str(error.value).endswith(told)
+
+
 # -------------------------------------------------------------------------- validation
 
 BAD_VALUES = [
@@ -239,7 +295,7 @@ BAD_VALUES = [
     ("projector.output_size", 0, "at least 1"),
     ("predictor.hidden_sizes", (), "at least one"),
     ("predictor.output_size", -1, "at least 1"),
-    ("predictor.output_size", 64, "projector.output_size=256"),
+    ("predictor.output_size", 64, "must be 256: that of the projector"),
     ("eval.batch_size", 0, "at least 1"),
     ("eval.knn_k", 0, "at least 1"),
     ("eval.fewshot_draws", 0, "at least 1"),
@@ -272,24 +328,24 @@ BAD_VALUES = [
     ("optimizer.momentum", -0.9, "0 to 1"),
     ("encoder.bn_decay", 9.0, "0 to 1"),
     ("data.max_undecodable", 1.1, "0 to 1"),
-    ("data.crop_area", (0.0, 1.0), "low"),
-    ("data.crop_area", (0.5, 0.1), "low"),
-    ("data.crop_area", (0.5, 1.1), "1.0"),
-    ("data.crop_aspect", (1.5, 0.5), "low"),
-    ("data.crop_aspect", (1.0,), "low"),
+    ("views.global.area", (0.0, 1.0), "low"),
+    ("views.global.area", (0.5, 0.1), "low"),
+    ("views.global.area", (0.5, 1.1), "1.0"),
+    ("views.global.aspect", (1.5, 0.5), "low"),
+    ("views.global.aspect", (1.0,), "low"),
     ("data.test_resize", 200, "data.image_size=224"),
-    ("augment.mean", (0.5,), "three"),
-    ("augment.std", (0.1, 0.0, 0.1), "above 0"),
-    ("augment.view_1.jitter_style", "torch", "torchvision"),
-    ("augment.view_2.blur_padding", "same", "reflect"),
-    ("augment.view_1.flip_prob", 1.5, "0 to 1"),
-    ("augment.view_2.solarize_prob", -0.1, "0 to 1"),
-    ("augment.view_1.contrast", -0.4, "negative"),
-    ("augment.view_1.hue", 0.6, "0.5"),
-    ("augment.view_2.blur_kernel", 4, "odd"),
-    ("augment.view_1.blur_kernel", -1, "odd"),
-    ("augment.view_1.blur_sigma_min", 3.0, "sigma_max"),
-    ("augment.view_1.blur_sigma_min", 0.0, "above 0"),
+    ("views.mean", (0.5,), "three"),
+    ("views.std", (0.1, 0.0, 0.1), "above 0"),
+    ("views.global.view_1.jitter_style", "torch", "torchvision"),
+    ("views.global.view_2.blur_padding", "same", "reflect"),
+    ("views.global.view_1.flip_prob", 1.5, "0 to 1"),
+    ("views.global.view_2.solarize_prob", -0.1, "0 to 1"),
+    ("views.global.view_1.contrast", -0.4, "negative"),
+    ("views.global.view_1.hue", 0.6, "0.5"),
+    ("views.global.view_2.blur_kernel", 4, "odd"),
+    ("views.global.view_1.blur_kernel", -1, "odd"),
+    ("views.global.view_1.blur_sigma_min", 3.0, "sigma_max"),
+    ("views.global.view_1.blur_sigma_min", 0.0, "above 0"),
     ("bn_groups", 3, "batch_size=4096"),
 ]
 
@@ -298,7 +354,7 @@ BAD_VALUES = [
 def test_a_bad_value_is_named_with_what_would_be_valid(field, value, hint):
     config = config_with(**{field: value})
     with pytest.raises(UserError) as error:
-        config_lib.validate(config)
+        config_lib.validate(config, build)
     message = str(error.value)
     start = f"config.{field}={value!r}: "
     assert message.startswith(start)
@@ -308,14 +364,14 @@ def test_a_bad_value_is_named_with_what_would_be_valid(field, value, hint):
 def test_the_bounds_themselves_are_valid():
     config = config_with(
         seed=0, tau_base=1.0, optimizer__momentum=0.0, optimizer__learning_rate=0.0,
-        data__crop_area=(1.0, 1.0), data__test_resize=224, augment__view_1__hue=0.5,
-        augment__view_1__blur_kernel=1, augment__view_1__blur_sigma_min=2.0, steps=1,
+        views__global__area=(1.0, 1.0), data__test_resize=224, views__global__view_1__hue=0.5,
+        views__global__view_1__blur_kernel=1, views__global__view_1__blur_sigma_min=2.0, steps=1,
         tau_schedule="constant", keep_every_steps=0, monitor__diagnostics_every_steps=0,
         monitor__knn_every_steps=0, monitor__plots_every_steps=0, monitor__collapse_std=0.0,
         projector__hidden_sizes=(), negatives_weight=0.0,
     )  # fmt: skip
-    config_lib.validate(config)
-    config_lib.check_batch_fits(config, config.batch_size)
+    config_lib.validate(config, build)
+    assert total_and_warmup(config, config.batch_size) == (1, 10)
 
 
 @pytest.mark.parametrize(
@@ -327,13 +383,13 @@ def test_the_bounds_themselves_are_valid():
 )
 def test_a_batch_that_does_not_divide_is_named(fields, named):
     with pytest.raises(UserError) as error:
-        config_lib.validate(config_with(**fields))
+        config_lib.validate(config_with(**fields), build)
     assert str(error.value).startswith(named)
 
 
 def test_a_batch_larger_than_the_data_is_named():
     with pytest.raises(UserError) as error:
-        config_lib.check_batch_fits(config_with(data__train_split="train[:1%]"), 100)
+        total_and_warmup(config_with(data__train_split="train[:1%]"), 100)
     message = str(error.value)
     assert message.startswith("config.batch_size=4096")
     assert "100 images" in message and "'train[:1%]'" in message
@@ -375,13 +431,28 @@ def test_a_bad_duration_is_named(fields, named):
     assert str(error.value).startswith(named)
 
 
+@pytest.mark.parametrize("fields", [{"steps": 0}, {"examples": 7}, {"epochs": 0.001}])
+def test_a_run_without_a_step_is_refused(fields):
+    with pytest.raises(UserError, match=r"config.epochs.*rounds to 0 steps"):
+        total_and_warmup(config_with(batch_size=16, **fields), 100)
+
+
+def test_a_warm_up_longer_than_the_run_is_told(capfd):
+    config = config_with(steps=3, batch_size=16, optimizer__warmup_steps=3)
+    assert total_and_warmup(config, 100) == (3, 3)
+    assert "warm-up of 3 steps is longer than the training of 3" in capfd.readouterr().err
+    config.optimizer.warmup_steps = 2
+    assert total_and_warmup(config, 100) == (3, 2)
+    assert not capfd.readouterr().err
+
+
 # --------------------------------------------------------------------- whose the workdir is
 
 
 def run_of(config: ConfigDict, train_images: int = 10_000, classes: int | None = 10) -> dict:
     """What `workdir.describe_run` makes of a config and such data."""
     source = types.SimpleNamespace(num_examples=train_images, num_classes=classes)
-    return workdir.describe_run(config, types.SimpleNamespace(train=source))
+    return workdir.describe_run(config, source)
 
 
 def saved_by(config: ConfigDict, **data) -> dict:
@@ -398,13 +469,13 @@ def test_the_resolved_config_is_written_and_taken_again(tmp_path):
     config = config_with(batch_size=64)
     workdir.write_config(run_of(config), str(tmp_path))
     written = json.loads((tmp_path / "config.json").read_text())
-    found = {"train_images": 10_000, "classes": 10}
-    assert written == json.loads(config.to_json()) | {"found": found}
-    assert written["data"]["crop_area"] == [0.08, 1.0]
+    data_info = {"train_images": 10_000, "classes": 10}
+    assert written == json.loads(config.to_json()) | {"data_info": data_info}
+    assert written["views"]["global"]["area"] == [0.08, 1.0]
     assert os.listdir(tmp_path) == ["config.json"]
     check(config_with(batch_size=64), saved_by(config))  # tuples and all
-    flat = workdir.flat_config(run_of(config))
-    assert flat["found.classes"] == 10 and flat["optimizer.name"] == "lars"
+    flat = identity.flat(workdir.config_json(run_of(config)))
+    assert flat["data_info.classes"] == 10 and flat["optimizer.name"] == "lars"
     workdir.write_config(run_of(config_with(batch_size=32)), str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 32
 
@@ -433,7 +504,7 @@ def test_a_checkpoint_says_where_in_the_data_it_is(step, epoch, batch):
     run = run_of(config_with(batch_size=256))  # 39 whole batches of 10,000 images
     meta = workdir.meta(run, step)
     assert meta["data_position"] == {"epoch": epoch, "batch": batch, "steps_per_epoch": 39}
-    assert meta["config"] == run["config"] and meta["found"] == run["found"]
+    assert meta["config"] == run["config"] and meta["data_info"] == run["data_info"]
     assert [v for k, v in meta.items() if "device" in k] == [jax.device_count()]
     assert [v for k, v in meta.items() if "host" in k] == [1]
 
@@ -454,8 +525,8 @@ def test_a_checkpoint_says_where_in_the_data_it_is(step, epoch, batch):
         ("optimizer.learning_rate", 0.31),
         ("optimizer.schedule", "constant"),
         ("data.train_split", "train[:50%]"),
-        ("data.crop_area", (0.5, 1.0)),
-        ("augment.view_2.blur_prob", 0.25),
+        ("views.global.area", (0.5, 1.0)),
+        ("views.global.view_2.blur_prob", 0.25),
     ],
 )
 def test_a_run_goes_on_with_its_own_mathematics_only(field, value):
@@ -476,7 +547,7 @@ def test_all_that_differs_is_named_at_once():
         ("config.seed", 1, 0),
         ("config.tau_base", 0.5, 0.996),
         ("config.optimizer.momentum", 0.8, 0.9),
-        ("found.train_images", 9_999, 10_000),
+        ("data_info.train_images", 9_999, 10_000),
     ):
         assert f"{field}={new}: the run in DIR has {old}" in str(error.value)
     assert "knn_k" not in str(error.value) and "\n" not in str(error.value)
@@ -527,9 +598,9 @@ def test_a_run_may_become_longer_where_no_schedule_depends_on_it(field, value):
 
 
 def test_other_data_under_the_same_name_is_noticed():
-    with pytest.raises(UserError, match=r"found.train_images=9999: .*10000"):
+    with pytest.raises(UserError, match=r"data_info.train_images=9999: .*10000"):
         check(config_with(), saved_by(config_with()), train_images=9_999)
-    with pytest.raises(UserError, match=r"found.classes=None: .*10"):
+    with pytest.raises(UserError, match=r"data_info.classes=None: .*10"):
         check(config_with(), saved_by(config_with()), classes=None)
 
 
@@ -544,7 +615,7 @@ def test_other_versions_are_told_and_accepted(capfd):
 
 HOLD = """
 import sys
-from configs import byol
+from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, transfer
 from selfsup_jax.run import workdir
 with workdir.opened(byol.get_config("demo"), sys.argv[1]):
     print("opened", flush=True)
@@ -604,6 +675,16 @@ DEMO = "--config=configs/byol.py:demo"
         (["--config=configs/byol.py:dmo"], "'dmo'", "demo"),
         ([DEMO, "--config.batch_size=many"], "config.batch_size", "many"),
         ([DEMO, "--config.tau_base=2"], "config.tau_base=2.0", "0 to 1"),
+        (
+            [DEMO, "--config.optimiser.momentum=0"],
+            "config.optimiser.momentum",
+            "optimizer.momentum",
+        ),
+        ([DEMO, "--config.views.global.area=2"], "config.views.global.area=(2,)", "0 < low"),
+        ([DEMO, "--config.views.global.view_1.hue=a"], "config.views.global.view_1.hue=a", "float"),
+        ([DEMO, "--config.views.global.aera=1"], "config.views.global.aera", "views.global.area"),
+        ([DEMO, "--config.augment.mean=1"], "config.augment.mean", "it is now views.mean"),
+        (["--config=configs/byol_to_simclr.py", "--config.order=a"], "config.order", "now only"),
         (["--config=configs/bylo.py"], "configs/bylo.py", "configs/byol.py"),
         ([DEMO, "--workdir="], "--workdir", "--config"),
         ([DEMO, "--wrkdir=x"], "wrkdir", "workdir"),

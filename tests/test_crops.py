@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from selfsup_jax.data import crops
+from selfsup_jax.data import crops, pipeline, sources
 from selfsup_jax.data.crops import CropSpec
 
 # On a square image every box of these ranges fits, so that none is drawn again: the boxes have the
@@ -136,7 +136,7 @@ def test_a_crop_is_the_box_resized():
     draws = draws_of_examples(4)
     spec = CropSpec(size=16, area=(0.2, 0.6))
     for example in draws:
-        views = crops.crop_array(tf.constant(image), tf.constant(example), spec)
+        views = crops.crop_array(tf.constant(image), tf.constant(example), [spec] * 2)
         drawn = boxes(example[None], 60, 80, spec)[0]
         for view, (top, left, h, w) in zip(views, drawn, strict=True):
             crop = image[top : top + h, left : left + w]
@@ -151,16 +151,71 @@ def test_a_crop_is_the_box_resized():
 def test_a_crop_of_the_size_wanted_is_left_as_it_is(method):
     image = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
     box = tf.constant([[3, 5, 10, 10]])
-    (view,) = crops.crop_and_resize(tf.constant(image), box, 1, CropSpec(10, method=method))
+    (view,) = crops.crop_and_resize(tf.constant(image), box, [CropSpec(10, method=method)])
     np.testing.assert_array_equal(view, image[3:13, 5:15])
+
+
+# Two large views, and three small ones of other ranges.
+FIVE = [CropSpec(size=24, area=(0.4, 1.0))] * 2 + [
+    CropSpec(size=10, area=(0.05, 0.3), aspect=(0.5, 2.0), method="bilinear")
+] * 3
+
+
+def test_each_view_is_cropped_by_its_own_spec():
+    """With the draws of its own place, as if all views were cropped by that spec."""
+    image = tf.constant(smooth_image(60, 80))
+    for example in tf.constant(draws_of_examples(5, num_views=5)):
+        drawn = crops.boxes_of_views(example, tf.constant(60), tf.constant(80), FIVE).numpy()
+        views = crops.crop_array(image, example, FIVE)
+        assert [view.shape[0] for view in views] == [24, 24, 10, 10, 10]
+        for i, spec in enumerate(FIVE):
+            alone = crops.boxes_from_draws(example, tf.constant(60), tf.constant(80), spec)
+            np.testing.assert_array_equal(drawn[i], alone[i])
+            np.testing.assert_array_equal(views[i], crops.crop_array(image, example, [spec] * 5)[i])
+        shares = drawn[:, 2] * drawn[:, 3] / (60 * 80)
+        assert shares[:2].min() > 0.38 and shares[2:].max() < 0.32
+
+
+def test_specs_that_take_turns_keep_their_places():
+    large, small = FIVE[0], FIVE[-1]
+    image = tf.constant(smooth_image(50, 50))
+    example = tf.constant(draws_of_examples(1, num_views=4)[0])
+    views = crops.crop_array(image, example, [large, small, small, large])
+    for i, spec in enumerate([large, small, small, large]):
+        np.testing.assert_array_equal(views[i], crops.crop_array(image, example, [spec] * 4)[i])
+
+
+@pytest.mark.parametrize("specs", [[CropSpec(size=8)], FIVE])
+def test_the_plain_form_gives_the_pipelines_views(specs):
+    """Of each image of two epochs, by its step and its place in the global batch."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 20, 30, 3), np.uint8)
+    source = sources.Source("noise", 6, None, "array", images=tf.constant(images))
+    stream = pipeline.train_batches(
+        source,
+        specs,
+        seed=7,
+        batch_size=3,
+        positions=np.arange(3, dtype=np.int32),
+        first_step=0,
+        undecodable=pipeline.Undecodable(6, 0.01),
+    )
+    for step, batch in zip(range(4), stream, strict=False):
+        order = pipeline.epoch_order(6, seed=7, epoch=step // 2)
+        for place in range(3):
+            image = images[order[step % 2 * 3 + place]]
+            views = crops.random_resized_crops(image, specs, seed=7, example=3 * step + place)
+            assert len(views) == len(specs)
+            for i, view in enumerate(views, start=1):
+                assert type(view) is np.ndarray and view.dtype == np.uint8
+                np.testing.assert_array_equal(batch[f"view_{i}"][place], view)
+    other = crops.random_resized_crops(image, specs, seed=8, example=3 * step + place)
+    assert np.any(other[0] != views[0])
 
 
 def test_bicubic_overshoot_is_clipped_not_wrapped():
     image = np.zeros((12, 12, 3), np.uint8)
     image[:, 6:] = 255
-    views = crops.crop_and_resize(
-        tf.constant(image), tf.constant([[0, 0, 12, 12]]), 1, CropSpec(31)
-    )
+    views = crops.crop_and_resize(tf.constant(image), tf.constant([[0, 0, 12, 12]]), [CropSpec(31)])
     row = views[0].numpy()[15, :, 0]
     assert np.all(row[:10] < 20) and np.all(row[-10:] > 235)
 
@@ -170,8 +225,8 @@ def test_a_jpeg_decoded_in_part_gives_the_crops_of_the_whole():
     png = tf.io.encode_png(tf.io.decode_jpeg(encoded, channels=3))
     spec = CropSpec(size=24, area=(0.1, 0.3))
     for example in tf.constant(draws_of_examples(30)):
-        from_jpeg = crops.crop_encoded(encoded, example, spec)
-        from_png = crops.crop_encoded(png, example, spec)
+        from_jpeg = crops.crop_encoded(encoded, example, [spec] * 2)
+        from_png = crops.crop_encoded(png, example, [spec] * 2)
         difference = np.asarray(from_jpeg, int) - np.asarray(from_png, int)
         # The chroma at the window's edge has no neighbours to be interpolated from.
         assert np.abs(difference).max() <= 4 and np.abs(difference).mean() < 0.1
@@ -181,9 +236,9 @@ def test_gray_and_palette_images_come_out_in_three_channels():
     gray = smooth_image(30, 40)[..., :1]
     example = tf.constant(draws_of_examples(1)[0])
     spec = CropSpec(size=8)
-    expected = crops.crop_array(tf.constant(np.repeat(gray, 3, -1)), example, spec)
+    expected = crops.crop_array(tf.constant(np.repeat(gray, 3, -1)), example, [spec] * 2)
     for encoded in (tf.io.encode_png(gray), tf.io.encode_jpeg(gray, quality=100)):
-        got = crops.crop_encoded(encoded, example, spec)
+        got = crops.crop_encoded(encoded, example, [spec] * 2)
         assert np.abs(np.asarray(got, int) - np.asarray(expected, int)).max() <= 2
 
 

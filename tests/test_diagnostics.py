@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfsup_jax.state import Outputs
+from selfsup_jax import optim
+from selfsup_jax.state import Outputs, all_finite
 from selfsup_jax.training import diagnostics
 
 ALWAYS = {"projection_std", "effective_rank", "prediction_target_cosine"}
@@ -21,8 +22,11 @@ def outputs(projection, representation=None, prediction=None, target=None) -> Ou
     return Outputs(representation, projection, prediction, target)
 
 
-def diagnose(*args, max_rows: int = 512, **kwargs) -> dict[str, float]:
-    return diagnostics.of_outputs(outputs(*args, **kwargs), max_rows)
+def diagnose(*args, pairs=None, max_rows: int = 512, **kwargs) -> dict[str, float]:
+    """`pairs`: each prediction with the target of its own number, where they aren't given."""
+    rows = outputs(*args, **kwargs)
+    pairs = [(v, v) for v in range(len(rows.prediction))] if pairs is None else pairs
+    return diagnostics.of_outputs(rows, pairs, max_rows)
 
 
 def unit(x) -> np.ndarray:
@@ -39,10 +43,10 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 
 def test_all_of_a_random_batch():
     z, y, q, t = draw(2, 7, 5), draw(2, 7, 4, seed=1), draw(2, 7, 5, seed=2), draw(2, 7, 5, seed=3)
-    found = diagnose(z, y, q, t)
+    found = diagnose(z, y, q, t, pairs=((0, 1), (1, 0)))
     rows = [unit(z[v, i]) for v in range(2) for i in range(7)]
     std = [np.std([row[d] for row in rows]) for d in range(5)]
-    cosines = [unit(q[v, i]) @ unit(t[v, i]) for v in range(2) for i in range(7)]
+    cosines = [unit(q[v, i]) @ unit(t[1 - v, i]) for v in range(2) for i in range(7)]
     apart = [np.sum((unit(z[0, i]) - unit(z[1, i])) ** 2) for i in range(7)]
     pairs = [
         np.exp(-2 * np.sum((unit(z[0, i]) - unit(z[0, j])) ** 2))
@@ -100,6 +104,24 @@ def test_cosine_of_prediction_and_target():
     )
 
 
+@pytest.mark.parametrize(
+    "pairs", [((0, 1), (1, 0), (2, 0), (2, 1)), ((2, 1),), ((0, 0), (1, 1)), ((1, 0), (1, 0))]
+)
+def test_the_pairs_say_which_prediction_is_compared_with_which_target(pairs):
+    """Of three predictions and two targets; nothing else reads either."""
+    z, y = draw(3, 6, 4), draw(3, 6, 5, seed=1)
+    q, t = draw(3, 6, 4, seed=2), draw(2, 6, 4, seed=3)
+    found = diagnose(z, y, q, t, pairs=pairs)
+    expected = np.mean([unit(q[i, row]) @ unit(t[j, row]) for i, j in pairs for row in range(6)])
+    np.testing.assert_allclose(found["prediction_target_cosine"], expected, rtol=1e-5)
+    for name, value in diagnose(z, y).items():
+        assert name == "prediction_target_cosine" or found[name] == value
+    # All six means are different, so that another pair shows.
+    each = [diagnose(z, y, q, t, pairs=((i, j),)) for i in range(3) for j in range(2)]
+    assert len({round(one["prediction_target_cosine"], 4) for one in each}) == 6
+    assert found.keys() == ALWAYS | {"alignment", "uniformity"}
+
+
 @pytest.mark.parametrize("angle", [0.0, 0.1, np.pi / 2, np.pi])
 def test_alignment_and_uniformity_of_two_images(angle):
     """Squared distance on the circle: 2 - 2 cos."""
@@ -135,7 +157,7 @@ def test_only_the_first_examples_are_looked_at():
 def test_device_arrays_and_short_floats_will_do():
     z = draw(2, 4, 3)
     short = jnp.asarray(z, jnp.bfloat16)
-    found = diagnostics.of_outputs(Outputs(short, short, short, short), 99)
+    found = diagnostics.of_outputs(Outputs(short, short, short, short), ((0, 0), (1, 1)), 99)
     for name, value in diagnose(np.asarray(short, np.float32)).items():
         assert found[name] == value and np.isfinite(value)
 
@@ -196,7 +218,7 @@ def test_norms():
     grads, updates = tree(0), tree(10)
     expected = {f"grad_norm/{part}": norm(grads[part]) for part in grads}
     expected["update_norm"] = norm(updates)
-    found = jax.jit(diagnostics.norms)(grads, updates)
+    found = jax.jit(optim.norms)(grads, updates)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].shape == () and found[name].dtype == jnp.float32
@@ -218,17 +240,17 @@ def test_target_distance():
 def test_one_gradient_that_is_not_finite_shows_in_its_parts_norm(bad):
     updates, grads = tree(0), tree(0)
     grads["encoder"]["0"]["w"][2, 1] = bad
-    found = diagnostics.norms(grads, updates)
+    found = optim.norms(grads, updates)
     assert not np.isfinite(found["grad_norm/encoder"])
     assert np.isfinite(found["grad_norm/projector"])
-    assert diagnostics.finite(found) == 0.0
+    assert all_finite(found) == 0.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["loss", "probe_loss", "grad_norm/encoder"])
 def test_finite_is_zero_as_soon_as_one_metric_is_no_number(bad, name):
     metrics = {"loss": 1e38, "probe_loss": -1.0, "grad_norm/encoder": 0.0}
-    finite = jax.jit(diagnostics.finite)
+    finite = jax.jit(all_finite)
     for values, expected in ((metrics, 1.0), (metrics | {name: bad}, 0.0)):
         found = finite({k: jnp.float32(v) for k, v in values.items()})
         assert found == expected and found.shape == () and found.dtype == jnp.float32

@@ -29,7 +29,7 @@ CONFIG = {
     "batch_size": 16,
     "encoder": {"depth": 18, "width": 0.004, "stem": "cifar", "zero_init_gamma": False},
     "data": {"name": "folder", "image_size": 8},
-    "augment": {"mean": MEAN, "std": STD},
+    "views": {"mean": MEAN, "std": STD},
 }
 STEPS = (20, 40, 100)  # as text 100 comes before 20
 
@@ -62,9 +62,11 @@ def state_of(step: int) -> TrainState:
     )
 
 
-def write_run(workdir: pathlib.Path, steps=STEPS, config=CONFIG) -> pathlib.Path:
+def write_run(
+    workdir: pathlib.Path, steps=STEPS, config=CONFIG, data_info="data_info"
+) -> pathlib.Path:
     checkpoints = checkpoint.Checkpoints(str(workdir), keep=99)
-    meta = {"config": config, "found": {"num_classes": 3}, "examples": 0}
+    meta = {"config": config, data_info: {"num_classes": 3}, "examples": 0}
     for step in steps:
         checkpoints.take(parallel.replicate(lambda s: s, state_of(step)), meta)
         checkpoints.write()
@@ -109,7 +111,7 @@ def test_the_online_encoder_of_a_step(run, path, step, expected):
     assert all(type(x) is np.ndarray for x in jax.tree.leaves(frozen.variables))
     assert (frozen.step, frozen.run) == (expected, str(run))
     assert pathlib.Path(frozen.path) == run / "checkpoints" / str(expected)
-    assert frozen.config == CONFIG | {"found": {"num_classes": 3}}
+    assert frozen.config == CONFIG | {"data_info": {"num_classes": 3}}
     assert frozen.normalization == (tuple(MEAN), tuple(STD))
     assert frozen.about == {
         "checkpoint": frozen.path,
@@ -154,7 +156,7 @@ def test_an_exported_encoder_is_the_one_it_came_from(run, tmp_path):
     again = encoder.load(str(folder))
     assert_same(again.variables, frozen.variables)
     assert (again.path, again.run, again.step) == (str(folder), None, 40)
-    kept = ("encoder", "augment", "data", "compute_dtype", "method", "seed", "found")
+    kept = ("encoder", "views", "data", "compute_dtype", "method", "seed", "data_info")
     assert again.config == {k: frozen.config[k] for k in kept}
     assert again.about["method"] == "byol" and again.about["run_seed"] == 3
     # Anyone can read it, with NumPy alone.
@@ -172,6 +174,61 @@ def test_a_folder_that_takes_no_files_is_named(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         encoder.export(encoder.load(str(run)), str(tmp_path / "file" / "encoder"))
+
+
+# ------------------------------------------------------------- what earlier versions wrote
+
+NEWER = CONFIG | {
+    "data": {"name": "folder", "image_size": 8, "train_split": "train"},
+    "views": {
+        "global": {
+            "count": 2,
+            "size": 8,
+            "area": [0.2, 1.0],
+            "aspect": [0.75, 1.25],
+            "view_1": {"flip_prob": 0.25, "blur_prob": 1.0},
+            "view_2": {"flip_prob": 0.25, "blur_prob": 0.1},
+        },
+        "mean": MEAN,
+        "std": STD,
+    },
+}
+
+
+def of_earlier_version(config):
+    """The config with the names that its fields had before `views` and `data_info`."""
+    group = config["views"]["global"]
+    crops = {"crop_area": group["area"], "crop_aspect": group["aspect"]}
+    augment = {name: group[name] for name in ("view_1", "view_2")} | {"mean": MEAN, "std": STD}
+    found = {"found": config["data_info"]} if "data_info" in config else {}
+    older = {k: v for k, v in config.items() if k not in ("views", "data_info")}
+    return older | {"data": config["data"] | crops, "augment": augment} | found
+
+
+def test_an_encoder_that_an_earlier_version_exported_is_read(tmp_path):
+    """As if this version had written it; its own export has the names of today."""
+    run = write_run(tmp_path / "run", steps=(5,), config=NEWER)
+    folder, again = tmp_path / "exported", tmp_path / "again"
+    encoder.export(encoder.load(str(run)), str(folder))
+    written = (folder / "encoder.json").read_bytes()
+    about = json.loads(written)
+    older = of_earlier_version(about["config"])
+    assert older.keys() == about["config"].keys() - {"views", "data_info"} | {"augment", "found"}
+    (folder / "encoder.json").write_text(json.dumps(about | {"config": older}))
+    frozen = encoder.load(str(folder))
+    assert frozen.config == about["config"] | {"data_info": {"num_classes": 3}}
+    assert frozen.normalization == (tuple(MEAN), tuple(STD))
+    assert_same(frozen.variables, variables_of(5))
+    encoder.export(frozen, str(again))
+    assert json.loads((again / "encoder.json").read_text()) == json.loads(written)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
+    older = of_earlier_version(NEWER)
+    run = write_run(tmp_path / "run", steps=(5,), config=older, data_info="found")
+    frozen = encoder.load(str(run))
+    assert frozen.config == NEWER | {"data_info": {"num_classes": 3}}
+    assert_same(frozen.variables, variables_of(5))
 
 
 # ------------------------------------------------------------------------ what isn't there

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -35,13 +36,14 @@ from tiny_jobs import (
     run_job,
 )
 
+from configs import linear_probe
 from selfsup_jax import export
 from selfsup_jax.data import inputs
 from selfsup_jax.errors import Stopped, UserError
-from selfsup_jax.evaluation import encoder, features, scores
-from selfsup_jax.jobs import frozen_features, runner, training
+from selfsup_jax.evaluation import encoder, features, probes, scores
+from selfsup_jax.jobs import runner, training
 
-TRAINED = ("finetune", "finetune:all", "linear_probe:byol", "linear_probe:moco")
+TRAINED = ("finetune", "finetune:100pct", "linear_probe:byol", "linear_probe:moco")
 CLASSIFIED = ("linear_probe", "knn", *TRAINED)
 PREFIX = {name: name.partition(":")[0] for name in CLASSIFIED}
 
@@ -102,8 +104,8 @@ def stop(monkeypatch):
     train_batches = inputs.train_batches
 
     def arrange(step, how):
-        def batches(config, data, first_step, num_views=2):
-            each = train_batches(config, data, first_step, num_views)
+        def batches(config, data, first_step):
+            each = train_batches(config, data, first_step)
             for i, batch in enumerate(each, start=first_step + 1):
                 if i == step:
                     how()
@@ -265,13 +267,20 @@ def test_data_and_architecture_are_the_runs(done, run):
         for field in ("name", "dir", "train_split", "test_split", "image_size", "test_resize"):
             assert written["data"][field] == ours["data"][field], field
         assert written["encoder"] == ours["encoder"]
-        assert written["augment"] == {k: ours["augment"][k] for k in ("mean", "std")}
+        normalization = {k: ours["views"][k] for k in ("mean", "std")}
+        assert {k: v for k, v in written["views"].items() if k != "global"} == normalization
+        assert ("global" in written["views"]) == (name in TRAINED)
         assert written["compute_dtype"] == ours["compute_dtype"]
-    written = read(done("finetune") / "config.json")
-    assert written["data"]["crop_area"] == ours["data"]["crop_area"]
-    assert written["flip_prob"] == ours["augment"]["view_1"]["flip_prob"]
+    views, of_run = (
+        config["views"]["global"] for config in (read(done("finetune") / "config.json"), ours)
+    )
+    for field in ("size", "area", "aspect"):
+        assert views[field] == of_run[field], field
+    assert views["count"] == 1 and "view_2" not in views
+    assert views["view_1"]["flip_prob"] == of_run["view_1"]["flip_prob"]
     # MoCo's protocol has a crop of its own.
-    assert read(done("linear_probe:moco") / "config.json")["data"]["crop_area"] == [0.08, 1.0]
+    views = read(done("linear_probe:moco") / "config.json")["views"]["global"]
+    assert views["area"] == [0.08, 1.0] and views["aspect"] == of_run["aspect"]
 
 
 def brute_force_knn(bank, queries, k, temperature, classes=tiny_jobs.CLASSES):
@@ -302,7 +311,7 @@ GRID = {"neighbours": (1, 9), "temperatures": (0.01, 1.0)}
 
 def test_knns_grid_is_picked_on_held_out_training_images(done, embedded):
     train, test = embedded("train"), embedded("test")
-    held = frozen_features.held_out_rows(train["labels"], 5000, seed=0)
+    held = probes.held_out_rows(train["labels"], 5000, seed=0)
     assert np.bincount(train["labels"][held]).tolist() in ([6, 6, 7], [6, 7, 6], [7, 6, 6])
     bank, queries = (
         {k: v[rows] for k, v in train.items() if k != "class_names"} for rows in (~held, held)
@@ -329,9 +338,9 @@ def scikit_learn(train, test, c, standardize=True):
 
 def test_the_fast_probe_is_scikit_learns(done, embedded):
     results = read(done("linear_probe") / "results.json")
-    assert results["linear_probe_inverse_penalty"] in (0.01, 1.0)
+    assert results["linear_probe_C"] in (0.01, 1.0)
     train, test = embedded("train"), embedded("test")
-    expected = scikit_learn(train, test, results["linear_probe_inverse_penalty"])
+    expected = scikit_learn(train, test, results["linear_probe_C"])
     assert abs(results["linear_probe_top1"] - expected) <= 1.01 / TEST  # one image on the edge
 
 
@@ -381,7 +390,7 @@ def read_state(workdir: pathlib.Path, step: int | None = None) -> dict:
 
 def test_a_finetuned_encoder_moved_and_can_be_evaluated_itself(done, run, tmp_path):
     """Its own checkpoint, embedded, with the classifier in it: the accuracy that was told."""
-    workdir = done("finetune:all")
+    workdir = done("finetune:100pct")
     run_job("embed", workdir, tmp_path / "job", split="test")
     state = read_state(workdir)
     with np.load(tmp_path / "job" / "features.npz") as found:
@@ -395,7 +404,7 @@ def test_a_finetuned_encoder_moved_and_can_be_evaluated_itself(done, run, tmp_pa
 
 def test_a_share_of_the_labels_is_drawn_evenly(done, data, monkeypatch, run, tmp_path):
     assert read(done("finetune") / "results.json")["train_images"] == 9  # 9.6 of 96, in 3 classes
-    assert read(done("finetune:all") / "results.json")["train_images"] == TRAIN
+    assert read(done("finetune:100pct") / "results.json")["train_images"] == TRAIN
     used = []
     train = training.train
 
@@ -445,6 +454,36 @@ def test_an_untrained_encoder_of_the_seed_is_measured_beside(name, run, done, tm
         }
 
 
+@pytest.mark.parametrize("limit", [0, 70])
+def test_the_closing_evaluation_of_a_run_and_the_jobs_on_it_agree(limit, data, tmp_path):
+    """To the last bit, at the defaults of both; of a part of the images too."""
+    limits = {"eval__max_train_images": limit} if limit else {}
+    run = tiny_jobs.make_run(data, tmp_path / "run", eval__enabled=True, **limits)
+    closing, config = read(run / "results.json"), read(run / "config.json")
+    fewshot = {"labels_per_class": (config["eval"]["fewshot_labels"],)}
+    fewshot |= {"draws": config["eval"]["fewshot_draws"]}
+    found = {}
+    for name, changes in (
+        ("linear_probe", {"C": linear_probe.get_config().C}),
+        ("knn", {}),
+        ("fewshot", fewshot),
+    ):
+        changes |= {"data__max_train_images": limit, "random_init": False}
+        found |= run_job(name, run, tmp_path / name, **changes)
+    assert found["linear_probe_top1"] == closing["linear_probe_top1"]
+    assert found["knn_top1"] == closing["knn_top1"]
+    assert found["fewshot_2_top1"] == closing["fewshot_top1"]
+    for prefix, names in (
+        ("linear_probe", ("top1", "mean_per_class", "top1_held_out", "C")),
+        ("knn", ("top1", "mean_per_class", "k", "temperature")),
+    ):
+        both = {f"{prefix}_{name}" for name in names}
+        for results in (found, closing):
+            assert {key for key in results if key.startswith(f"{prefix}_")} == both
+        assert {key: found[key] for key in both} == {key: closing[key] for key in both}
+    assert found["train_images"] == (limit or TRAIN)
+
+
 # ------------------------------------------------------------------------------ transfer
 
 
@@ -456,7 +495,7 @@ def transfer_sets(data, tmp_path_factory):
     for split, count, seed in (("train", 30, 5), ("validation", 15, 6), ("test", 20, 7)):
         tiny_jobs.write_split(other / split, count, seed, classes=5)
     return {
-        "order": ("cifar10", "aircraft", "dtd"),
+        "only": ("cifar10", "aircraft", "dtd"),
         "data__dir": str(folder),
         "sets__aircraft__name": "folder",
         "sets__aircraft__dir": str(data),
@@ -505,7 +544,7 @@ def test_transfer_is_scikit_learns_on_each_set_that_is_there(
 # --------------------------------------------------------------- what the test set is for
 
 PICKED = {
-    "linear_probe": ({}, "linear_probe_inverse_penalty", "linear_probe"),
+    "linear_probe": ({}, "linear_probe_C", "linear_probe"),
     "knn": (GRID, "knn_k", "knn"),
     "linear_probe:byol": ({}, "linear_probe_learning_rate", "linear_probe"),
 }
@@ -549,9 +588,9 @@ ENDINGS = {
 @pytest.mark.parametrize(
     ("name", "ending", "at"),
     [
-        ("finetune:all", "sigterm", 6),
-        ("finetune:all", "killed", 6),
-        ("finetune:all", "sigterm", 24),  # the last
+        ("finetune:100pct", "sigterm", 6),
+        ("finetune:100pct", "killed", 6),
+        ("finetune:100pct", "sigterm", 24),  # the last
         ("linear_probe:byol", "sigterm", 6),
         ("linear_probe:byol", "killed", 6),
         ("linear_probe:byol", "sigterm", 8),  # the last
@@ -579,7 +618,7 @@ def test_a_job_that_was_stopped_ends_as_one_that_never_was(
     assert read(workdir / "results.json") == read(undisturbed / "results.json")
     for file in ("metrics.jsonl", "config.json", "per_class.csv"):
         assert (workdir / file).read_bytes() == (undisturbed / file).read_bytes(), file
-    if name == "finetune:all":
+    if name == "finetune:100pct":
         assert_same(read_state(workdir), read_state(undisturbed))
     else:
         heads = [np.load(path / "classifier.npz") for path in (workdir, undisturbed)]
@@ -587,7 +626,7 @@ def test_a_job_that_was_stopped_ends_as_one_that_never_was(
         assert not (workdir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("name", ["linear_probe", "knn", "linear_probe:byol", "finetune:all"])
+@pytest.mark.parametrize("name", ["linear_probe", "knn", "linear_probe:byol", "finetune:100pct"])
 def test_a_job_killed_before_its_results_comes_to_the_same(name, done, run, tmp_path, monkeypatch):
     def kill(*_):
         raise Killed
@@ -618,7 +657,7 @@ def test_a_job_that_is_done_is_not_repeated(name, done, run, looks):
         ("knn", {"neighbours": (3,)}, r"config\.neighbours=\[3\]: the job there has \[5\]"),
         ("knn", {"seed": 1}, "config.seed=1: the job there has 0"),
         ("fewshot", {"draws": 5}, "config.draws=5: the job there has 3"),
-        ("finetune:all", {"label_share": 0.5}, "config.label_share=0.5: the job there has 1.0"),
+        ("finetune:100pct", {"label_share": 0.5}, "config.label_share=0.5: the job there has 1.0"),
         ("linear_probe", {"data__test_split": "train"}, "config.data.test_split='train'.*'test'"),
     ],
 )
@@ -631,10 +670,39 @@ def test_another_job_in_the_same_workdir_is_refused(name, changes, told, done, r
     assert not looks and files_of(done(name)) == before
 
 
+EARLIER_NAMES = {
+    "data_info": "found",
+    "views": "augment",
+    "C": "inverse_penalties",
+    "only": "order",
+    "follow": "watch",
+    "follow_poll_seconds": "watch_poll_seconds",
+    "follow_patience_hours": "watch_patience_hours",
+}
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "knn", "transfer"])
+def test_a_job_that_an_earlier_version_did_is_not_repeated(
+    name, done, run, transfer_sets, looks, tmp_path
+):
+    """Its fields had other names; another job is refused as ever."""
+    changes = transfer_sets if name == "transfer" else {}
+    shutil.copytree(done(name, **changes), tmp_path / "job")
+    looks.clear()
+    path = tmp_path / "job" / "config.json"
+    now = read(path)
+    path.write_text(json.dumps({EARLIER_NAMES.get(k, k): v for k, v in now.items()}))
+    assert not {"data_info", "views", "C", "only", "follow"} & read(path).keys()
+    results = run_job(name, run, tmp_path / "job", **changes)
+    assert results == read(done(name, **changes) / "results.json") and not looks
+    with pytest.raises(UserError, match=r"job: config\.seed=1: the job there has 0; take"):
+        run_job(name, run, tmp_path / "job", seed=1, **changes)
+
+
 def test_a_job_of_another_kind_or_run_is_refused(done, run, tmp_path):
     with pytest.raises(UserError, match=r"config\.job='fewshot': the job there has 'knn'"):
         run_job("fewshot", run, done("knn"))
-    with pytest.raises(UserError, match=r"found.run.*the job there has"):
+    with pytest.raises(UserError, match=r"data_info.run.*the job there has"):
         run_job("knn", copy_run(run, tmp_path / "other", 4), done("knn"))
     with pytest.raises(UserError, match=r"config\.job='knn': the job there has 'pretrain'"):
         run_job("knn", run, run)  # which leaves the run as it is
@@ -665,7 +733,7 @@ def test_a_job_keeps_to_the_checkpoint_that_it_began_with(run, tmp_path, folder)
     # Another workdir takes the newest; a checkpoint that is named is the one.
     assert run_job("embed", going_on, tmp_path / "newest")["step"] == 4
     assert run_job("embed", going_on / "checkpoints" / "2", tmp_path / "named")["step"] == 2
-    with pytest.raises(UserError, match=r"found\.step=4: the job there has 3"):
+    with pytest.raises(UserError, match=r"data_info\.step=4: the job there has 3"):
         run_job("knn", going_on / "checkpoints" / "4", tmp_path / "job")
 
 
@@ -698,6 +766,24 @@ def test_an_exported_encoder_is_worth_the_same(run, done, tmp_path, monkeypatch,
     assert run_job("linear_probe", folder, tmp_path / "job") == results
 
 
+@pytest.mark.parametrize("name", ["knn", "finetune"])
+def test_an_encoder_that_an_earlier_version_exported_is_worth_the_same(name, run, done, tmp_path):
+    """Its crops, flips and normalisation lay elsewhere in the config."""
+    folder = tmp_path / "exported"
+    encoder.export(encoder.load(str(run)), str(folder))
+    about = read(folder / "encoder.json")
+    config = about["config"]
+    config["found"], views = config.pop("data_info"), config.pop("views")
+    group = views.pop("global")
+    config["augment"] = views | {view: group[view] for view in ("view_1", "view_2")}
+    config["data"] |= {f"crop_{field}": group[field] for field in ("area", "aspect")}
+    (folder / "encoder.json").write_text(json.dumps(about))
+    results, own = run_job(name, folder, tmp_path / "job"), read(done(name) / "results.json")
+    assert runner.measures(results) == runner.measures(own)
+    ours, theirs = (read(path / "config.json") for path in (tmp_path / "job", done(name)))
+    assert ours["views"] == theirs["views"] and ours["data"] == theirs["data"]
+
+
 def test_an_export_that_cannot_be_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path), str(tmp_path / "to")])
     with pytest.raises(SystemExit) as ended:
@@ -711,8 +797,8 @@ def test_an_export_that_cannot_be_is_told_in_one_line(tmp_path, monkeypatch, cap
 
 MISTAKES = [
     ("linear_probe", {"protocol": "slow"}, "protocol='slow': must be one of fast, sgd"),
-    ("linear_probe", {"inverse_penalties": ()}, r"inverse_penalties=\(\): must be one or more"),
-    ("linear_probe", {"inverse_penalties": (1.0, 0.0)}, "inverse_penalties=.*above 0"),
+    ("linear_probe", {"C": ()}, r"C=\(\): must be one or more"),
+    ("linear_probe", {"C": (1.0, 0.0)}, "C=.*above 0"),
     ("linear_probe", {"held_out_images": 0}, "held_out_images=0: must be at least 1"),
     ("linear_probe:byol", {"held_out_images": 0}, "held_out_images=0: must be at least 1"),
     ("linear_probe:byol", {"learning_rates": ()}, r"learning_rates=\(\): must be one or more"),
@@ -720,7 +806,7 @@ MISTAKES = [
     ("linear_probe:byol", {"optimizer__name": "lars"}, "optimizer.name='lars': must be sgd"),
     ("linear_probe:byol", {"batch_size": 80}, "batch_size=80: must be at most the 77 images"),
     ("linear_probe:byol", {"batch_size": 12}, "batch_size=12: must be a multiple of 8"),
-    ("linear_probe:byol", {"epochs": 0.0}, "come to no step"),
+    ("linear_probe:byol", {"epochs": 0.0}, "the length rounds to 0 steps"),
     ("knn", GRID | {"held_out_images": 0}, "held_out_images=0: must be at least 1"),
     ("knn", {"neighbours": (97,)}, r"neighbours=\(97,\): must be at most the 96 training images"),
     ("knn", {"neighbours": (0,)}, r"neighbours=\(0,\): .*whole numbers above 0"),
@@ -737,10 +823,10 @@ MISTAKES = [
     ("finetune", {"label_share": 0.0}, "label_share=0.0: must be above 0"),
     ("finetune", {"label_share": 1.5}, "label_share=1.5: must be from 0 to 1"),
     ("finetune", {"label_list": "/no/list"}, "label_list='/no/list': cannot be read"),
-    ("transfer", {"order": ("cifar11",)}, "order=.'cifar11',.: must be one or more of aircraft"),
+    ("transfer", {"only": ("cifar11",)}, "only=.'cifar11',.: must be one or more of aircraft"),
     ("transfer", {"sets__pets__metric": "top2"}, "sets.pets.metric='top2': must be one of top1"),
     ("transfer", {"penalties": ()}, r"penalties=\(\): must be one or more"),
-    ("transfer", {"order": ("cifar10",)}, "config.order: none of cifar10 is there"),
+    ("transfer", {"only": ("cifar10",)}, "config.only: none of cifar10 is there"),
     ("embed", {"format": "csv"}, "format='csv': must be one of npz, npy"),
     ("embed", {"split": "tset"}, "split='tset': "),
     ("embed", {"rows_per_file": 0}, "rows_per_file=0: must be at least 1"),
@@ -789,7 +875,7 @@ def all_but_one_class(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_probe", "knn", "fewshot", "finetune:all", "linear_probe:byol"]
+    "name", ["linear_probe", "knn", "fewshot", "finetune:100pct", "linear_probe:byol"]
 )
 def test_test_classes_without_training_images(name, run, all_but_one_class, tmp_path):
     told = "1 of its classes have no image in .*allow_unseen_classes=True"
@@ -806,7 +892,7 @@ def test_test_classes_without_training_images(name, run, all_but_one_class, tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["knn", "linear_probe", "fewshot", "finetune:all", "linear_probe:byol"]
+    "name", ["knn", "linear_probe", "fewshot", "finetune:100pct", "linear_probe:byol"]
 )
 def test_labels_that_no_classifier_can_be_made_of(name, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -888,7 +974,7 @@ def test_real_processes(run, done, tmp_path):
     """SIGTERM while it trains, then the same command again; and a mistake, in one line."""
     fields = ["--config.batch_size=8", "--config.epochs=2.0", "--config.checkpoint_every_steps=2"]
     command = [
-        *(sys.executable, "tests/tiny_jobs.py", "--config=configs/finetune.py:all"),
+        *(sys.executable, "tests/tiny_jobs.py", "--config=configs/finetune.py:100pct"),
         *(f"--config.checkpoint={run}", f"--workdir={tmp_path / 'job'}", *fields),
         f"--compilation_cache={tmp_path / 'compiled'}",
     ]
@@ -923,7 +1009,7 @@ def test_real_processes(run, done, tmp_path):
         _, printed = child.communicate(timeout=120)
     assert child.returncode == 0, printed
     assert f"going on from step {saved}" in printed
-    undisturbed = done("finetune:all")
+    undisturbed = done("finetune:100pct")
     assert read(tmp_path / "job" / "results.json") == read(undisturbed / "results.json")
     assert_same(read_state(tmp_path / "job"), read_state(undisturbed))
 
@@ -955,7 +1041,7 @@ def test_transfer_of_images_of_several_classes(run, tmp_path):
         "transfer",
         run,
         tmp_path / "job",
-        order=("voc2007",),
+        only=("voc2007",),
         sets__voc2007__name="tiny_scenes",
         penalties=(0.01, 1.0),
         data__dir=str(tmp_path / "sets"),

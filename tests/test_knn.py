@@ -36,19 +36,19 @@ def assert_nearest(found, bank, queries, k):
 
 
 @pytest.mark.parametrize(("count", "block"), [(1, 4), (8, 3), (50, 3), (50, 100), (64, 8)])
-def test_spread_rows_holds_each_row_once(count, block):
+def test_shard_rows_holds_each_row_once(count, block):
     """In the table's order over the devices; what fills up has the number -1."""
     devices = jax.local_device_count()
     table = rows_of(count, 0)
-    part = jax.device_get(parallel.spread_rows(table, block))
-    assert part.numbers.shape[0] == devices and part.numbers.shape[2] <= block
-    assert part.rows.shape == (*part.numbers.shape, table.shape[1])
-    numbers = part.numbers.ravel()
+    part = jax.device_get(parallel.shard_rows(table, block))
+    assert part.indices.shape[0] == devices and part.indices.shape[2] <= block
+    assert part.rows.shape == (*part.indices.shape, table.shape[1])
+    numbers = part.indices.ravel()
     there = numbers >= 0
     np.testing.assert_array_equal(numbers[there], np.arange(count))
     np.testing.assert_array_equal(part.rows.reshape(-1, table.shape[1])[there], table)
     # No device holds a whole block that it doesn't need.
-    assert part.numbers[0].size - part.numbers.shape[2] < -(-count // devices)
+    assert part.indices[0].size - part.indices.shape[2] < -(-count // devices)
 
 
 # ------------------------------------------------------------------------------ nearest

@@ -73,7 +73,7 @@ def test_heads_are_scikit_learns(features, heads, standardize):
     expected = [of_scikit_learn(*features, penalty, standardize) for penalty in PENALTIES]
     unseen = problem(50, seed=7).x
     assert_heads(heads, expected, unseen)
-    assert heads.inverse_penalties == PENALTIES
+    assert heads.C == PENALTIES
     assert heads.kernel.dtype == heads.bias.dtype == np.float32
     assert (heads.iterations < EXACT["max_iterations"]).all()  # it has converged
     # The strengths matter: weaker penalties have longer kernels, by far.
@@ -149,7 +149,7 @@ def test_fewer_rows_than_devices():
 def test_strengths_in_turn_are_those_at_once(features, heads):
     """Where memory is short one after the other, in their order."""
     found = logistic.fit(features, CLASSES, PENALTIES, memory_gib=1e-9, **EXACT)
-    assert found.inverse_penalties == PENALTIES and found.iterations.shape == (4,)
+    assert found.C == PENALTIES and found.iterations.shape == (4,)
     assert_heads(found, list(zip(heads.kernel, heads.bias, strict=True)), features.x)
     # Three of them fit: two groups, of three and one.
     each = 5 * CLASSES * 4 * (2 * logistic._HISTORY + 8) / 2**30

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_file_loader import (
 )
 from tensorboard.util.tensor_util import make_ndarray
 
-from selfsup_jax.devices import parallel
+from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import metrics, progress
 from selfsup_jax.run.metrics import Recorder
@@ -145,7 +145,7 @@ def test_a_recorder_that_nothing_is_given_leaves_no_events(tmp_path):
 
 
 def test_only_one_host_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "is_writer", lambda: False)
+    monkeypatch.setattr(hosts, "is_writer", lambda: False)
     recorder = record(tmp_path, 0, 2)
     recorder.flush()
     assert not os.listdir(tmp_path) and recorder.history == {}
@@ -358,10 +358,10 @@ def test_a_terminals_line_renews_itself(clock):
 def test_news_break_the_live_line(clock):
     with terminal() as stream:
         line = progress.Progress(total=100, first_step=0, images_per_step=1)
-        line.news("first")  # no line is there to be broken
+        line.announce("first")  # no line is there to be broken
         line.show(10, {"loss": 1.0})
-        line.news("second")
-        line.news("third")
+        line.announce("second")
+        line.announce("third")
         line.show(20, {"loss": 1.0})
     lines = stream.getvalue().split("\n")
     assert lines[0] == "first" and lines[1].startswith("\rstep 10")
@@ -372,7 +372,7 @@ def test_news_break_the_live_line(clock):
 def test_elsewhere_there_are_plain_lines(clock, capfd):
     line = progress.Progress(total=100, first_step=0, images_per_step=1)
     line.show(10, {"loss": 1.0})
-    line.news("news")
+    line.announce("news")
     line.show(20, {"loss": 1.0})
     line.close()
     out, err = capfd.readouterr()
@@ -382,12 +382,12 @@ def test_elsewhere_there_are_plain_lines(clock, capfd):
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_other_hosts_say_nothing(clock, capfd, monkeypatch, stream):
-    monkeypatch.setattr(parallel, "is_writer", lambda: False)
+    monkeypatch.setattr(hosts, "is_writer", lambda: False)
     stream = stream()
     line = progress.Progress(total=100, first_step=0, images_per_step=1, stream=stream)
     clock.now += 1
     assert line.show(10, {"loss": 1.0}) == 10.0
-    line.news("news")
+    line.announce("news")
     line.close()
     assert not stream.getvalue() and capfd.readouterr() == ("", "")
 

@@ -29,19 +29,20 @@ from flax.traverse_util import flatten_dict
 
 from configs import moco
 from moco_jax import keys as keys_lib
-from moco_jax import losses, method, queue
+from moco_jax import losses, method
 from moco_jax.method import MoCo
 from selfsup_jax import config as config_lib
 from selfsup_jax import optim
 from selfsup_jax.devices import parallel
 from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.errors import UserError
-from selfsup_jax.method import Context, Method
+from selfsup_jax.method import Context, Method, apply, split_views, stack_views
 from selfsup_jax.models.heads import LinearClassifier, MLPHead
-from selfsup_jax.models.network import apply, split_views, stack_views
 from selfsup_jax.models.norm import BatchNorm
+from selfsup_jax.training import pretrain
 
 KEY_PARTS = ("encoder", "projector")
+PAIRS = {False: ((0, 0),), True: ((0, 0), (1, 1))}  # by whether the loss is symmetric
 WIDTH = 3  # of queries and keys
 MOMENTUM, DECAY, TEMPERATURE = 0.9, 0.05, 0.2
 
@@ -75,7 +76,8 @@ def moco_method(networks, optimizer=None, queue_size=24, symmetric=False, **chan
         "tau": lambda step: 0.9,
         "augment": PLAIN_VIEWS,
         "average_first": True,
-        "carry": method.enqueue,
+        "carry": method.carry,
+        "pairs": PAIRS[symmetric],
         "bn_groups": 8,
     }
     return Method(**(arguments | changes))
@@ -97,7 +99,7 @@ def start_of(networks, optimizer, queue_size):
     return state.replace(
         target_params=jax.tree.map(lambda x: 0.8 * x + np.float32(0.05), state.target_params),
         opt_state=jax.device_get(optimizer.init(state.online_params)),
-        queue=np.asarray(queue.init(jax.random.PRNGKey(1), queue_size, WIDTH)),
+        queue=np.asarray(keys_lib.init_queue(jax.random.PRNGKey(1), queue_size, WIDTH)),
     )
 
 
@@ -200,7 +202,7 @@ def oracle_sgd(online, grads, traces, rate):
 def dealt_groups(state, step, view, batch_size, groups):
     """The places that the step's shuffling puts into each of the groups: `[G, B / G]`."""
     key = jax.random.fold_in(jax.random.fold_in(state.rng, step), 0)
-    order = keys_lib.dealing_order(jax.random.fold_in(key, view), jnp.arange(batch_size), groups)
+    order = keys_lib.shuffle_order(jax.random.fold_in(key, view), jnp.arange(batch_size), groups)
     places = np.arange(batch_size).reshape(-1, groups)
     return np.take_along_axis(places, np.asarray(order), axis=1).T
 
@@ -392,7 +394,7 @@ def test_queue_holds_the_newest_keys(run):
     came = [*states[0].queue]
     for k in range(STEPS):
         came += [*metrics[k]["outputs"].target.reshape(num_keys, WIDTH)]
-        found = queue.oldest_first(states[k + 1].queue, states[k + 1].queue_index)
+        found = np.roll(states[k + 1].queue, -states[k + 1].queue_index, axis=0)
         np.testing.assert_array_equal(found, came[-3 * num_keys :])
     assert [s.queue_index // num_keys for s in states] == [0, 1, 2, 0, 1, 2]  # it wrapped around
 
@@ -401,11 +403,11 @@ def test_queue_holds_the_newest_keys(run):
 def test_enqueue_wraps_around(keys):
     held, index = np.zeros((12, 2), np.float32), jnp.int32(0)
     for k in range(1, 30):
-        held, index = queue.enqueue(
+        held, index = keys_lib.enqueue(
             held, index, np.full((keys, 2), k, np.float32), after=np.float32(0)
         )
         expected = np.repeat(np.maximum(np.arange(k - 12 // keys, k) + 1, 0), keys)
-        np.testing.assert_array_equal(queue.oldest_first(held, index)[:, 0], expected)
+        np.testing.assert_array_equal(jnp.roll(held, -index, axis=0)[:, 0], expected)
         assert index.dtype == jnp.int32 and 0 <= index < 12
 
 
@@ -602,7 +604,7 @@ def told(shuffled, devices=0, seed=0):
         context = Context(key, index, 8, axis_name)
         (_, query), _ = apply(TELLING, variables, views[0], context.layout(1))
         if shuffled:
-            keys, _ = keys_lib.encode_keys(variables, views[1:], context, net=TELLING)
+            keys, _ = keys_lib.encode_keys(TELLING, variables, views[1:], context)
         else:
             (_, keys), _ = apply(TELLING, variables, stack_views(views[1:]), context.layout(2))
             keys = split_views(keys)
@@ -693,7 +695,7 @@ def test_both_encoders_start_equal_in_buffers_of_their_own():
 
 
 def test_the_queue_starts_in_random_directions():
-    held = queue.init(jax.random.PRNGKey(0), 4096, 16)
+    held = keys_lib.init_queue(jax.random.PRNGKey(0), 4096, 16)
     assert held.shape == (4096, 16) and held.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(held, axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(held.mean(0), 0, atol=0.02)
@@ -709,7 +711,9 @@ def assert_fields(config, expected):
 
 
 def both_views(fields):
-    return {f"augment.view_{i}.{name}": value for i in (1, 2) for name, value in fields.items()}
+    """One section is that of both."""
+    alike = {f"views.global.view_1.{name}": value for name, value in fields.items()}
+    return {"views.global.count": 2} | alike
 
 
 def built(config, **changes):
@@ -728,7 +732,7 @@ IMAGENET = {
     "symmetric": False,
     "data.name": "imagenet2012",
     "data.image_size": 224,
-    "data.crop_area": (0.2, 1.0),
+    "views.global.area": (0.2, 1.0),
     "data.resize_method": "bilinear",
     "encoder.depth": 50,
     "encoder.stem": "imagenet",
@@ -750,8 +754,8 @@ IMAGENET = {
     "optimizer.rate_inside_momentum": False,
     "optimizer.weight_decay": 1e-4,
     "optimizer.exclude": (),
-    "augment.mean": (0.485, 0.456, 0.406),
-    "augment.std": (0.229, 0.224, 0.225),
+    "views.mean": (0.485, 0.456, 0.406),
+    "views.std": (0.229, 0.224, 0.225),
     **both_views(
         {
             "flip_prob": 0.5,
@@ -769,11 +773,14 @@ IMAGENET = {
 @pytest.mark.parametrize("preset", ["imagenet", "v1", "cifar10", "imagenette", "demo", "folder"])
 def test_every_preset_is_valid(preset):
     config = moco.get_config(preset)
-    config_lib.validate(config)
+    config_lib.validate(config, method.build)
     made = built(config)
     assert_fields(config, {"method": "moco", "optimizer.exclude": ()})
     keys = config.batch_size * (2 if config.symmetric else 1)
     assert config.queue_size % keys == 0
+    assert "view_2" not in config.views["global"]
+    assert len(made.augment.groups["global"]) == 2 and len(set(made.augment.groups["global"])) == 1
+    assert made.pairs == PAIRS[config.symmetric]
     (note,) = made.notes
     assert f"{config.queue_size:,} keys" in note
     assert f"last {config.queue_size // keys:,} steps" in note
@@ -905,7 +912,7 @@ def test_what_is_wrong_is_said_in_a_line(fields, message):
     """The field, its value, and what would be valid."""
     config = moco.get_config(f"demo,bn_groups=8,{fields}")
     with pytest.raises(UserError, match=rf"^config\.{message}") as error:
-        config_lib.validate(config)
+        config_lib.validate(config, method.build)
         built(config)
     assert "\n" not in str(error.value)
 
@@ -915,7 +922,7 @@ def test_what_is_wrong_is_said_in_a_line(fields, message):
 )
 def test_what_can_be_dealt_out_is_taken(fields):
     config = moco.get_config(f"demo,bn_groups=8,{fields}")
-    config_lib.validate(config)
+    config_lib.validate(config, method.build)
     assert built(config).notes
 
 
@@ -923,18 +930,30 @@ def test_what_can_be_dealt_out_is_taken(fields):
 def test_one_group_is_warned_of(fields):
     """Where nothing can be shuffled, whether by the config's groups or by its microbatches."""
     config = moco.get_config(f"demo,bn_groups=8,{fields}")
-    config_lib.validate(config)
+    config_lib.validate(config, method.build)
     _, warning = built(config).notes
     assert warning.startswith(f"WARNING: config.bn_groups={config.bn_groups} leaves")
 
 
-def test_a_queue_of_more_keys_than_images_is_warned_of(caplog):
-    config = moco.get_config("demo")
-    config_lib.check_batch_fits(config, 4000)
-    assert not caplog.records
-    config_lib.check_batch_fits(config, 1000)
-    (record,) = caplog.records
-    assert "config.queue_size=1024" in record.getMessage() and "1000" in record.getMessage()
+def test_a_queue_of_more_keys_than_images_is_warned_of(caplog, tmp_path):
+    """Before a run trains anything."""
+
+    class AboutToTrain(Exception):
+        pass
+
+    def build(config, num_classes, total_steps, warmup_steps):
+        if num_classes:  # the second time, with the data at hand
+            raise AboutToTrain
+
+    def warnings(images):
+        config = moco.get_config(f"demo,data.train_split='train[:{images}]',eval.enabled=False")
+        with pytest.raises(AboutToTrain):
+            pretrain.pretrain(config, str(tmp_path), build)
+        return [record.getMessage() for record in caplog.records]
+
+    assert not warnings(4000)
+    (told,) = warnings(1000)
+    assert "config.queue_size=1024" in told and "1000" in told
 
 
 def test_a_tie_is_no_find():

@@ -65,7 +65,7 @@ def two_updates(networks, devices, bn_groups, accumulate_steps=1):
     made = tiny_method(
         networks,
         schedule=optax.constant_schedule(0.05),  # small: far steps would blow up the rounding
-        augment=Augmentation((AUGMENT, AUGMENT), MEAN, STD),
+        augment=Augmentation({"global": (AUGMENT, AUGMENT)}, MEAN, STD),
         bn_groups=bn_groups,
         accumulate_steps=accumulate_steps,
     )

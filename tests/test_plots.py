@@ -186,12 +186,12 @@ def test_related_quantities_share_a_panel():
     history = dict.fromkeys([*names, "probe_top1", "grad_norm/projector"], one)
     panels = curves._panels(history | {"alignment": ([], [])})
     assert list(panels.items()) == [
-        ("loss", {"loss": "loss"}),
-        ("top-1 accuracy, %", {"probe_top1": "online probe", "knn_top1": "kNN"}),
+        ("loss", {"loss": "all"}),
+        ("top-1 accuracy, %", {"knn_top1": "kNN", "probe_top1": "online probe"}),
         ("gradient norm", {"grad_norm/encoder": "encoder", "grad_norm/projector": "projector"}),
-        ("tau", {"tau": "tau"}),
+        ("tau", {"tau": "all"}),
         ("b", {"b/y": "y", "b/x": "x"}),
-        ("new thing", {"new_thing": "new_thing"}),
+        ("new thing", {"new_thing": "all"}),
     ]
 
 

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from configs import byol
 from selfsup_jax.errors import UserError
+from selfsup_jax.run import identity
 from selfsup_jax.training import reference
 
 PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
@@ -24,8 +24,8 @@ CONFIG = {
     "data.dir": "",
     "data.name": "digits",
     "optimizer.learning_rate": 0.3,
-    "augment.mean": [0.1, 0.1, 0.1],
-    "found.train_images": 4000,
+    "views.mean": [0.1, 0.1, 0.1],
+    "data_info.train_images": 4000,
 }
 
 
@@ -102,7 +102,7 @@ def test_a_presets_reference_is_of_this_very_preset(preset):
     if shipped is None:
         assert preset != "demo"  # which everybody can run, and ours was
         return
-    flat = flatten_dict(json.loads(config.to_json()), sep=".")
+    flat = identity.flat(config)
     for field in ("data.train_split", "data.test_split"):  # that the data decides
         flat[field] = flat[field] or shipped.config[field]
     assert reference.differences(shipped, flat) == []
@@ -126,6 +126,7 @@ def test_differences_are_those_of_the_mathematics(loaded):
         "keep_checkpoints": 9,
         "keep_every_steps": 3,
         "eval.fewshot_draws": 200,
+        "eval.linear.held_out_images": 7,
         "eval.enabled": False,
         "monitor.reference": "mine",
         "monitor.plots_every_steps": 0,
@@ -133,16 +134,25 @@ def test_differences_are_those_of_the_mathematics(loaded):
         "data.dir": "/elsewhere",
         "data.download": True,
         "data.max_undecodable": 0.5,
-        "found.train_images": 5,
+        "data_info.train_images": 5,
     }
     assert reference.differences(loaded, CONFIG | apart) == []
-    changed = {"batch_size": 65, "data.name": "folder", "augment.mean": [0.1, 0.1, 0.2]}
+    changed = {"batch_size": 65, "data.name": "folder", "views.mean": [0.1, 0.1, 0.2]}
     changed["eval.knn_k"] = 200  # another kNN is another quantity
     assert reference.differences(loaded, CONFIG | apart | changed) == sorted(changed)
     # A field that only one of the two has is a difference too.
     assert reference.differences(loaded, CONFIG | {"a_new_field": 1}) == ["a_new_field"]
     fewer = {k: v for k, v in CONFIG.items() if k != "optimizer.learning_rate"}
     assert reference.differences(loaded, fewer) == ["optimizer.learning_rate"]
+
+
+def test_a_reference_of_an_earlier_version_is_read(folder):
+    old = {"views.mean": "augment.mean", "data_info.train_images": "found.train_images"}
+    earlier = {old.get(name, name): value for name, value in CONFIG.items()}
+    made = reference.make(runs(), "by hand")
+    (folder / "mine.json").write_text(json.dumps(made | {"config": earlier}))
+    assert reference.load("mine").config == CONFIG
+    assert reference.differences(reference.load("mine"), CONFIG) == []
 
 
 # --------------------------------------------------------------------------------- making
@@ -179,7 +189,7 @@ def test_bands_of_two_runs():
     assert made["config"] == {
         k: CONFIG[k]
         for k in (
-            *("batch_size", "data.name", "optimizer.learning_rate", "augment.mean"),
+            *("batch_size", "data.name", "optimizer.learning_rate", "views.mean"),
             "eval.knn_k",
         )
     }
@@ -307,7 +317,7 @@ def write_workdir(path, seed: int, flat: dict, series: dict) -> str:
         "seed": seed,
         "batch_size": 64,
         "data": {"dir": "/x", "name": "digits"},
-        "found": {"train_images": 4000},
+        "data_info": {"train_images": 4000},
     }
     (path / "config.json").write_text(json.dumps(nested | flat))
     steps = series["loss"][0]

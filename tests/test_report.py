@@ -33,7 +33,8 @@ def a_run(folder, *, seed=0, results=None, lines=(), data="digits", **fields):
     config = {
         **{"job": "pretrain", "method": "byol", "seed": seed, "batch_size": 64, "epochs": 2.0},
         **{"data": {"name": data, "dir": str(folder), "image_size": 16}},
-        **{"log_every_steps": 10 + seed, "found": {"train_images": 4000, "classes": 3}, **fields},
+        **{"log_every_steps": 10 + seed, **fields},
+        "data_info": {"train_images": 4000, "classes": 3},
     }
     put(folder / "config.json", config)
     if results is not None:
@@ -49,7 +50,7 @@ def a_run(folder, *, seed=0, results=None, lines=(), data="digits", **fields):
 
 def a_job(folder, run, *, kind="linear_probe", step=100, seed=0, results=None, **fields):
     told = {"run": str(run) if run else None, "checkpoint": "/x/c", "step": step, "method": "byol"}
-    put(folder / "config.json", {"job": kind, "seed": seed, "found": told, **fields})
+    put(folder / "config.json", {"job": kind, "seed": seed, "data_info": told, **fields})
     put(folder / "results.json", {"job": kind, **told, "seed": seed, **(results or {})})
     return folder
 
@@ -107,9 +108,9 @@ def test_seeds_are_one_recipe_with_mean_and_sample_deviation(tmp_path, read):
             "random_init_knn_top1": 0.5 + value / 10,
             "pixels_knn_top1": 0.4,
         }
-        a_run(tmp_path / f"study/base/seed_{seed}", seed=seed, results=results)
-    a_run(tmp_path / "study/wide/seed_0", results={"knn_top1": 0.95}, batch_size=128)
-    page = read(tmp_path / "study")
+        a_run(tmp_path / f"sweep/base/seed_{seed}", seed=seed, results=results)
+    a_run(tmp_path / "sweep/wide/seed_0", results={"knn_top1": 0.95}, batch_size=128)
+    page = read(tmp_path / "sweep")
     # Of 0.90, 0.92 and 0.97: mean 0.93, and sqrt((9 + 1 + 16) / 2) / 100 = 0.0361.
     assert page.row("base") == ["base", "3", "93.0 ± 3.6"]
     assert page.row("wide") == ["wide", "1", "95.0"]
@@ -205,7 +206,7 @@ def test_jobs_of_seeds_are_averaged_over_runs_and_differing_jobs_stand_apart(tmp
 
 def test_a_job_that_watches_is_a_curve_and_its_newest_step_is_in_the_table(tmp_path, read):
     run = a_run(tmp_path / "run", results={"knn_top1": 0.9})
-    job = a_job(tmp_path / "watch", run, kind="knn", results={"knn_top1": 0.7})
+    job = a_job(tmp_path / "follow", run, kind="knn", results={"knn_top1": 0.7})
     for step, value in ((20, 0.6), (60, 0.8), (100, 0.7)):
         put(job / f"step_{step:08d}/results.json", {"step": step, "knn_top1": value})
     page = read(run, job)
@@ -213,6 +214,34 @@ def test_a_job_that_watches_is_a_curve_and_its_newest_step_is_in_the_table(tmp_p
     (curve,) = [a for t, a in page.tags if t == "g" and "curve" in (a.get("class") or "")]
     assert (curve["data-steps"], curve["data-values"]) == ("20,60,100", "60,80,70")
     assert "run-0" in curve["class"] and curve["data-name"] == "run"
+
+
+def test_how_a_job_follows_its_run_makes_no_other_measure_of_it(tmp_path, read):
+    ways = ({"follow": True, "follow_poll_seconds": 3.0}, {"follow": False}, {"watch": True})
+    runs = [a_run(tmp_path / name, batch_size=i) for i, name in enumerate("abc")]
+    for run, fields in zip(runs, ways, strict=True):
+        a_job(run / "job", run, kind="knn", results={"knn_top1": 0.7}, **fields)
+    page = read(*runs)
+    assert [page.row(name)[1:] for name in "abc"] == [["70.0"]] * 3
+
+
+def test_what_earlier_versions_wrote_is_shown_alike(tmp_path, read):
+    """Their configs have `found` in place of `data_info`; nothing else tells the job's step."""
+    run = a_run(tmp_path / "mine", results={"knn_top1": 0.9})
+    nowhere = {"knn_top1": 0.7, "run": None, "step": None}
+    job = a_job(tmp_path / "job", run, kind="knn", step=1040, results=nowhere)
+    pages = [read(run, job)]
+    for folder in (run, job):
+        config = json.loads((folder / "config.json").read_text())
+        config["found"] = config.pop("data_info")
+        put(folder / "config.json", config)
+    pages.append(read(run, job))
+    for page in pages:
+        assert page.of_table("mine")[:2] == [
+            ["mine", "90.0", "–"],  # noqa: RUF001
+            ["mine step 1,040", "–", "70.0"],  # noqa: RUF001
+        ]
+        assert "4,000" in next(row for row in page.rows if "BYOL" in row)
 
 
 def test_what_a_run_lacks_is_told(tmp_path, read):
@@ -322,23 +351,23 @@ def test_only_fields_that_differ_are_in_the_table_of_configs(tmp_path, read):
     assert not any(row[:1] in (["seed"], ["data.dir"], ["log_every_steps"]) for row in page.rows)
 
 
-def test_a_study_gives_names_and_runs_that_are_only_in_its_record(tmp_path, read):
-    study = tmp_path / "study"
-    a_run(study / "with_queue/seed_0", results={"knn_top1": 0.9})
+def test_a_sweep_gives_names_and_runs_that_are_only_in_its_record(tmp_path, read):
+    sweep = tmp_path / "sweep"
+    a_run(sweep / "with_queue/seed_0", results={"knn_top1": 0.9})
     entry = {
         "seed": 0,
         "jax": "0.1",
         "config": {"job": "pretrain", "method": "moco", "data.name": "x"},
     }
     put(
-        study / "runs.json",
+        sweep / "runs.json",
         {
             "with_queue/seed_0": {**entry, "variant": "with_queue", "results": {"knn_top1": 0.9}},
             "gone/seed_0": {**entry, "variant": "gone", "results": {"knn_top1": 0.4, "steps": 7}},
             "wild/seed_0": {**entry, "variant": "wild", "results": {"diverged": "loss was nan"}},
         },
     )
-    page = read(study)
+    page = read(sweep)
     assert page.row("with queue")[1] == "90.0" and page.row("gone")[1] == "40.0"
     assert any(row[0] == "wild" and "(loss was nan)" in " ".join(row) for row in page.rows if row)
 
@@ -400,7 +429,7 @@ def command(*arguments):
         "import runpy, sys, atexit; sys.argv[0] = 'report'\n"
         "heavy = {'jax', 'tensorflow', 'clu', 'matplotlib', 'sklearn', 'orbax'}\n"
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
-        "runpy.run_module('selfsup_jax.viz.report', run_name='__main__')"
+        "runpy.run_module('selfsup_jax.report', run_name='__main__')"
     )
     process = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(process, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)

@@ -29,7 +29,7 @@ from conftest import (
 
 from barlow_twins_jax.losses import barlow_twins_loss
 from selfsup_jax import config as config_lib
-from selfsup_jax.build import find
+from selfsup_jax.build import find, parts_from_config
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from simsiam_jax.losses import simsiam_loss
@@ -54,8 +54,9 @@ def tiny_config(name, **changes):
     """The demo's recipe with small heads and images that stay as they are."""
     config = preset(name, "demo")
     fields = {
-        f"augment.{view}.{step}_prob": 0.0
-        for view in ("view_1", "view_2")
+        f"views.global.{view}.{step}_prob": 0.0
+        for view in config.views["global"]
+        if view.startswith("view_")
         for step in ("flip", "jitter", "grayscale", "blur", "solarize")
     }
     fields |= {f"optimizer.{field}": value for field, value in OPTIMIZERS[name].items()}
@@ -64,8 +65,8 @@ def tiny_config(name, **changes):
         "projector.output_size": 4,
         "data.image_size": IMAGE_SHAPE[0],
         "data.test_resize": IMAGE_SHAPE[0],
-        "augment.mean": MEAN,
-        "augment.std": STD,
+        "views.mean": MEAN,
+        "views.std": STD,
         "optimizer.scaling": "none",
         "optimizer.learning_rate": PEAK,
         "optimizer.weight_decay": DECAY,
@@ -79,7 +80,7 @@ def tiny_config(name, **changes):
 
 def tiny_method(name, **changes):
     config = tiny_config(name, **changes)
-    config_lib.validate(config)
+    config_lib.validate(config, find(name))
     return with_network(find(name)(config, None, TOTAL_STEPS, 0), encoder=TinyEncoder())
 
 
@@ -284,11 +285,12 @@ def test_outputs_are_what_the_loss_compares(run):
         *as_float64((states[0].online_params, states[0].online_stats)), seen(random_batch(BATCH, 0))
     )
     outputs = metrics[0]["outputs"]
-    expected = [rows[0], rows[1], rows[-1], rows[1][::-1]]
+    expected = [rows[0], rows[1], rows[-1], rows[1]]
     for got, value in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(got, np.stack(value), rtol=1e-3, atol=1e-4)
     extra = {"barlow_twins": {"correlation"}, "vicreg": {"invariance", "variance", "covariance"}}
     assert extra.get(name, set()) <= set(metrics[0])
+    assert tiny_method(name).pairs == ((0, 1), (1, 0))  # each view with the other
     assert states[0].target_params == {} and "tau" not in metrics[0]
 
 
@@ -420,7 +422,7 @@ def test_simsiam_takes_projections_as_constants():
 @pytest.mark.parametrize("arg", ["imagenet", "cifar10", "imagenette", "folder", "demo"])
 def test_every_preset_is_valid(name, arg):
     config = preset(name, arg)
-    config_lib.validate(config)
+    config_lib.validate(config, find(name))
     assert config.method == name and config.bn_groups == 1
     made = find(name)(config, 10, 100, 10)
     state = jax.eval_shape(made.init_state, jax.random.PRNGKey(0))
@@ -460,6 +462,48 @@ def test_the_papers_recipes():
 def test_one_microbatch_only(name):
     with pytest.raises(UserError, match=r"accumulate_steps=2: must be 1"):
         find(name)(tiny_config(name, accumulate_steps=2), None, 4, 0)
+
+
+def with_local_views(config, count):
+    """The config with a second group of views, smaller ones."""
+    config.views.local = config.views["global"].copy_and_resolve_references()
+    config.views.local.update(count=count, size=IMAGE_SHAPE[0] // 2, area=(0.05, 0.2))
+    return config
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_method_of_two_views_takes_no_other_number(name, count):
+    config = preset(name, "demo")
+    config.views["global"].count = count
+    for make in (parts_from_config, find(name)):
+        with pytest.raises(UserError) as error:
+            make(config, None, 4, 0)
+        assert str(error.value) == f"config.views.global.count={count}: {name} takes 2"
+    with pytest.raises(UserError, match=rf"^config\.views\.global\.count={count}: .*[^\n]$"):
+        config_lib.validate(config, find(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_method_of_one_group_takes_no_local_views(name):
+    with pytest.raises(UserError) as error:
+        find(name)(with_local_views(preset(name, "demo"), 3), None, 4, 0)
+    assert str(error.value) == f"config.views.local.count=3: {name} takes 0"
+    assert find(name)(with_local_views(preset(name, "demo"), 0), None, 4, 0)  # the same as none
+
+
+def test_a_method_of_more_views_says_how_many():
+    """What a method of one's own hands to `parts_from_config`, against what the config has."""
+    config, wanted = tiny_config("simsiam"), {"global": 2, "local": 3}
+    for count in (None, 2, 4):
+        other = config if count is None else with_local_views(tiny_config("simsiam"), count)
+        with pytest.raises(UserError) as error:
+            parts_from_config(other, None, 4, 0, views=wanted)
+        assert str(error.value) == f"config.views.local.count={count or 0}: simsiam takes 3"
+    parts = parts_from_config(with_local_views(config, 3), None, 4, 0, views=wanted)
+    assert {k: len(v) for k, v in parts.shared["augment"].groups.items()} == wanted
+    assert list(parts.shared["augment"].groups) == ["global", "local"]
+    assert parts.image_shape == IMAGE_SHAPE
 
 
 def test_a_method_that_is_not_there():

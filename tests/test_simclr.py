@@ -36,7 +36,7 @@ from simclr_jax import losses, method
 
 BATCH = 8
 PARTS = ("encoder", "projector", "classifier")
-nt_xent = jax.jit(losses.nt_xent)
+nt_xent = jax.jit(losses.nt_xent, static_argnames="gather")
 
 # ---------------------------------------------------------------------------- the oracle
 
@@ -148,9 +148,7 @@ def tiny_config(**changes) -> ConfigDict:
     """The paper's recipe for tiny images that are not changed, in large steps."""
     config = simclr.get_config("imagenet")
     fields = {
-        f"augment.{view}.{name}_prob": 0.0
-        for view in ("view_1", "view_2")
-        for name in ("flip", "jitter", "grayscale", "blur")
+        f"views.global.view_1.{name}_prob": 0.0 for name in ("flip", "jitter", "grayscale", "blur")
     }
     fields |= {
         "batch_size": BATCH,
@@ -159,8 +157,8 @@ def tiny_config(**changes) -> ConfigDict:
         "data.test_resize": IMAGE_SHAPE[0],
         "projector.hidden_sizes": (6,),
         "projector.output_size": 3,
-        "augment.mean": MEAN,
-        "augment.std": STD,
+        "views.mean": MEAN,
+        "views.std": STD,
         "optimizer.scaling": "none",
         "optimizer.learning_rate": PEAK,
         "optimizer.weight_decay": DECAY,
@@ -172,7 +170,7 @@ def tiny_config(**changes) -> ConfigDict:
 
 def tiny_build(config, num_classes=NUM_CLASSES, total_steps=TOTAL_STEPS, warmup_steps=WARMUP_STEPS):
     """`method.build` with an encoder of a hundred parameters."""
-    config_lib.validate(config)
+    config_lib.validate(config, method.build)
     built = method.build(config, num_classes, total_steps, warmup_steps)
     return with_network(built, encoder=TinyEncoder())
 
@@ -223,16 +221,15 @@ def loss_and_gradient(built, first_state, images):
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
-def test_loss_is_twice_the_papers(temperature):
-    """The sum of both views' means; the paper's equation is the mean over both views."""
+def test_loss_is_the_papers(temperature):
+    """The mean over both views, of the loss and of how often the pair is the nearest."""
     rng = np.random.default_rng(0)
     first = rng.normal(size=(6, 4))
     views = unit(np.stack([first, first + rng.normal(size=(6, 4))]))
-    z = views.astype(np.float32)
-    got = [nt_xent(z[v], z[v], z[1 - v], 0, temperature) for v in (0, 1)]
+    got = nt_xent(*views.astype(np.float32), temperature)
     loss, top1 = oracle_nt_xent(*views, temperature)
-    np.testing.assert_allclose(got[0][0] + got[1][0], 2 * loss, rtol=1e-5)
-    np.testing.assert_allclose((got[0][1] + got[1][1]) / 2, top1, rtol=1e-6)
+    np.testing.assert_allclose(got[0], loss, rtol=1e-5)
+    np.testing.assert_allclose(got[1], top1, rtol=1e-6)
     assert 0 < top1 < 1
 
 
@@ -242,24 +239,53 @@ def test_a_row_is_compared_with_all_others_and_not_with_itself():
     z = np.zeros((n, 2), np.float32)
     z[:, 0] = -1
     z[0, 0] = 1
-    loss, top1 = nt_xent(z[:1], z, z, 0, temperature)
+    loss, top1 = nt_xent(z[:1], z[:1], temperature, gather=lambda _: (z, z))
     expected = math.log(1 + (2 * n - 2) * math.exp(-2 / temperature))
     np.testing.assert_allclose(loss, expected, rtol=1e-3)
     assert top1 == 1
     # With all views alike, the pair is one of 2 N - 1.
     same = np.ones((n, 2), np.float32) / math.sqrt(2)
-    loss, _ = nt_xent(same, same, same, 0, temperature)
+    loss, _ = nt_xent(same, same, temperature)
     np.testing.assert_allclose(loss, math.log(2 * n - 1), rtol=1e-6)
 
 
-def test_first_row_is_the_devices_place_in_the_batch():
+def test_batch_offset_is_the_devices_place_in_the_batch():
     """Blocks of rows, each from where it begins, make up the whole batch's loss."""
     z = unit(np.random.default_rng(1).normal(size=(2, 8, 4))).astype(np.float32)
-    whole = nt_xent(z[0], z[0], z[1], 0, 0.2)
-    blocks = [nt_xent(z[0, i : i + 2], z[0], z[1], i, 0.2) for i in (0, 2, 4, 6)]
+    gather = lambda _: (z[0], z[1])  # noqa: E731
+    whole = nt_xent(*z, 0.2)
+    blocks = [nt_xent(*z[:, i : i + 2], 0.2, gather, i) for i in (0, 2, 4, 6)]
     np.testing.assert_allclose(np.mean(blocks, 0), np.asarray(whole), rtol=1e-6)
-    wrong = nt_xent(z[0, 2:4], z[0], z[1], 4, 0.2)[0]
+    wrong = nt_xent(*z[:, 2:4], 0.2, gather, 4)[0]
     assert abs(wrong - blocks[1][0]) > 1e-2
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_on_devices_the_loss_is_the_plain_forms(devices):
+    """Loss, accuracy and the gradient by every projection: of one call without any axis."""
+    rng = np.random.default_rng(4)
+    first = rng.normal(size=(16, 5))
+    z = unit(np.stack([first, first + rng.normal(size=(16, 5))])).astype(np.float32)
+
+    def sharded(z):
+        offset = collectives.batch_offset(z.shape[1], "d")
+        gather = functools.partial(collectives.gather, axis_name="d")
+        value, top1 = losses.nt_xent(z[0], z[1], 0.2, gather, offset)
+        return value, top1
+
+    def mean_of_devices(z):
+        values, top1 = jax.pmap(sharded, "d", devices=jax.devices()[:devices])(z)
+        return values.mean(), top1.mean()
+
+    parts = np.stack(np.split(z, devices, axis=1))
+    (loss, top1), gradient = jax.value_and_grad(mean_of_devices, has_aux=True)(parts)
+    plain = jax.value_and_grad(lambda z: nt_xent(z[0], z[1], 0.2), has_aux=True)
+    (expected_loss, expected_top1), expected = plain(z)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(top1, expected_top1, rtol=1e-6)
+    whole = np.concatenate(list(np.asarray(gradient)), axis=1)
+    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-6)
+    assert 0 < expected_top1 < 1 and np.abs(expected).max() > 1e-2
 
 
 def test_gradients_reach_both_views_and_all_rows():
@@ -268,21 +294,20 @@ def test_gradients_reach_both_views_and_all_rows():
 
     def loss(z):
         z = l2_normalize(z)
-        one, two = (nt_xent(z[v], z[v], z[1 - v], 0, 0.2)[0] for v in (0, 1))
-        return one + two
+        return nt_xent(z[0], z[1], 0.2)[0]
 
     got = jax.jit(jax.grad(loss))(z.astype(np.float32))
     for i in np.ndindex(z.shape):
         step = np.zeros_like(z)
         step[i] = 1e-6
-        above, below = (2 * oracle_nt_xent(*(z + s), 0.2)[0] for s in (step, -step))
+        above, below = (oracle_nt_xent(*(z + s), 0.2)[0] for s in (step, -step))
         np.testing.assert_allclose(got[i], (above - below) / 2e-6, rtol=1e-3, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------- gradients
 
 
-def test_outputs_are_what_the_loss_compares(loss_and_gradient, first_state, images):
+def test_outputs_are_what_the_loss_compares(built, loss_and_gradient, first_state, images):
     ((total, out), _), labels = loss_and_gradient
     metrics, outputs = out.metrics, out.outputs
     params = as_float64(first_state.online_params)
@@ -293,7 +318,7 @@ def test_outputs_are_what_the_loss_compares(loss_and_gradient, first_state, imag
         "representation": h.reshape(2, BATCH, -1),
         "projection": z,
         "prediction": z,
-        "target": z[::-1],
+        "target": z,
     }
     assert set(outputs._fields) == set(expected)
     for name, value in expected.items():
@@ -303,6 +328,7 @@ def test_outputs_are_what_the_loss_compares(loss_and_gradient, first_state, imag
     loss, top1 = oracle_nt_xent(*z, 0.1)
     np.testing.assert_allclose(metrics["loss"], 2 * loss, rtol=1e-5)
     assert metrics["contrast_top1"] == pytest.approx(top1)
+    assert built.pairs == ((0, 1), (1, 0))  # a projection is compared with the other view's
     probe_loss = oracle_gradients(params, flat, labels, 0.1)[1]
     np.testing.assert_allclose(total, 2 * loss + probe_loss, rtol=1e-5)
 
@@ -469,10 +495,9 @@ def test_gradients_flow_through_gathered_rows(devices):
 
     def loss(w, x, axis_name, gather):
         z = l2_normalize(x @ w)
-        all_1, all_2 = gather((z[0], z[1]), axis_name)
-        first = collectives.first_row(x.shape[1], axis_name)
-        one = nt_xent(z[0], all_1, all_2, first, 0.2)[0]
-        return one + nt_xent(z[1], all_2, all_1, first, 0.2)[0]
+        offset = collectives.batch_offset(x.shape[1], axis_name)
+        gather = functools.partial(gather, axis_name=axis_name)
+        return losses.nt_xent(z[0], z[1], 0.2, gather, offset)[0]
 
     def constants(tree, axis_name):
         return jax.lax.stop_gradient(collectives.gather(tree, axis_name))
@@ -519,7 +544,8 @@ def test_a_run_is_watched_without_a_target(tmp_path):
         log_every_steps=1,
         monitor__diagnostics_every_steps=1,
     )
-    config = simclr.get_config("folder")
+    config = simclr.get_config("folder")  # whose view_1 is that of both views
+    fields = {name: value for name, value in fields.items() if ".view_2." not in name}
     config.update_from_flattened_dict(fields)
     pretrain.pretrain(config, str(tmp_path / "run"), tiny_build)
     names = set().union(*tiny_runs.recorded(tmp_path / "run"))
@@ -546,13 +572,13 @@ def get(config, field):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid(preset):
     config = simclr.get_config(preset)
-    config_lib.validate(config)
+    config_lib.validate(config, method.build)
     assert config.method == "simclr"
     assert config.projector.output_norm == "scale" and config.encoder.padding == "fixed"
-    assert config.augment.view_1.to_dict() == config.augment.view_2.to_dict()
-    config.augment.view_1.hue = 0.05  # a view of its own
-    assert config.augment.view_2.hue != 0.05
+    assert config.views["global"].count == 2 and "view_2" not in config.views["global"]
+    config.views["global"].view_1.hue = 0.05
     built = method.build(config, 10, total_steps=100, warmup_steps=10)
+    assert [view.hue for view in built.augment.groups["global"]] == [0.05, 0.05]  # of both
     state = jax.eval_shape(built.init_state, jax.random.PRNGKey(0))
     assert state.target_params == {}
     assert f"{2 * config.batch_size - 2:,}" in built.notes[0]
@@ -582,8 +608,8 @@ def test_imagenet_is_the_papers_recipe():
         "optimizer.rate_inside_momentum": True,
         "optimizer.weight_decay": 1e-6,
         "optimizer.trust_coefficient": 1e-3,
-        "augment.mean": (0, 0, 0),
-        "augment.std": (1, 1, 1),
+        "views.mean": (0, 0, 0),
+        "views.std": (1, 1, 1),
     }
     view = {
         "flip_prob": 0.5,
@@ -601,8 +627,8 @@ def test_imagenet_is_the_papers_recipe():
     }
     for config in (simclr.get_config(), simclr.get_config("imagenet")):
         assert_fields(config, expected)
-        for name in ("view_1", "view_2"):
-            assert_fields(config.augment[name], view)
+        assert_fields(config.views["global"].view_1, view)
+        assert config.views["global"].count == 2 and "view_2" not in config.views["global"]
     # The peak: 4.8 for a batch of 4096, either way.
     for arg, base in (("imagenet,scaling=sqrt", 0.075), ("scaling=linear", 0.3)):
         config = simclr.get_config(arg)
@@ -627,14 +653,14 @@ def test_cifar10_is_the_authors_recipe():
         "optimizer.learning_rate": 1.0,
         "optimizer.scaling": "linear",
         "optimizer.weight_decay": 1e-4,
-        "augment.mean": (0, 0, 0),
-        "augment.std": (1, 1, 1),
+        "views.mean": (0, 0, 0),
+        "views.std": (1, 1, 1),
     }
     view = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "blur_prob": 0.0}
     config = simclr.get_config("cifar10")
     assert_fields(config, expected)
-    for name in ("view_1", "view_2"):
-        assert_fields(config.augment[name], view)
+    assert_fields(config.views["global"].view_1, view)
+    assert config.views["global"].count == 2 and "view_2" not in config.views["global"]
 
 
 @pytest.mark.parametrize(
@@ -652,7 +678,7 @@ def test_a_bad_value_is_named_with_what_would_be_valid(field, value, valid):
     config = simclr.get_config("demo")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError) as error:
-        config_lib.validate(config)
+        config_lib.validate(config, method.build)
         method.build(config, 10, total_steps=9, warmup_steps=0)
     message = str(error.value)
     assert message.startswith(f"config.{field}={value!r}: {valid}") and "\n" not in message

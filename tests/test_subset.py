@@ -123,13 +123,12 @@ def evaluated(source: sources.Source) -> dict[str, np.ndarray]:
 def trained(source: sources.Source, batch_size: int, count: int, num_views: int = 2) -> list[dict]:
     stream = pipeline.train_batches(
         source,
-        crops.CropSpec(size=4),
+        [crops.CropSpec(size=4)] * num_views,
         seed=0,
         batch_size=batch_size,
         positions=np.arange(batch_size, dtype=np.int32),
         first_step=0,
         undecodable=pipeline.Undecodable(source.num_examples, 0.0),
-        num_views=num_views,
     )
     return list(itertools.islice(stream, count))
 

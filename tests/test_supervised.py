@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from conftest import (
     IMAGE_SHAPE,
     MEAN,
+    NO_AUGMENTATION,
     NUM_CLASSES,
     STD,
     TinyEncoder,
@@ -23,6 +25,7 @@ from conftest import (
 )
 
 from selfsup_jax import optim
+from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.evaluation import supervised
 
 BATCH = 16
@@ -66,6 +69,12 @@ def normalised(batch):
     return ((batch["view_1"] / 255.0 - np.asarray(MEAN)) / np.asarray(STD)).astype(np.float32)
 
 
+def flips(prob):
+    """One view that is flipped, with that probability, and normalised."""
+    view = dataclasses.replace(NO_AUGMENTATION, flip_prob=prob)
+    return Augmentation({"global": (view,)}, MEAN, STD)
+
+
 # --------------------------------------------------------- linear heads on a frozen encoder
 
 RATES = (0.02, 0.3, 2.0)
@@ -83,9 +92,7 @@ def probe(variables, rates=RATES, flip_prob=0.0, nesterov=True, **changes):
         optimizer=optimizer,
         schedule=SCHEDULE,
         learning_rates=rates,
-        view=supervised.flips(flip_prob),
-        mean=MEAN,
-        std=STD,
+        augment=flips(flip_prob),
         **changes,
     )
     state = supervised.init_probes(
@@ -248,9 +255,7 @@ def finetune(variables, rates=(0.1, 1.0), flip_prob=0.0, **changes):
         num_classes=NUM_CLASSES,
         optimizer=optimizer,
         schedule=optax.constant_schedule(rates[0]),
-        view=supervised.flips(flip_prob),
-        mean=MEAN,
-        std=STD,
+        augment=flips(flip_prob),
         **changes,
     )
     state = supervised.init_finetune(
@@ -375,6 +380,19 @@ def test_each_step_and_each_seed_draws_flips_of_its_own(flipped_finetune, batche
     starts = [state, state, state.replace(step=np.int32(1)), state.replace(rng=other)]
     losses = [float(run(start, batches[0])[1]["loss"]) for start in starts]
     assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+def test_every_image_is_flipped_where_that_is_sure(variables, batches):
+    """As if the images had been mirrored before, for heads and for finetuning."""
+    mirrored = batches[0] | {"view_1": batches[0]["view_1"][:, :, ::-1]}
+    for make in (probe, finetune):
+        (flipping, state), (step, _) = make(variables, flip_prob=1.0), make(variables)
+        ((found, _),) = run_steps(flipping, state, batches[:1])
+        ((expected, _),) = run_steps(step, state, [mirrored])
+        ((without, _),) = run_steps(step, state, batches[:1])
+        assert_same(found.online_params, expected.online_params)
+        kernels = [flatten(x.online_params) for x in (found, without)]
+        assert any(np.abs(kernels[0][name] - kernels[1][name]).max() > 1e-5 for name in kernels[0])
 
 
 def test_batch_norm_groups_and_microbatches(variables, batches, finetune_steps):

@@ -22,6 +22,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from tiny_runs import build, recorded, write_images
 
 from selfsup_jax.data import inputs, pipeline, sources
+from selfsup_jax.data.augment import augment_views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.models.network import parts
@@ -64,7 +65,7 @@ def breaking_build(what, step):
             state = state.replace(online_params=params)
             return brittle.train_step(state, batch, axis_name=axis_name)
 
-        return StandIn(brittle.init_state, train_step, built.represent, built.augment_views)
+        return StandIn(brittle.init_state, train_step, built.represent, built.augment)
 
     return make
 
@@ -287,12 +288,17 @@ def test_results(whole_run):
     results = json.loads((workdir / "results.json").read_text())
     assert results == returned
     assert all(isinstance(value, int | float | str) for value in results.values())
-    probes = ("knn_top1", "linear_probe_top1", "linear_probe_top5", "fewshot_top1")
-    for name in (*probes, *(f"random_init_{probe}" for probe in probes)):
-        assert 0 <= results[name] <= 1, name
+    probes = ("knn_top1", "knn_mean_per_class", "linear_probe_top1", "linear_probe_top1_held_out")
+    probes += ("linear_probe_mean_per_class", "fewshot_top1")
+    for prefix in ("", "random_init_"):
+        for name in probes:
+            assert 0 <= results[prefix + name] <= 1, prefix + name
+        assert results[f"{prefix}knn_k"] == config.eval.knn_k == 5
+        assert results[f"{prefix}knn_temperature"] == config.eval.knn_temperature
+        assert results[f"{prefix}linear_probe_C"] in config.eval.linear.C
     # Brightness tells the class, so that even this encoder is far above a third.
     assert results["linear_probe_top1"] > 0.6
-    assert results["linear_probe_top5"] == 1.0
+    assert not [name for name in results if "top5" in name]  # of three classes it says nothing
     assert results["steps"] == STEPS and results["seed"] == config.seed
     assert results["images_per_second"] > 0
     assert results["device_count"] == 8 and results["device_kind"] == "cpu"
@@ -348,8 +354,8 @@ def test_a_checkpoint_says_what_it_belongs_to(whole_run):
     checkpoints.close()
     assert meta["step"] == STEPS
     written = json.loads((workdir / "config.json").read_text())
-    assert written == meta["config"] | {"found": meta["found"]}
-    assert meta["found"] == {"train_images": 54, "classes": 3}
+    assert written == meta["config"] | {"data_info": meta["data_info"]}
+    assert meta["data_info"] == {"train_images": 54, "classes": 3}
     # Three batches in an epoch: the next one is the first of the third epoch.
     assert meta["data_position"] == {"epoch": 2, "batch": 0, "steps_per_epoch": 3}
     assert meta["versions"]["jax"] == jax.__version__
@@ -518,7 +524,8 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
     for step, views in shown.items():
         batch = next(inputs.train_batches(config, data, step - 1))
         del batch["name"]
-        expected = built.augment_views(jax.random.fold_in(rng, step - 1), batch)
+        key = jax.random.fold_in(rng, step - 1)
+        expected = augment_views(key, batch, built.augment.groups)["global"]
         assert views.shape == (2, config.monitor.view_pairs, 8, 8, 3)
         np.testing.assert_allclose(views, expected[:, : views.shape[1]], atol=1e-6)
 

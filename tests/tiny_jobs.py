@@ -59,7 +59,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "fewshot": {"labels_per_class": (1, 4), "draws": 3},
     "finetune": {"batch_size": 8, "epochs": 2.0, "checkpoint_every_steps": 2},
     "knn": {"random_init": False},  # k is the run's
-    "linear_probe": {"inverse_penalties": (0.01, 1.0), "random_init": False},
+    "linear_probe": {"C": (0.01, 1.0), "random_init": False},
     "linear_probe:byol": {"batch_size": 16, "epochs": 2.0, "checkpoint_every_steps": 2},
     "linear_probe:moco": {"batch_size": 16, "epochs": 2.0},
     "transfer": {"penalties": (0.01, 1.0)},
@@ -118,10 +118,10 @@ def _wander(config, *args):
         metrics = {"loss": jnp.ones(()), "finite": jnp.ones(())}
         return state.replace(step=state.step + 1, online_params=params), metrics
 
-    return StandIn(method.init_state, step, method.represent, method.augment_views)
+    return StandIn(method.init_state, step, method.represent, method.augment)
 
 
-def make_run(data: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+def make_run(data: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> pathlib.Path:
     """A run of `STEPS` steps that keeps the checkpoint of each."""
     config = tiny_runs.tiny_config(
         data,
@@ -133,6 +133,7 @@ def make_run(data: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
         encoder__zero_init_gamma=False,
         projector__hidden_sizes=(8,),
         predictor__hidden_sizes=(8,),
+        **changes,
     )
     config.encoder.depth = 2
     pretrain.pretrain(config, str(workdir), _wander)

@@ -35,7 +35,7 @@ def build(config, num_classes, total_steps, warmup_steps) -> Method:
         optimizer=optimizer,
         schedule=schedule,
         tau=optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps),
-        augment=Augmentation.from_config(config.augment),
+        augment=Augmentation.from_config(config.views),
         start=functools.partial(
             method.start, image_shape=(size, size, 3), target_parts=method.TARGET_PARTS
         ),
@@ -59,7 +59,8 @@ def fields(folder: pathlib.Path, **changes) -> dict:
 
     The probes, the pictures and kNN are off. Names of `changes` have `__` for the dot.
     """
-    quiet = {f"augment.{v}.{p}_prob": 0.0 for v in ("view_1", "view_2") for p in ("jitter", "blur")}
+    each = [f"views.global.view_{i}.{name}_prob" for i in (1, 2) for name in ("jitter", "blur")]
+    quiet = dict.fromkeys(each, 0.0)
     return quiet | {
         "data.dir": str(folder),
         "data.image_size": 8,

@@ -11,11 +11,11 @@ from jax import lax
 
 
 class Terms(NamedTuple):
-    """The three terms, float32 scalars, not yet weighted."""
+    """The three terms (float32 scalars), or their weights."""
 
-    invariance: jax.Array  # mean over this device's rows
-    variance: jax.Array  # the sum of both views', equal on every device
-    covariance: jax.Array  # likewise
+    invariance: Any  # mean over this device's rows
+    variance: Any  # the sum of both views', equal on every device
+    covariance: Any  # likewise
 
 
 def vicreg_terms(
@@ -28,12 +28,12 @@ def vicreg_terms(
     """Invariance s, variance v and covariance c of the expander's outputs.
 
     s is the mean over rows *and* dimensions, as in the paper's pseudo-code and the authors' code
-    (equation 5 sums over dimensions). Devices exchange moments, and no rows.
+    (equation 5 sums over dimensions). Devices exchange moments, but no rows.
 
     Args:
         projection_1, projection_2: `[b, D]` float32, this device's rows of both views.
-        global_batch: B, on all devices.
-        mean_over_devices: of a tree; the identity where one device has the whole batch.
+        global_batch: B, over all devices.
+        mean_over_devices: of a tree; the identity if one device has the whole batch.
         epsilon: added to the variances.
     """
     variance, covariance = jnp.float32(0.0), jnp.float32(0.0)

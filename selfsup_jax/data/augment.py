@@ -1,22 +1,26 @@
-"""Augmentation on the device: batched, keyed by example, one arithmetic path for every image.
+"""Augmentation on the device: batched, with a random key per example and no branches.
 
-Nothing here branches on an example: under `vmap` a branch would be computed both ways and then
-selected, so each choice is a factor, an offset or a `where` instead. Colours are handled as three
-planes `[B, H, W]`, since a trailing axis of 3 wastes the vector units of every backend.
+Under `vmap` both sides of a branch would be computed, so each choice is a factor, an offset or a
+`where` instead. The colour channels are three arrays `[B, H, W]`, because a trailing axis of 3
+wastes the vector units of every backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from selfsup_jax import checks
+from selfsup_jax.errors import bad_field
+
 Planes = tuple[jax.Array, jax.Array, jax.Array]  # red, green, blue: [B, H, W] each, in [0, 1]
 
-# ITU-R 601 luma, as PIL, torchvision and BYOL's code weigh the channels.
+# ITU-R 601 luma: the channel weights of PIL, torchvision and BYOL's code.
 _LUMA = (0.2989, 0.5870, 0.1140)
 JITTER_STYLES = ("tensorflow", "torchvision")
 BLUR_PADDINGS = ("zero", "reflect")
@@ -24,20 +28,21 @@ BLUR_PADDINGS = ("zero", "reflect")
 
 @dataclasses.dataclass(frozen=True)
 class ViewAugmentation:
-    """How one view is augmented after its crop; the fields are those of `config.augment.view_1`.
+    """How one view is augmented after its crop; the fields of `config.views.global.view_1`.
 
     Attributes:
-        flip_prob: of a horizontal flip.
-        jitter_prob: of colour jitter; its four parts come in an order drawn for each image.
+        flip_prob: probability of a horizontal flip.
+        jitter_prob: of colour jitter: four operations, in an order drawn for each image.
         brightness, contrast, saturation, hue: strengths s. Factors are drawn from [1 - s, 1 + s]
             (not below 0), shifts from [-s, s].
         jitter_style: `tensorflow` (additive brightness, contrast about each channel's mean,
             saturation in HSV: BYOL's and SimCLR's code) or `torchvision` (brightness is a factor,
             contrast about the mean gray, saturation blends with gray: MoCo's).
-        grayscale_prob, blur_prob, solarize_prob: of each.
-        blur_kernel: taps, odd. `blur_sigma_min`, `blur_sigma_max`: in pixels, drawn uniformly.
+        grayscale_prob, blur_prob, solarize_prob: probabilities.
+        blur_kernel: number of taps, odd.
+        blur_sigma_min, blur_sigma_max: range in pixels; sigma is drawn uniformly.
         blur_padding: `zero` (BYOL's and SimCLR's code) or `reflect` (torchvision).
-        solarize_threshold: values from here on are inverted.
+        solarize_threshold: values at or above it are inverted.
     """
 
     flip_prob: float = 0.5
@@ -59,22 +64,77 @@ class ViewAugmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """A section `config.augment`.
+    """How the views of a config's section `views` are augmented.
 
     Attributes:
-        views: how each view is augmented.
-        mean, std: per channel, that the images are normalised by afterwards.
+        groups: name of a group -> how each of its views is augmented.
+        mean, std: per channel; the augmented images are normalised with them.
     """
 
-    views: tuple[ViewAugmentation, ...]
+    groups: dict[str, tuple[ViewAugmentation, ...]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
     def from_config(cls, config: Any) -> Augmentation:
-        """Of the section's fields."""
-        views = (ViewAugmentation(**config.view_1), ViewAugmentation(**config.view_2))
-        return cls(views, tuple(config.mean), tuple(config.std))
+        """Reads the section `views` of a config."""
+        groups = {
+            name: tuple(ViewAugmentation(**view) for view in views_of(group))
+            for name, group in groups_of(config)
+        }
+        return cls(groups, tuple(config.mean), tuple(config.std))
+
+    def normalized(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The networks' input: `augment_views`, then normalisation."""
+        views = augment_views(rng, batch, self.groups)
+        return {name: normalize(x, self.mean, self.std) for name, x in views.items()}
+
+
+def groups_of(config: Any) -> list[tuple[str, Any]]:
+    """(name, section) of each group in a section `views`; the global views come first."""
+    names = [name for name in ("global", "local") if name in config and config[name].count]
+    return [(name, config[name]) for name in names]
+
+
+def views_of(group: Any) -> list[Any]:
+    """The section of each view of a group; further views use the last section `view_N`."""
+    sections = [group[f"view_{i}"] for i in range(1, group.count + 1) if f"view_{i}" in group]
+    return sections + sections[-1:] * (group.count - len(sections))
+
+
+def check(config: Any) -> None:
+    """Checks the section `views` of a pretraining config.
+
+    Raises:
+        UserError: a field is invalid.
+    """
+    checks.in_range(config, ["views.global.count"], 1)
+    for name, group in groups_of(config.views):
+        path = f"views.{name}."
+        checks.in_range(config, [path + "count", path + "size"], 1)
+        checks.low_high(config, path + "area", top=1.0)
+        checks.low_high(config, path + "aspect")
+        for view in (key for key in group if key.startswith("view_")):
+            _check_view(config, f"{path}{view}.")
+    for field, triple in checks.present(config, ("views.mean", "views.std")):
+        if len(triple) != 3 or (field.endswith("std") and not min(triple) > 0):
+            raise bad_field(field, tuple(triple), "must be three numbers, deviations above 0")
+
+
+def _check_view(config: Any, path: str) -> None:
+    checks.one_of(config, path + "jitter_style", JITTER_STYLES)
+    checks.one_of(config, path + "blur_padding", BLUR_PADDINGS)
+    probabilities = ("flip", "jitter", "grayscale", "blur", "solarize")
+    checks.in_range(config, [f"{path}{name}_prob" for name in probabilities], 0, 1)
+    checks.in_range(config, [path + name for name in ("brightness", "contrast", "saturation")], 0)
+    checks.in_range(config, [path + "hue"], 0, 0.5)  # 0.5 is half of the colour circle
+    for field, taps in checks.present(config, [path + "blur_kernel"]):
+        if taps < 1 or taps % 2 == 0:
+            raise bad_field(field, taps, "must be odd and at least 1")
+    sigmas = checks.present(config, [path + "blur_sigma_min", path + "blur_sigma_max"])
+    (field, low), (_, high) = sigmas
+    if not 0 < low <= high:
+        raise bad_field(field, low, "must be above 0 and at most sigma_max")
 
 
 def augment_view(
@@ -85,8 +145,7 @@ def augment_view(
     Args:
         rng: the key of this view of this step.
         images: `[B, H, W, 3]` uint8.
-        index: `[B]` int32, each image's index in the global batch: all that its draws depend on
-            beside `rng`, so that they do not depend on the device that makes them.
+        index: `[B]` int32, in the global batch. An image's draws depend on `rng` and this only.
         view: probabilities and strengths.
 
     Returns:
@@ -118,27 +177,33 @@ def augment_view(
 
 
 def augment_views(
-    rng: jax.Array, batch: Mapping[str, jax.Array], augment: Sequence[ViewAugmentation]
-) -> jax.Array:
-    """The crops `view_1`, `view_2` of a batch to the views that the networks see.
+    rng: jax.Array,
+    batch: Mapping[str, jax.Array],
+    groups: Mapping[str, Sequence[ViewAugmentation]],
+) -> dict[str, jax.Array]:
+    """Augments the crops `view_1`, `view_2`, ... of a batch.
 
     Args:
         rng: the key of this step.
-        batch: `view_1`, `view_2` `[B, H, W, 3]` uint8 and `index` `[B]`, see `augment_view`.
-        augment: of each view.
+        batch: `view_1`, ... `[B, H, W, 3]` uint8, numbered through all groups, and `index` `[B]`,
+            see `augment_view`.
+        groups: name of a group -> the augmentation of each of its views.
 
     Returns:
-        `[V, B, H, W, 3]` float32 in [0, 1].
+        Name of a group -> `[V, B, H, W, 3]` float32 in [0, 1].
     """
-    views = [
-        augment_view(jax.random.fold_in(rng, i), batch[f"view_{i}"], batch["index"], view)
-        for i, view in enumerate(augment, start=1)
-    ]
-    return jnp.stack(views)
+    counter = itertools.count(1)
+    views: dict[str, list[jax.Array]] = {name: [] for name in groups}
+    for name, group in groups.items():
+        for view in group:
+            i = next(counter)
+            crops, rng_i = batch[f"view_{i}"], jax.random.fold_in(rng, i)
+            views[name].append(augment_view(rng_i, crops, batch["index"], view))
+    return {name: jnp.stack(members) for name, members in views.items()}
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """`[..., 3]` in [0, 1] to zero mean and unit deviation per channel, float32."""
+    """Subtracts `mean` and divides by `std`, per channel of `[..., 3]`; float32."""
     return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
@@ -148,9 +213,9 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 def color_jitter(planes: Planes, u: jax.Array, order: jax.Array, view: ViewAugmentation) -> Planes:
     """Brightness, contrast, saturation and hue, each once, clipped to [0, 1] after each.
 
-    At each of the four places in the order an image needs one of four operations. Three of them
-    are, in the torchvision style, one affine map with different coefficients, and two of them, in
-    the TensorFlow style, one trip through HSV; so a place costs one of each and not four.
+    Operations that differ only in coefficients are computed together: brightness, contrast and (for
+    torchvision) saturation are one affine map; hue and (for TensorFlow) saturation are one change
+    in HSV. So each of the four positions in the order costs two operations and not four.
 
     Args:
         planes: the image, `[B, H, W]` each.
@@ -173,10 +238,10 @@ def color_jitter(planes: Planes, u: jax.Array, order: jax.Array, view: ViewAugme
     active = [order == i for i, strength in enumerate(strengths) if strength > 0]
     if not active:
         return planes
-    for place in range(4):
-        is_op = [order[:, place] == i for i in range(4)]
+    for position in range(4):
+        is_op = [order[:, position] == i for i in range(4)]
         changed = _map(lambda x: jnp.clip(x, 0.0, 1.0), apply(planes, is_op, amounts, view))
-        acts = jnp.any(jnp.stack([a[:, place] for a in active]), axis=0)
+        acts = jnp.any(jnp.stack([a[:, position] for a in active]), axis=0)
         planes = _where(acts, changed, planes)
     return planes
 
@@ -195,7 +260,7 @@ def _jitter_tensorflow(planes: Planes, is_op: list, amounts: tuple, view: ViewAu
 
 
 def _jitter_torchvision(planes: Planes, is_op: list, amounts: tuple, view: ViewAugmentation):
-    """`ColorJitter`: blends with black, with the mean gray, with gray; the hue in HSV."""
+    """`ColorJitter`: blends with black, with the mean gray or with gray; shifts the hue in HSV."""
     brightness, contrast, saturation, hue = amounts
     gray = _luma(planes)
     gain = jnp.where(is_op[0], brightness, jnp.where(is_op[1], contrast, saturation))
@@ -208,7 +273,7 @@ def _jitter_torchvision(planes: Planes, is_op: list, amounts: tuple, view: ViewA
 
 
 def adjust_hsv(planes: Planes, saturation: jax.Array, hue: jax.Array) -> Planes:
-    """Scales the saturation by `saturation` `[B]`, turns the hue by `hue` `[B]` (1 is a turn)."""
+    """Scales the saturation by `saturation` `[B]`, shifts the hue by `hue` `[B]` (1: a circle)."""
     r, g, b = planes
     value = jnp.maximum(jnp.maximum(r, g), b)
     chroma = value - jnp.minimum(jnp.minimum(r, g), b)
@@ -240,8 +305,8 @@ def solarize(x: jax.Array, threshold: float) -> jax.Array:
 def gaussian_blur(planes: Planes, sigma: jax.Array, kernel: int, padding: str) -> Planes:
     """Separable Gaussian blur with one `sigma` per image, `[B]` in pixels, of `kernel` taps.
 
-    Each axis is a product with a banded matrix per image: matmuls suit every backend, where a
-    convolution with one kernel per image becomes a grouped one that none is good at.
+    Each axis is a product with a banded matrix per image: matmuls are fast on every backend. A
+    convolution with one kernel per image would be a grouped convolution, which is slow.
     """
     _, height, width = planes[0].shape
     rows = _blur_matrix(height, sigma, kernel, padding)
@@ -265,7 +330,7 @@ def _blur_matrix(size: int, sigma: jax.Array, kernel: int, padding: str) -> jax.
         return jnp.where(jnp.abs(distance) <= radius, w, 0.0)
 
     matrix = weight(out - source)
-    if padding == "reflect":  # the images mirrored at both ends, the end pixels not repeated
+    if padding == "reflect":  # mirrors the image at both ends without repeating the end pixels
         matrix += jnp.where(source > 0, weight(out + source), 0.0)
         matrix += jnp.where(source < size - 1, weight(2 * (size - 1) - out - source), 0.0)
     return matrix

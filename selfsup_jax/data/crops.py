@@ -1,24 +1,28 @@
-"""Random resized crops on the host: boxes are drawn in one place and carried out in another."""
+"""Random resized crops on the host: drawing the boxes and cutting them out are separate."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
-import tensorflow as tf
+import numpy as np
+
+from selfsup_jax.data.host_tensorflow import tf
 
 RESIZE_METHODS = ("bicubic", "bilinear", "area", "lanczos3")
-_ATTEMPTS = 10  # as torchvision and the authors' codes: then a centre crop
+_ATTEMPTS = 10  # as torchvision and the authors' code; after them a centre crop
 
 
 @dataclasses.dataclass(frozen=True)
 class CropSpec:
-    """How a training crop is drawn and what it becomes.
+    """How a training crop is drawn and resized.
 
     Attributes:
-        size: of the square crop after resizing, in pixels.
+        size: side of the square crop after resizing, in pixels.
         area: range of the crop's share of the image's area, uniform.
         aspect: range of width / height, log-uniform (BYOL, appendix B).
-        method: of resizing, without antialiasing as in BYOL's code.
+        method: of resizing; without antialiasing, as in BYOL's code.
     """
 
     size: int
@@ -28,13 +32,13 @@ class CropSpec:
 
 
 def box_draws(seed: int, example: tf.Tensor, num_views: int) -> tf.Tensor:
-    """The uniform draws behind the boxes of one example's views.
+    """The uniform random numbers for the boxes of one example's views.
 
     Args:
-        seed: the run's.
-        example: int64 scalar, step x batch size + index in the global batch: the same example of
-            the same step gets the same boxes, whichever host crops it.
-        num_views: how many boxes.
+        seed: the seed of the run.
+        example: int64 scalar, step x batch size + index in the global batch: the boxes of an
+            example in a step do not depend on the host that crops it.
+        num_views: the number of boxes.
 
     Returns:
         `[num_views, attempts, 4]` float32 in [0, 1).
@@ -49,8 +53,8 @@ def boxes_from_draws(
 ) -> tf.Tensor:
     """Crop boxes for an image of `height` x `width` pixels.
 
-    The first attempt that fits the image counts; if none does, the largest centre crop whose
-    aspect is allowed.
+    The first attempt that fits into the image is used; if none fits, the largest centre crop with
+    an allowed aspect.
 
     Args:
         draws: `[views, attempts, 4]` uniform in [0, 1): area, aspect, row, column.
@@ -82,15 +86,46 @@ def boxes_from_draws(
     return tf.cast(tf.where(tf.reduce_any(fits, axis=1)[:, None], chosen, centre), tf.int32)
 
 
-def crop_encoded(encoded: tf.Tensor, draws: tf.Tensor, spec: CropSpec) -> list[tf.Tensor]:
+def boxes_of_views(
+    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, specs: Sequence[CropSpec]
+) -> tf.Tensor:
+    """`boxes_from_draws` with one spec per view."""
+    boxes, first = [], 0
+    for spec, members in itertools.groupby(specs):
+        count = len(list(members))
+        boxes.append(boxes_from_draws(draws[first : first + count], height, width, spec))
+        first += count
+    return tf.concat(boxes, axis=0)
+
+
+def random_resized_crops(
+    image: np.ndarray, specs: Sequence[CropSpec], *, seed: int, example: int
+) -> list[np.ndarray]:
+    """The views of one image, cropped as in a training run: for plots or custom training loops.
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        specs: one per view.
+        seed, example: see `box_draws`.
+
+    Returns:
+        For each view `[size, size, 3]` uint8.
+    """
+    draws = box_draws(seed, tf.constant(example, tf.int64), len(specs))
+    return [view.numpy() for view in crop_array(tf.constant(image), draws, specs)]
+
+
+def crop_encoded(
+    encoded: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec]
+) -> list[tf.Tensor]:
     """The views of an encoded image, `[size, size, 3]` uint8 each.
 
-    A JPEG is decoded once and no further than the crops together reach.
+    A JPEG is decoded once, and only the window that contains all crops.
     """
 
     def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
         shape = tf.image.extract_jpeg_shape(encoded)
-        boxes = boxes_from_draws(draws, shape[0], shape[1], spec)
+        boxes = boxes_of_views(draws, shape[0], shape[1], specs)
         start = tf.reduce_min(boxes[:, :2], axis=0)
         end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0)
         window = tf.concat([start, end - start], axis=0)
@@ -100,25 +135,25 @@ def crop_encoded(encoded: tf.Tensor, draws: tf.Tensor, spec: CropSpec) -> list[t
     def other() -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
         shape = tf.shape(image)
-        return image, boxes_from_draws(draws, shape[0], shape[1], spec)
+        return image, boxes_of_views(draws, shape[0], shape[1], specs)
 
     image, boxes = tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
-    return crop_and_resize(image, boxes, draws.shape[0], spec)
+    return crop_and_resize(image, boxes, specs)
 
 
-def crop_array(image: tf.Tensor, draws: tf.Tensor, spec: CropSpec) -> list[tf.Tensor]:
+def crop_array(image: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec]) -> list[tf.Tensor]:
     """The views of a decoded image `[H, W, 3]` uint8, `[size, size, 3]` uint8 each."""
     shape = tf.shape(image)
-    boxes = boxes_from_draws(draws, shape[0], shape[1], spec)
-    return crop_and_resize(image, boxes, draws.shape[0], spec)
+    boxes = boxes_of_views(draws, shape[0], shape[1], specs)
+    return crop_and_resize(image, boxes, specs)
 
 
 def crop_and_resize(
-    image: tf.Tensor, boxes: tf.Tensor, num_views: int, spec: CropSpec
+    image: tf.Tensor, boxes: tf.Tensor, specs: Sequence[CropSpec]
 ) -> list[tf.Tensor]:
-    """Carries out the boxes `[views, 4]` on an image `[H, W, 3]` uint8."""
+    """Cuts the boxes `[views, 4]` out of an image `[H, W, 3]` uint8 and resizes them."""
     views = []
-    for i in range(num_views):
+    for i, spec in enumerate(specs):
         top, left, height, width = tf.unstack(boxes[i], num=4)
         crop = image[top : top + height, left : left + width]
         views.append(_resize(crop, (spec.size, spec.size), spec.method, antialias=False))
@@ -126,16 +161,16 @@ def crop_and_resize(
 
 
 def test_image(image: tf.Tensor, resize: int, size: int, method: str) -> tf.Tensor:
-    """The evaluation's view: shorter side to `resize`, then the centre `size` x `size`.
+    """The evaluation view: the shorter side resized to `resize`, then a centre crop.
 
     Args:
         image: `[H, W, 3]` uint8, or a batch `[B, H, W, 3]`.
         resize, size: pixels; `resize` is at least `size`.
-        method: of resizing, here with antialiasing, since nothing else smooths a large image.
+        method: of resizing; with antialiasing, because nothing else smooths a large image.
 
     Returns:
-        `[size, size, 3]` uint8, or a batch of them; an image that has the size already is left as
-        it is.
+        `[size, size, 3]` uint8, or a batch of them. An image whose shorter side is already `resize`
+        is only cropped.
     """
     shape = tf.shape(image)[-3:-1]
     shorter = tf.reduce_min(shape)

@@ -1,4 +1,4 @@
-"""What a run reads: the splits that its config names, and batches of them."""
+"""The data of a run: the splits named in its config, and batches of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from selfsup_jax.data import crops, pipeline, sources
+from selfsup_jax.data import augment, crops, pipeline, sources
 from selfsup_jax.devices import hosts, parallel
 
 
@@ -17,18 +17,18 @@ class Data(NamedTuple):
     """The splits of a run."""
 
     train: sources.Source
-    test: sources.Source | None  # None where there is nothing to probe
+    test: sources.Source | None  # None if there are no probes
     undecodable: pipeline.Undecodable
 
 
 def load_data(config: ConfigDict) -> Data:
-    """The training split and, where there are labels, the held-out one; fills in empty splits."""
+    """Loads the training split and, if it has labels, the test split; fills in empty names."""
     data = config.data
     chosen = not data.train_split
     fill_in_splits(data)
     train = load_split(data, data.train_split, "data.train_split")
     if chosen and not train.num_classes and data.train_split == "train[:90%]":
-        # Without labels there is nothing to hold images out for.
+        # Without labels there are no probes, so no images need to be held out.
         data.train_split, data.test_split = "train", "train[:0]"
         train = load_split(data, "train", "data.train_split")
     test = None
@@ -42,9 +42,9 @@ def load_data(config: ConfigDict) -> Data:
 
 
 def fill_in_splits(data: ConfigDict) -> None:
-    """Names the splits that a `data` section leaves empty; prepares the data set if it may."""
+    """Fills in the empty split names of a `data` section; prepares the data set if `download`."""
     if data.download and not hosts.is_writer():
-        hosts.wait_for_all("prepared")  # one host prepares, the others find it done
+        hosts.wait_for_all("prepared")  # one host prepares the data, the others wait
     try:
         if data.download or not (data.train_split and data.test_split):
             train_split, test_split = sources.choose_splits(data.name, data.dir, data.download)
@@ -69,25 +69,20 @@ def load_split(
     return sources.load(data.name, data.dir, split, field, **options)
 
 
-def train_batches(
-    config: ConfigDict, data: Data, first_step: int, num_views: int = 2
-) -> Iterator[pipeline.HostBatch]:
-    """This host's part of each global batch from `first_step` on, without end."""
-    spec = crops.CropSpec(
-        config.data.image_size,
-        tuple(config.data.crop_area),
-        tuple(config.data.crop_aspect),
-        config.data.resize_method,
-    )
+def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[pipeline.HostBatch]:
+    """This host's part of each global batch, from `first_step` on, endlessly."""
+    specs: list[crops.CropSpec] = []
+    for _, group in augment.groups_of(config.views):
+        crop = (group.size, tuple(group.area), tuple(group.aspect), config.data.resize_method)
+        specs += [crops.CropSpec(*crop)] * group.count
     return pipeline.train_batches(
         data.train,
-        spec,
+        specs,
         seed=config.seed,
         batch_size=config.batch_size,
         positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
         first_step=first_step,
         undecodable=data.undecodable,
-        num_views=num_views,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
@@ -96,13 +91,13 @@ def train_batches(
 def eval_batches(
     data: ConfigDict, source: sources.Source, batch_size: int, limit: int | None = None
 ) -> Callable[[], Iterable[pipeline.HostBatch]]:
-    """Each call gives this host's part of a split's test images once, at most `limit` in all.
+    """Returns a function; each call iterates once over this host's part of a split's images.
 
     Args:
         data: the config's `data` section.
         source: a split.
-        batch_size: images at a time, of this host.
-        limit: of more images an evenly spread part is read; None for all.
+        batch_size: of this host.
+        limit: see `pipeline.eval_batches`; None for all images.
     """
     undecodable = pipeline.Undecodable(source.num_examples, data.max_undecodable)
     return lambda: pipeline.eval_batches(

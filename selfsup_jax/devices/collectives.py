@@ -1,7 +1,7 @@
-"""Inside a mapped step: what the devices tell each other, and how a batch is cut up among them.
+"""Collectives used inside a training step, and how a batch is divided among the devices.
 
-Everything here takes the mapped axis' name, or None under plain `jax.jit`, where the one device
-holds the whole global batch and nothing is sent.
+The functions take the name of the mapped axis, or None under plain `jax.jit`, where one device has
+the whole global batch and nothing is sent.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
-    """How the rows that a device holds are cut into views and batch-norm groups.
+    """How the rows of a device are divided into views and batch-norm groups.
 
     Attributes:
         num_views: views stacked along the batch axis, each normalised by its own statistics.
         groups: batch-norm groups (or parts of one) of each view on this device.
         axis_name: the mapped axis, or None on a single device without pmap.
-        index_groups: the devices that share one group, where that is not all of them.
+        index_groups: the devices that share each group; None if all devices share one.
     """
 
     num_views: int = 1
@@ -33,7 +33,7 @@ class BatchLayout:
 
     @property
     def sharing(self) -> int:
-        """How many devices share one batch-norm group."""
+        """The number of devices that share one batch-norm group."""
         if self.axis_name is None:
             return 1
         return len(self.index_groups[0]) if self.index_groups else lax.axis_size(self.axis_name)
@@ -46,19 +46,19 @@ class BatchLayout:
 
 
 def num_devices(axis_name: str | None) -> int:
-    """How many devices share the global batch."""
+    """The number of devices that share the global batch."""
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
 def groups_of_microbatch(bn_groups: int, accumulate_steps: int) -> int:
-    """Batch-norm groups of each microbatch, where the global batch has `bn_groups`."""
+    """Batch-norm groups of each microbatch, if the global batch has `bn_groups`."""
     return max(1, bn_groups // max(1, accumulate_steps))
 
 
 def batch_layout(bn_groups: int, num_views: int, axis_name: str | None) -> BatchLayout:
     """The layout of `bn_groups` groups of each view's global batch over the mapped devices.
 
-    With fewer devices than groups a device holds several whole groups; with more, a group spans
+    With fewer devices than groups, a device holds several whole groups; with more, a group spans
     neighbouring devices.
     """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
@@ -70,7 +70,7 @@ def batch_layout(bn_groups: int, num_views: int, axis_name: str | None) -> Batch
 
 
 def mean(tree: Any, axis_name: str | None) -> Any:
-    """The mean over all devices; the tree itself where there is no mapped axis."""
+    """The mean over all devices; the tree itself if there is no mapped axis."""
     return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
@@ -101,32 +101,32 @@ def accumulate(
     return carry, jax.tree.map(lambda x: x / microbatches, total), rows
 
 
-# ------------------------------------------------------- rows that come from other devices
+# --------------------------------------------------------------- rows from other devices
 
 
 def gather(tree: Any, axis_name: str | None, axis: int = 0) -> Any:
-    """`[b, ...]` of every device to the `[B, ...]` of the global batch, in its order.
+    """Gathers `[b, ...]` of every device to `[B, ...]`, in the order of the global batch.
 
-    `axis` is the batch's, where other axes come before it. The gradient of a loss that is averaged
-    over devices flows back to the rows' own devices.
+    `axis` is the batch axis. The gradient of a loss that is averaged over devices flows back to
+    the devices that the rows come from.
     """
     if axis_name is None:
         return tree
     return jax.tree.map(lambda x: lax.all_gather(x, axis_name, axis=axis, tiled=True), tree)
 
 
-def first_row(rows: int, axis_name: str | None) -> jax.Array | int:
-    """Where this device's `rows` rows begin among those of `gather`."""
+def batch_offset(rows: int, axis_name: str | None) -> jax.Array | int:
+    """The index of the first of this device's `rows` rows in the result of `gather`."""
     return 0 if axis_name is None else lax.axis_index(axis_name) * rows
 
 
-def deal(x: jax.Array, order: jax.Array, axis_name: str | None) -> jax.Array:
-    """Deals a batch out to groups: each cell of G rows gives one row to each of the G groups.
+def batch_shuffle(x: jax.Array, order: jax.Array, axis_name: str | None) -> jax.Array:
+    """Spreads each block of G rows over the G batch-norm groups: MoCo's batch shuffling.
 
-    Row `order[i, g]` of this device's cell i goes to group g. Devices keep as many rows as they
-    had, and the rows of a group lie together, as `batch_layout` expects: with fewer devices than
-    groups a device holds several groups, with more a group spans neighbouring devices. Each
-    device sends and receives no more than the rows that it holds, however many devices there are.
+    Row `order[i, g]` of this device's block i goes to group g. The number of rows per device stays
+    the same, and the rows of a group are contiguous, as `batch_layout` expects: with fewer devices
+    than groups, a device holds several groups; with more, a group spans neighbouring devices. A
+    device never sends or receives more rows than it holds, for any number of devices.
 
     Args:
         x: `[b, ...]`, this device's part of the global batch; b a multiple of G.
@@ -134,35 +134,35 @@ def deal(x: jax.Array, order: jax.Array, axis_name: str | None) -> jax.Array:
         axis_name: the mapped axis, or None.
 
     Returns:
-        `[b, ...]`, rows of this device's groups. `collect` undoes it.
+        `[b, ...]`, rows of this device's groups. `batch_unshuffle` undoes it.
     """
-    cells = x.reshape(*order.shape, *x.shape[1:])
-    cells = jax.vmap(lambda cell, places: cell[places])(cells, order)  # [b / G, G, ...]
-    hands = jnp.swapaxes(cells, 0, 1)  # [G, b / G, ...]: what each group gets from here
-    return _exchange(hands, axis_name, split=0, join=1).reshape(x.shape)
+    blocks = x.reshape(*order.shape, *x.shape[1:])
+    blocks = jax.vmap(lambda block, index: block[index])(blocks, order)  # [b / G, G, ...]
+    chunks = jnp.swapaxes(blocks, 0, 1)  # [G, b / G, ...]: this device's rows for each group
+    return _exchange(chunks, axis_name, split=0, join=1).reshape(x.shape)
 
 
-def collect(x: jax.Array, order: jax.Array, axis_name: str | None) -> jax.Array:
-    """Puts the rows that `deal` gave out back in their places: `[b, ...]` to `[b, ...]`."""
+def batch_unshuffle(x: jax.Array, order: jax.Array, axis_name: str | None) -> jax.Array:
+    """Puts the rows of `batch_shuffle` back in order: `[b, ...]` to `[b, ...]`."""
     groups = order.shape[1]
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    here = max(1, groups // devices)  # groups (or one part of a group) on this device
-    hands = _exchange(x.reshape(here, -1, *x.shape[1:]), axis_name, split=1, join=0, parts=groups)
-    back = jnp.argsort(order, axis=1)
-    rows = jax.vmap(lambda cell, places: cell[places])(jnp.swapaxes(hands, 0, 1), back)
+    local = max(1, groups // devices)  # groups (or one part of a group) on this device
+    chunks = _exchange(x.reshape(local, -1, *x.shape[1:]), axis_name, split=1, join=0, parts=groups)
+    inverse = jnp.argsort(order, axis=1)
+    rows = jax.vmap(lambda block, index: block[index])(jnp.swapaxes(chunks, 0, 1), inverse)
     return rows.reshape(x.shape)
 
 
 def _exchange(
     x: jax.Array, axis_name: str | None, *, split: int, join: int, parts: int | None = None
 ) -> jax.Array:
-    """All-to-all among devices, one of each group where there are more devices than groups."""
+    """All-to-all among all devices, or among one device of each group if devices share a group."""
     if axis_name is None:
         return x
     devices = lax.axis_size(axis_name)
     groups = parts or x.shape[split]
     span = max(1, devices // groups)  # devices that share a group
-    # With a span, part m of every group talks to the parts m of the others.
+    # If devices share a group, the m-th device of each group exchanges with those of the others.
     index_groups = [[g * span + m for g in range(groups)] for m in range(span)]
     return lax.all_to_all(
         x, axis_name, split, join, axis_index_groups=index_groups if span > 1 else None, tiled=True

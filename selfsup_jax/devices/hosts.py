@@ -1,4 +1,4 @@
-"""The hosts of a job: which of them writes, where they wait for each other, what they exchange."""
+"""The hosts of a job: which host writes, waiting for each other, gathering arrays."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def is_writer() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Blocks until every host has come to this point."""
+    """Blocks until every host has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def reached_preemption(step: int) -> bool:
-    """True where a host of the job was told to stop (SIGTERM): at the same step on every host.
+    """True if a host of the job received SIGTERM: at the same step on every host.
 
-    All hosts must ask at each step. `jax.distributed` takes the signal; alone, it is not there.
+    All hosts must call it at each step. With one host it is always False.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 

@@ -1,10 +1,10 @@
-"""Devices and hosts: the only file that knows pmap, the axis name and replication.
+"""Devices and hosts: the only file that uses pmap, the axis name and replication.
 
-What the devices tell each other inside a step is in `collectives.py`.
+The collectives inside a training step are in `collectives.py`.
 
-A *global batch* of B examples is spread over all devices of all hosts. Everything random about an
-example is keyed by its index in the global batch, and batch-norm groups are cut out of the global
-batch, so that the number of devices is a matter of speed and memory and not of mathematics.
+A *global batch* of B examples is divided among all devices of all hosts. The random draws of an
+example are keyed by its index in the global batch, and batch-norm groups are parts of the global
+batch. So the number of devices changes speed and memory, but not the mathematics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_batch(batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
     """Checks that the global batch divides over devices, microbatches and batch-norm groups.
 
     Raises:
-        UserError: naming the field, and what would be valid.
+        UserError: it does not; the message has the field and what would be valid.
     """
     devices = jax.device_count()
     unit = devices * accumulate_steps
@@ -62,8 +62,8 @@ def check_batch(batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
 def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
     """The indices in the global batch that this host's devices work on, in device order.
 
-    Microbatch j is block j of the global batch, and every device takes its part of every
-    microbatch; so a microbatch is the same set of examples on any number of devices.
+    Microbatch j is block j of the global batch, and every device gets a part of every microbatch.
+    So a microbatch has the same examples on any number of devices.
 
     Returns:
         `[batch_size / hosts]` int32.
@@ -71,7 +71,7 @@ def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
     devices = jax.device_count()
     index = np.arange(batch_size, dtype=np.int32).reshape(accumulate_steps, devices, -1)
     per_device = index.transpose(1, 0, 2).reshape(devices, -1)
-    # pmap's axis runs over the hosts in turn, whatever order the devices are numbered in.
+    # pmap's axis is ordered by host, even if the devices are numbered differently.
     axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
     mine = [i for i, d in enumerate(axis) if d.process_index == jax.process_index()]
     return per_device[mine].reshape(-1)
@@ -87,18 +87,18 @@ def shard(batch: Any) -> Any:
 
 
 def replicate(make: Callable[..., Any], *args: Any) -> Any:
-    """Runs `make(*args)` on every device: the result, replicated, has a leading device axis.
+    """Runs `make(*args)` on every device; the replicated result has a leading device axis.
 
-    Making a state in place costs no transfer; `replicate(lambda s: s, state)` copies one.
+    Making a state on the devices needs no transfer; `replicate(lambda s: s, state)` copies one.
     """
-    each = jax.pmap(lambda _, args: make(*args), axis_name=AXIS_NAME, in_axes=(0, None))
-    return each(np.zeros(jax.local_device_count(), np.float32), args)
+    mapped = jax.pmap(lambda _, args: make(*args), axis_name=AXIS_NAME, in_axes=(0, None))
+    return mapped(np.zeros(jax.local_device_count(), np.float32), args)
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first local device's copy of a replicated tree, on the host: arrays of their own.
+    """Copies the first local device's part of a replicated tree to the host.
 
-    Reads the shard in place, since `x[0]` on such an array would gather it first, and starts all
+    Reads the shard directly, because `x[0]` on such an array would gather it first, and starts all
     transfers before it waits for one. The copies stay valid when the tree is donated.
     """
     shards = local_copy(tree)
@@ -107,16 +107,16 @@ def unreplicate(tree: Any) -> Any:
 
 
 def local_copy(tree: Any) -> Any:
-    """The first local device's copy of a replicated tree, there, with a leading axis of 1."""
+    """The first local device's part of a replicated tree, on the device; leading axis of 1."""
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
 
 def gather_rows(tree: Any, index: np.ndarray) -> Any:
-    """`[devices, V, b, ...]` outputs of a step to the rows of the global batch, `[V, B, ...]`.
+    """Gathers a step's outputs `[devices, V, b, ...]` to `[V, B, ...]` of the global batch.
 
     Args:
         tree: a step's outputs.
-        index: `[host batch]`, the places in the global batch of the rows that this host gave in.
+        index: `[host batch]`, the positions of this host's rows in the global batch.
 
     Returns:
         Host arrays, in the order of the global batch, the same on every host.
@@ -134,10 +134,10 @@ def gather_rows(tree: Any, index: np.ndarray) -> Any:
 
 
 def use_engine(name: str) -> None:
-    """Chooses what training steps are mapped with from now on, of `ENGINES`.
+    """Sets how training steps are mapped over devices from now on: one of `ENGINES`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no such engine.
     """
     global _engine
     if name not in ENGINES:
@@ -148,30 +148,30 @@ def use_engine(name: str) -> None:
 def step_over_devices(
     train_step: Callable[..., Any], engine: str | None = None
 ) -> Callable[..., Any]:
-    """`train_step(state, batch, axis_name=...)` over all devices, its state donated.
+    """Maps `train_step(state, batch, axis_name=...)` over all devices; the state is donated.
 
     Args:
-        train_step: of one device's state and part of the batch.
-        engine: of `ENGINES`; None for the one that `use_engine` chose.
+        train_step: a function of one device's state and part of the batch.
+        engine: one of `ENGINES`; None for the one set by `use_engine`.
 
     Returns:
-        A function of a replicated state and a batch from `shard`, both with a leading device axis,
-        as its results have.
+        A function of a replicated state and a batch from `shard`. Its arguments and results have a
+        leading device axis.
     """
     step = functools.partial(train_step, axis_name=AXIS_NAME)
     if (engine or _engine) == "pmap":
         return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,))
 
-    def on_each(state: Any, batch: Any) -> Any:
+    def on_device(state: Any, batch: Any) -> Any:
         result = step(*jax.tree.map(lambda x: x[0], (state, batch)))
         return jax.tree.map(lambda x: x[None], result)
 
     axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
     mesh = jax.sharding.Mesh(np.array(axis), (AXIS_NAME,))
     spec = jax.sharding.PartitionSpec(AXIS_NAME)
-    # The step says itself what is equal on all devices; with check_vma's default a gradient by
-    # replicated parameters would be summed over the devices before the step takes its mean.
-    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    # The step takes its own means over devices. With check_vma's default, JAX would also sum the
+    # gradient of replicated parameters over the devices before that.
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     compiled = jax.jit(mapped, donate_argnums=(0,))
     sharding = jax.sharding.NamedSharding(mesh, spec)
 
@@ -189,14 +189,14 @@ def pmap_over_local(
 ) -> Callable[[Any], Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]]:
     """Maps `fn(shared, rows)` over this host's devices: `bind(shared)` maps a stream of rows.
 
-    `shared` is sent to the devices once, when it is bound. The rows, `[rows, ...]` host arrays, are
-    padded with copies of the last to a multiple of the devices and to the size of the largest call
-    so far, so that one trace serves a whole data set, its shorter last batch included. While the
-    devices work on one item the next is fetched.
+    `bind` sends `shared` to the devices once. Each host array `[rows, ...]` is padded with copies
+    of its last row to a multiple of the devices and to the size of the largest array so far, so
+    that one trace is enough for a whole data set with a smaller last batch. While the devices work
+    on one array, the next one is read.
     """
     devices = jax.local_devices()
     mapped = jax.pmap(fn, devices=devices)
-    place = jax.pmap(lambda _, shared: shared, in_axes=(0, None), devices=devices)
+    to_devices = jax.pmap(lambda _, shared: shared, in_axes=(0, None), devices=devices)
     padded_rows = 0
 
     def begin(shared: Any, rows: np.ndarray) -> tuple[jax.Array, int]:
@@ -220,55 +220,55 @@ def pmap_over_local(
             yield finish(*waiting.popleft())
 
     def bind(shared: Any) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-        return functools.partial(stream, place(np.zeros(len(devices), np.float32), shared))
+        return functools.partial(stream, to_devices(np.zeros(len(devices), np.float32), shared))
 
     return bind
 
 
 class RowsPart(NamedTuple):
-    """A device's part of a table, cut into blocks.
+    """A device's part of a table, divided into blocks.
 
     Attributes:
         rows: `[blocks, c, ...]`.
-        numbers: `[blocks, c]` int32, the rows' places in the table; -1 for what only fills up.
+        indices: `[blocks, c]` int32, the rows' indices in the table; -1 for padding.
     """
 
     rows: Any
-    numbers: Any
+    indices: Any
 
 
-def spread_rows(table: np.ndarray, block: int) -> RowsPart:
-    """Cuts a table `[N, ...]` up among this host's devices, in blocks of at most `block` rows.
+def shard_rows(table: np.ndarray, block: int) -> RowsPart:
+    """Divides a table `[N, ...]` among this host's devices, in blocks of at most `block` rows.
 
     Returns:
-        Its parts with a leading device axis, each on its device.
+        The parts, each on its device, with a leading device axis.
     """
     devices = jax.local_devices()
-    each = -(-len(table) // len(devices))
-    block = min(block, each)
-    blocks = -(-each // block)
+    device_rows = -(-len(table) // len(devices))
+    block = min(block, device_rows)
+    blocks = -(-device_rows // block)
     padding = blocks * block * len(devices) - len(table)
     shape = (len(devices), blocks, block)
     rows = np.pad(table, [(0, padding)] + [(0, 0)] * (table.ndim - 1))
-    numbers = np.pad(np.arange(len(table), dtype=np.int32), (0, padding), constant_values=-1)
-    part = RowsPart(rows.reshape(*shape, *table.shape[1:]), numbers.reshape(shape))
-    return _placed()(part)
+    indices = np.pad(np.arange(len(table), dtype=np.int32), (0, padding), constant_values=-1)
+    part = RowsPart(rows.reshape(*shape, *table.shape[1:]), indices.reshape(shape))
+    return _to_devices()(part)
 
 
-@functools.cache  # so that tables of one shape are compiled for once
-def _placed() -> Callable[..., Any]:
+@functools.cache  # one compilation for all tables of the same shape
+def _to_devices() -> Callable[..., Any]:
     return jax.pmap(lambda x: x, devices=jax.local_devices())
 
 
 def pmap_parts(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps `fn(part, shared)` over this host's devices, each with its part of `spread_rows`."""
+    """Maps `fn(part, shared)` over this host's devices, each with its part of `shard_rows`."""
     return jax.pmap(fn, in_axes=(0, None), devices=jax.local_devices())
 
 
 def pmap_reduce(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps `fn(parts, shared, axis_name)` over this host's devices; the first's result.
+    """Maps `fn(parts, shared, axis_name)` over this host's devices; returns the first result.
 
-    `fn` makes its results equal on all devices by means over the axis.
+    `fn` must take means over the axis, so that its results are equal on all devices.
     """
     devices = jax.local_devices()
     mapped = jax.pmap(

@@ -1,4 +1,4 @@
-"""How this process joins its job and uses its machine: hosts, devices, memory, compiled code."""
+"""Set-up of the process: joining other hosts, devices, memory, compiled code, profiling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the other hosts of the job: from the arguments, else from the environment, else alone.
+    """Joins the other hosts of the job, given by the arguments or the environment, if any.
 
     On TPU pods, under Slurm or Open MPI, and where `JAX_COORDINATOR_ADDRESS` is set,
     `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
@@ -44,7 +44,7 @@ def start(
     elif _environment_has_a_cluster():
         jax.distributed.initialize()
     elif _on_a_tpu_vm():
-        with contextlib.suppress(ValueError):  # a TPU machine that is no part of a pod
+        with contextlib.suppress(ValueError):  # a TPU machine outside a pod
             jax.distributed.initialize()
 
 
@@ -65,7 +65,7 @@ def _environment_has_a_cluster() -> bool:
 
 
 def _on_a_tpu_vm() -> bool:
-    """A TPU VM has the chips and libtpu; its metadata names the other hosts."""
+    """True on a TPU VM: it has the chips and libtpu, and its metadata names the other hosts."""
     has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
     if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
         return False
@@ -77,12 +77,11 @@ def _on_a_tpu_vm() -> bool:
 
 
 def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
-    """Makes the CPU `count` devices; must be called before any device is used.
+    """Divides the CPU into `count` devices; must be called before any device is used.
 
-    XLA runs much of a step on one thread per device, so that two devices on two cores finish it
-    a fifth sooner than one. With `count` 0: two where there are two cores and the global batch
-    divides, else one. Accelerators, jobs of many hosts and an explicit `XLA_FLAGS` stay as they
-    are.
+    XLA runs much of a step on one thread per device, so two devices on two cores need a fifth less
+    time than one. `count` 0 means two if there are two cores and the global batch divides, else
+    one. Nothing changes for accelerators, jobs of many hosts and an explicit `XLA_FLAGS`.
     """
     explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if explicit or jax.distributed.is_initialized():
@@ -91,31 +90,31 @@ def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_group
         raise UserError(f"--cpu_devices={count}: must not be negative")
     if not count:
         groups = groups_of_microbatch(bn_groups, accumulate_steps)
-        unit = 2 * max(1, accumulate_steps) * groups  # MoCo deals each device's part to all groups
+        unit = 2 * max(1, accumulate_steps) * groups  # MoCo divides a device's part by groups
         divides = batch_size % unit == 0 and (groups == 1 or not groups % 2)
         count = 2 if (os.cpu_count() or 1) >= 2 and divides else 1
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory rather than hand it back to the system and ask again.
+    """Makes glibc keep freed memory instead of returning it to the system.
 
-    Without it a step on the CPU takes tens of thousands of page faults for its temporaries: a fifth
-    of the demo's time. Other C libraries, and an environment that sets `MALLOC_*`, are left alone.
+    Otherwise the temporary arrays of a step on the CPU cause tens of thousands of page faults, a
+    fifth of the demo's time. Does nothing for other C libraries, or if `MALLOC_*` is set.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
         return
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-    mallopt(m_mmap_threshold, 32 * 2**20)  # the largest that glibc takes
+    mallopt(m_mmap_threshold, 32 * 2**20)  # the largest valid value
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 64 * 2**20)
 
 
 def keep_compiled(directory: str) -> None:
-    """Keeps compiled programs in `directory` from run to run (nowhere if empty).
+    """Caches compiled programs in `directory` for later runs (not at all if empty).
 
-    `JAX_COMPILATION_CACHE_DIR`, where it is set, goes before.
+    `JAX_COMPILATION_CACHE_DIR`, if it is set, takes precedence.
     """
     if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
@@ -123,17 +122,22 @@ def keep_compiled(directory: str) -> None:
 
 
 def device_memory() -> dict[str, float]:
-    """The first local device's memory in GiB, in use and at most so far; empty where it can't tell.
+    """The first local device's memory in GiB: in use, and the peak so far.
 
-    The CPU can't.
+    Empty for devices without these statistics, such as the CPU.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device_memory_gib", "peak_bytes_in_use": "device_memory_peak_gib"}
     return {name: stats[key] / 2**30 for key, name in names.items() if key in stats}
 
 
+def devices() -> dict[str, Any]:
+    """The kind and the number of the job's devices, for `results.json`."""
+    return {"device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count()}
+
+
 def profiler(workdir: str, first_step: int, num_steps: int) -> Callable[[int], Any]:
-    """To be called with each step: traces `num_steps` of them from `first_step` on; 0 for none."""
+    """A function of the step that traces `num_steps` steps from `first_step` on (0: none)."""
     if not first_step:
         return lambda step: None
     return periodic_actions.Profile(

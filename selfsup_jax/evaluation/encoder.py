@@ -1,4 +1,4 @@
-"""A frozen encoder, read from the checkpoint of a run: nobody types its architecture twice."""
+"""A frozen encoder, loaded from a run's checkpoint; its config gives the architecture."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
+from selfsup_jax.run.checkpoint import upgraded_meta
 from selfsup_jax.run.files import whole_file, write_json, writing_to
+from selfsup_jax.run.identity import upgraded_tree
 
 # The two files of an exported encoder.
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"
-_SECTIONS = ("encoder", "augment", "data")
+_SECTIONS = ("encoder", "views", "data")
 
 
-class Frozen(NamedTuple):
-    """An encoder as it was at some step.
+class FrozenEncoder(NamedTuple):
+    """An encoder at one step of a run.
 
     Attributes:
         variables: `{"params", "batch_stats"}`, host arrays, float32.
-        config: the resolved config of the run that made it.
-        path: of the checkpoint.
+        config: the resolved config of the run that trained it.
+        path: of the checkpoint or of the exported encoder.
         run: the run's workdir; None for an exported encoder.
         step: of the checkpoint.
     """
@@ -44,12 +46,12 @@ class Frozen(NamedTuple):
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation per channel that its images were normalised by."""
-        return tuple(self.config["augment"]["mean"]), tuple(self.config["augment"]["std"])
+        """Mean and deviation per channel, with which its images are normalised."""
+        return tuple(self.config["views"]["mean"]), tuple(self.config["views"]["std"])
 
     @property
     def about(self) -> dict[str, Any]:
-        """Where it comes from, for `config.json` and `results.json`."""
+        """The origin of the encoder, for `config.json` and `results.json`."""
         return {
             "checkpoint": self.path,
             "run": self.run,
@@ -59,28 +61,28 @@ class Frozen(NamedTuple):
         }
 
 
-# ---------------------------------------------------------------------------- finding it
+# ------------------------------------------------------------------------------- finding
 
 
 def checkpoint_steps(run: str) -> list[int]:
-    """The steps of a run's whole checkpoints, in order; one that is being written isn't there."""
+    """The sorted steps of a run's complete checkpoints, without one that is being written."""
     folder = os.path.join(run, "checkpoints")
     return sorted(ocp.utils.checkpoint_steps(folder)) if os.path.isdir(folder) else []
 
 
 def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
-    """What a config's `checkpoint` means: (run or exported encoder, step).
+    """Resolves a config's `checkpoint` to (run or exported encoder, step).
 
     Args:
         path: a run's workdir; one of its checkpoints (`WORKDIR/checkpoints/1000`); or a folder
             that `export` wrote.
-        step: of a workdir, instead of its newest.
+        step: the step to take from a workdir; None for the newest.
 
     Returns:
         The folder's absolute path, and the step; None for an exported encoder.
 
     Raises:
-        UserError: there is no such thing.
+        UserError: there is no such checkpoint or exported encoder.
     """
     if not path:
         raise bad_field("checkpoint", path, "must name a run's workdir, or a checkpoint in one")
@@ -98,37 +100,38 @@ def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
     if not steps:
         raise bad_field("checkpoint", path, "holds no checkpoint of a run, nor an exported encoder")
     if step is not None and step not in steps:
-        there = ", ".join(map(str, steps))
-        raise bad_field("checkpoint", path, f"there is no checkpoint of step {step}: {there}")
+        available = ", ".join(map(str, steps))
+        raise bad_field("checkpoint", path, f"there is no checkpoint of step {step}: {available}")
     return root, steps[-1] if step is None else step
 
 
-# ---------------------------------------------------------------------------- reading it
+# ------------------------------------------------------------------------------- loading
 
 
-def load(path: str, step: int | None = None) -> Frozen:
-    """Reads an encoder; of a run's state only its part.
+def load(path: str, step: int | None = None) -> FrozenEncoder:
+    """Loads an encoder; of a run's state, only the encoder is read.
 
     Args:
         path, step: see `locate`.
 
     Raises:
-        UserError: nothing is there, it can't be read, or it is not the encoder its config says.
+        UserError: it does not exist, cannot be read, or does not match its config.
     """
     root, step = locate(path, step)
     return _load_exported(root) if step is None else _load_step(root, step)
 
 
-def _load_step(run: str, step: int) -> Frozen:
+def _load_step(run: str, step: int) -> FrozenEncoder:
     folder = os.path.join(run, "checkpoints", str(step))
     try:
         meta = ocp.JsonCheckpointHandler().restore(epath.Path(folder) / "meta")
         variables = _read_variables(epath.Path(folder) / "state")
-        config = meta["config"] | {"found": meta["found"]}
-    except Exception as e:  # whatever Orbax, TensorStore or the disk says
+        meta = upgraded_meta(meta)
+        config = upgraded_tree(meta["config"] | {"data_info": meta["data_info"]})
+    except Exception as e:  # Orbax, TensorStore and the disk raise many types
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(f"the checkpoint {folder} cannot be read: {reason[:200]}") from e
-    frozen = Frozen(variables, config, folder, run, step)
+    frozen = FrozenEncoder(variables, config, folder, run, step)
     check(frozen)
     return frozen
 
@@ -139,20 +142,20 @@ def _read_variables(state: epath.Path) -> Any:
     wanted = {k: {"encoder": tree[k]["encoder"]} for k in ("online_params", "online_stats")}
     empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
     types = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), empty)
-    # Host arrays in, host arrays out: no device layout is asked for or assumed.
+    # Reads host arrays, so that the result does not depend on any device layout.
     args = ocp.args.PyTreeRestore(item=empty, restore_args=types, partial_restore=True)
-    found = reader.restore(state, args=args)
+    restored = reader.restore(state, args=args)
     return {
-        "params": found["online_params"]["encoder"],
-        "batch_stats": found["online_stats"]["encoder"],
+        "params": restored["online_params"]["encoder"],
+        "batch_stats": restored["online_stats"]["encoder"],
     }
 
 
-def check(frozen: Frozen) -> None:
-    """Checks that the variables are those of the architecture that the config tells.
+def check(frozen: FrozenEncoder) -> None:
+    """Checks that the variables match the architecture in the config.
 
     Raises:
-        UserError: naming the first that differs.
+        UserError: the config is unusable, or a shape differs; names the first such variable.
     """
     for section in _SECTIONS:
         if section not in frozen.config:
@@ -161,23 +164,23 @@ def check(frozen: Frozen) -> None:
         expected = jax.eval_shape(lambda: untrained(frozen.config, seed=0))
     except (TypeError, KeyError, ValueError) as e:
         raise UserError(f"{frozen.path}: no such architecture here: {e}") from e
-    shapes, found = (
+    expected_shapes, actual = (
         {k: tuple(np.shape(v)) for k, v in flatten_dict(tree, sep="/").items()}
         for tree in (expected, frozen.variables)
     )
-    for name in sorted(shapes.keys() | found.keys()):
-        if shapes.get(name) != found.get(name):
+    for name in sorted(expected_shapes.keys() | actual.keys()):
+        if expected_shapes.get(name) != actual.get(name):
             raise UserError(
                 f"{frozen.path}: is not the encoder that its config tells: {name} has the shape "
-                f"{found.get(name, 'nothing')}, expected {shapes.get(name, 'nothing')}"
+                f"{actual.get(name, 'nothing')}, expected {expected_shapes.get(name, 'nothing')}"
             )
 
 
-# ---------------------------------------------------------------------------- using it
+# ------------------------------------------------------------------------------- using
 
 
 def module(config: dict[str, Any], compute_dtype: str = "") -> nn.Module:
-    """The network of a run's config; `compute_dtype` replaces the run's."""
+    """The network of a run's config; a given `compute_dtype` replaces the run's."""
     dtype = jnp.dtype(compute_dtype or config.get("compute_dtype", "float32"))
     return make_encoder(config["encoder"], dtype)
 
@@ -188,42 +191,42 @@ def represent(config: dict[str, Any], compute_dtype: str = "") -> Callable[[Any,
 
 
 def untrained(config: dict[str, Any], seed: int) -> Any:
-    """Variables of an encoder of that architecture that has seen nothing, drawn from the seed."""
+    """Random initial variables of an encoder with this architecture, drawn from the seed."""
     size = config["data"]["image_size"]
     images = jnp.zeros((1, size, size, 3))
     variables = jax.jit(module(config, "float32").init)(jax.random.PRNGKey(seed), images)
     return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
 
 
-# ----------------------------------------------------------------------- carrying it away
+# ------------------------------------------------------------------------------- exporting
 
 
-def export(frozen: Frozen, folder: str) -> None:
-    """Writes an encoder alone: `encoder.json` (config, origin) and `encoder.npz` (its arrays).
+def export(frozen: FrozenEncoder, folder: str) -> None:
+    """Writes only an encoder: `encoder.json` (config, step) and `encoder.npz` (its arrays).
 
-    Arrays have names such as `params/stem/kernel`. `load` reads the folder as it does a run.
+    Arrays have names such as `params/stem/kernel`. `load` reads the folder like a run.
 
     Raises:
-        UserError: the folder can't be written to.
+        UserError: the folder cannot be written to.
     """
     arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
-    keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "found")
+    keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "data_info")
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
     with writing_to(folder):
         os.makedirs(folder, exist_ok=True)
         with whole_file(os.path.join(folder, VARIABLES), "wb") as f:
             np.savez(f, **arrays)  # type: ignore[arg-type]
-        write_json(os.path.join(folder, ABOUT), about)  # last: it says that all is there
+        write_json(os.path.join(folder, ABOUT), about)  # last: marks the export as complete
 
 
-def _load_exported(folder: str) -> Frozen:
+def _load_exported(folder: str) -> FrozenEncoder:
     try:
         with open(os.path.join(folder, ABOUT)) as f:
             about = json.load(f)
         with np.load(os.path.join(folder, VARIABLES), allow_pickle=False) as arrays:
             variables = unflatten_dict({k: arrays[k] for k in arrays.files}, sep="/")
-        config = dict(about["config"])
-        frozen = Frozen(variables, config, folder, None, int(about.get("step") or 0))
+        config = upgraded_tree(about["config"])
+        frozen = FrozenEncoder(variables, config, folder, None, int(about.get("step") or 0))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise UserError(f"the exported encoder {folder} cannot be read: {e}") from e
     check(frozen)

@@ -1,4 +1,4 @@
-"""Features of a split: the frozen encoder on unaugmented images, every image once."""
+"""Features of a split: the frozen encoder applied once to each image, without augmentation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Features(NamedTuple):
     """Rows in the order of the split, over all hosts."""
 
     x: np.ndarray  # [N, D] float32
-    labels: np.ndarray  # [N] int32, -1 without labels; [N, classes] where there may be several
+    labels: np.ndarray  # [N] int32, -1 without labels; [N, classes] if there can be several
 
 
 class Extractor:
-    """From images to features, on all of this host's devices; compiled once for many encoders.
+    """Computes features on all of this host's devices; compiled once for many encoders.
 
     Args:
         represent: `(variables, images [B, H, W, 3] float32) -> [B, D] float32`.
-        mean, std: per channel, as in training.
+        mean, std: per channel, those of the training.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Extractor:
     def stream(
         self, variables: Any, batches: Iterable[HostBatch]
     ) -> Iterator[tuple[np.ndarray, HostBatch]]:
-        """This host's batches of `inputs.eval_batches`, each behind its features `[b, D]`."""
+        """Yields (features `[b, D]`, batch without its images) of `inputs.eval_batches`."""
         waiting: collections.deque[HostBatch] = collections.deque()
 
         def images() -> Iterator[np.ndarray]:
@@ -58,10 +58,10 @@ class Extractor:
             yield x, waiting.popleft()
 
     def __call__(self, variables: Any, batches: Iterable[HostBatch]) -> Features:
-        """All hosts' features of an encoder with these variables (`{"params", "batch_stats"}`).
+        """All hosts' features, from an encoder with these variables (`{"params", "batch_stats"}`).
 
         Raises:
-            UserError: there are none.
+            UserError: there are no images.
         """
         parts = [(x, batch["label"]) for x, batch in self.stream(variables, batches)]
         if not parts:
@@ -71,7 +71,7 @@ class Extractor:
 
 
 def pixels(batches: Iterable[HostBatch]) -> Features:
-    """The images themselves as features, in [0, 1]: what an encoder has to beat."""
+    """The pixels as features, in [0, 1]: a baseline that an encoder must exceed."""
     parts = [(b["image"].reshape(len(b["image"]), -1), b["label"]) for b in batches]
     x = np.concatenate([x for x, _ in parts]).astype(np.float32) / 255.0
     labels = np.concatenate([labels for _, labels in parts]).astype(np.int32)

@@ -1,9 +1,9 @@
-"""Logistic regression of frozen features at many L2 strengths at once, in one vmapped solve.
+"""Logistic regression on frozen features, for many L2 strengths at once in one vmapped solve.
 
-The objective is scikit-learn's: `C * sum of losses + |W|^2 / 2`, the intercept free. All strengths
-share each pass over the features, which are spread over this host's devices; L-BFGS runs in
-coordinates in which an upper bound of the Hessian is the identity (Boehning 1992), so that some
-tens of passes do whatever the strength.
+The objective is scikit-learn's: `C * sum of losses + |W|^2 / 2`; the intercept is not penalised.
+All strengths share each pass over the features, which are sharded over this host's devices. L-BFGS
+runs in coordinates in which an upper bound of the Hessian is the identity (Boehning 1992), so that
+a few tens of passes are enough for every strength.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from jax import lax
 from selfsup_jax.devices import collectives, parallel
 from selfsup_jax.evaluation.features import Features
 
-_BLOCK = 4096  # rows whose logits are held at once
-_HISTORY = 10  # of L-BFGS
+_BLOCK = 4096  # rows whose logits are in memory at once
+_HISTORY = 10  # updates that L-BFGS keeps
 
 
 class Heads(NamedTuple):
-    """Linear classifiers of raw features, one for each strength.
+    """Linear classifiers on raw features, one for each strength.
 
     Attributes:
         kernel: `[S, D, C]` float32.
         bias: `[S, C]` float32.
-        inverse_penalties: `[S]`, scikit-learn's C.
-        iterations: `[S]`, of L-BFGS; fewer than allowed where it has converged.
+        C: `[S]`, scikit-learn's C.
+        iterations: `[S]`, of L-BFGS; fewer than the maximum if it converged.
     """
 
     kernel: np.ndarray
     bias: np.ndarray
-    inverse_penalties: tuple[float, ...]
+    C: tuple[float, ...]
     iterations: np.ndarray
 
     def logits(self, x: np.ndarray) -> np.ndarray:
@@ -48,7 +48,7 @@ class Heads(NamedTuple):
 def fit(
     features: Features,
     num_classes: int,
-    inverse_penalties: Sequence[float],
+    C: Sequence[float],
     *,
     weights: np.ndarray | None = None,
     standardize: bool = True,
@@ -56,38 +56,38 @@ def fit(
     tolerance: float = 1e-4,
     memory_gib: float = 4.0,
 ) -> Heads:
-    """Fits a head for each strength.
+    """Fits one head for each strength.
 
     Args:
-        features: `x` `[N, D]`; labels `[N]`, or `[N, C]` zeros and ones where an image may be of
-            several classes: then each class is a problem of its own.
-        num_classes: C.
-        inverse_penalties: scikit-learn's C of each, above 0.
-        weights: `[N]`, of each row's loss; a row of weight 0 takes no part. None: all 1.
-        standardize: features to zero mean and unit deviation first, over the rows that take part.
-        max_iterations: of L-BFGS.
-        tolerance: the largest slope, in its own coordinates, at which a fit is done.
-        memory_gib: for L-BFGS; more strengths than it holds are taken in turn.
+        features: `x` `[N, D]`; labels `[N]`, or `[N, C]` zeros and ones if an image can have
+            several classes: then each class is a separate binary problem.
+        num_classes: the number of classes, C in the shapes.
+        C: scikit-learn's C of each strength, above 0.
+        weights: `[N]`, the weight of each row's loss; rows of weight 0 are ignored. None: all 1.
+        standardize: first scale the features to zero mean and unit deviation over the used rows.
+        max_iterations: the maximum for L-BFGS.
+        tolerance: a fit stops when no gradient entry, in the solver's basis, is larger than this.
+        memory_gib: memory for L-BFGS; strengths that do not fit together are solved in groups.
     """
     weights = np.ones(len(features.x), np.float32) if weights is None else weights
     mean, scale = _moments(features.x, weights, standardize)
     table = {"x": features.x, "y": features.labels, "weight": weights.astype(np.float32)}
-    # Padding rows weigh nothing.
-    parts = jax.tree.map(lambda column: parallel.spread_rows(column, _BLOCK).rows, table)
+    # Padding rows have weight 0.
+    parts = jax.tree.map(lambda column: parallel.shard_rows(column, _BLOCK).rows, table)
     basis, curvature = _basis_of_parts()(parts, (mean, scale))
     solve = _solver(num_classes, max_iterations, tolerance)
-    each = features.x.shape[1] * num_classes * 4 * (2 * _HISTORY + 8) / 2**30
-    at_once = max(1, int(memory_gib / each))
+    gib_per_strength = features.x.shape[1] * num_classes * 4 * (2 * _HISTORY + 8) / 2**30
+    at_once = max(1, int(memory_gib / gib_per_strength))
     total = float(weights.sum())
-    found = []
-    for start in range(0, len(inverse_penalties), at_once):
-        part = np.asarray(inverse_penalties[start : start + at_once], np.float32)
-        # Two columns of softmax share what is one column of scikit-learn's: half the penalty.
-        share = 2.0 if num_classes == 2 and features.labels.ndim == 1 else 1.0
-        shared = (mean, scale, basis, curvature, share / (part * total))
-        found.append(jax.device_get(solve(parts, shared)))
-    kernel, bias, iterations = (np.concatenate(column) for column in zip(*found, strict=True))
-    return Heads(kernel, bias, tuple(map(float, inverse_penalties)), iterations)
+    solutions = []
+    for start in range(0, len(C), at_once):
+        group = np.asarray(C[start : start + at_once], np.float32)
+        # Softmax splits scikit-learn's one column w into w/2 and -w/2, so |W|^2 is only half.
+        factor = 2.0 if num_classes == 2 and features.labels.ndim == 1 else 1.0
+        shared = (mean, scale, basis, curvature, factor / (group * total))
+        solutions.append(jax.device_get(solve(parts, shared)))
+    kernel, bias, iterations = (np.concatenate(column) for column in zip(*solutions, strict=True))
+    return Heads(kernel, bias, tuple(map(float, C)), iterations)
 
 
 def _moments(x: np.ndarray, weights: np.ndarray, standardize: bool) -> tuple[Any, Any]:
@@ -95,7 +95,7 @@ def _moments(x: np.ndarray, weights: np.ndarray, standardize: bool) -> tuple[Any
         return np.zeros(x.shape[1], np.float32), np.ones(x.shape[1], np.float32)
     used = x[weights > 0]
     scale = used.std(axis=0, dtype=np.float64)
-    scale[scale < 1e-6] = 1.0  # a feature that never changes
+    scale[scale < 1e-6] = 1.0  # a constant feature
     return used.mean(axis=0, dtype=np.float64).astype(np.float32), scale.astype(np.float32)
 
 
@@ -105,7 +105,7 @@ def _basis_of_parts() -> Callable[..., Any]:
 
 
 def _basis(parts: Any, shared: Any, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """Eigenvectors `[D, D]` and eigenvalues `[D]` of the mean square of the features."""
+    """Eigenvectors `[D, D]` and eigenvalues `[D]` of the features' second-moment matrix."""
     mean, scale = shared
 
     def add(total: Any, block: Any) -> tuple[Any, None]:
@@ -113,13 +113,13 @@ def _basis(parts: Any, shared: Any, axis_name: str | None) -> tuple[jax.Array, j
         square = jnp.dot(x.T * block["weight"], x, precision=lax.Precision.HIGHEST)
         return (total[0] + square, total[1] + block["weight"].sum()), None
 
-    nothing = (jnp.zeros((len(mean), len(mean))), jnp.zeros(()))
-    square, count = collectives.mean(lax.scan(add, nothing, parts)[0], axis_name)
+    zeros = (jnp.zeros((len(mean), len(mean))), jnp.zeros(()))
+    square, count = collectives.mean(lax.scan(add, zeros, parts)[0], axis_name)
     values, vectors = jnp.linalg.eigh(square / count)
     return vectors, jnp.maximum(values, 0.0)
 
 
-@functools.cache  # so that the same problem is compiled once
+@functools.cache  # each problem is compiled only once
 def _solver(num_classes: int, max_iterations: int, tolerance: float) -> Callable[..., Any]:
     return parallel.pmap_reduce(
         functools.partial(
@@ -137,22 +137,22 @@ def _solve(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(kernel `[S, D, C]`, bias `[S, C]`, iterations `[S]`) of the raw features."""
+    """(kernel `[S, D, C]`, bias `[S, C]`, iterations `[S]`) for the raw features."""
     mean, scale, basis, curvature, penalties = shared
     one_label = parts["y"].ndim == 2  # [blocks, rows]
-    # Rotated once, so that each pass is a single product.
+    # Rotate the features once, so that each pass needs only one matrix product.
     rotate = lambda x: jnp.dot((x - mean) / scale, basis, precision=lax.Precision.HIGHEST)  # noqa: E731
     parts = parts | {"x": lax.map(rotate, parts["x"])}
-    bound = curvature * (0.5 if one_label else 0.25)  # of the Hessian, in this basis
+    bound = curvature * (0.5 if one_label else 0.25)  # upper bound of the Hessian in this basis
     total = collectives.mean(parts["weight"].sum(), axis_name)
 
     def losses(params: Any, block: Any) -> jax.Array:
         logits = block["x"] @ params["kernel"] + params["bias"]
         if one_label:
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, block["y"])
+            row_losses = optax.softmax_cross_entropy_with_integer_labels(logits, block["y"])
         else:
-            each = optax.sigmoid_binary_cross_entropy(logits, block["y"]).sum(-1)
-        return jnp.sum(each * block["weight"])
+            row_losses = optax.sigmoid_binary_cross_entropy(logits, block["y"]).sum(-1)
+        return jnp.sum(row_losses * block["weight"])
 
     def whiten(params: Any, penalty: jax.Array) -> Any:
         rate = lax.rsqrt(bound + penalty)[:, None]
@@ -160,30 +160,30 @@ def _solve(
 
     bound_of_bias = (0.5 if one_label else 0.25) ** 0.5
 
-    # The gradient is taken block by block as the loss is, since logits of all rows would not fit;
-    # and summed over devices by hand, since autodiff through a mean would do so twice.
+    # Loss and gradient are computed block by block, since the logits of all rows would not fit in
+    # memory. The explicit gradient avoids autodiff, which would take the mean over devices twice.
     @jax.custom_vjp
     def objective(point: Any, penalty: jax.Array) -> jax.Array:
-        return value_and_slope(point, penalty)[0]
+        return value_and_gradient(point, penalty)[0]
 
-    def value_and_slope(point: Any, penalty: jax.Array) -> tuple[jax.Array, Any]:
+    def value_and_gradient(point: Any, penalty: jax.Array) -> tuple[jax.Array, Any]:
         params = whiten(point, penalty)
 
-        def add(so_far: Any, block: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, so_far, jax.value_and_grad(losses)(params, block)), None
+        def add(sums: Any, block: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(losses)(params, block)), None
 
-        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        value, slope = collectives.mean(lax.scan(add, nothing, parts)[0], axis_name)
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        value, gradient = collectives.mean(lax.scan(add, zeros, parts)[0], axis_name)
         value = value / total + penalty * jnp.sum(jnp.square(params["kernel"])) / 2
-        slope = jax.tree.map(lambda g: g / total, slope)
-        slope["kernel"] += penalty * params["kernel"]
-        return value, whiten(slope, penalty)
+        gradient = jax.tree.map(lambda g: g / total, gradient)
+        gradient["kernel"] += penalty * params["kernel"]
+        return value, whiten(gradient, penalty)
 
     objective.defvjp(
-        value_and_slope, lambda slope, g: (jax.tree.map(lambda s: g * s, slope), jnp.zeros(()))
+        value_and_gradient, lambda saved, g: (jax.tree.map(lambda s: g * s, saved), jnp.zeros(()))
     )
 
-    def one(penalty: jax.Array) -> tuple[Any, jax.Array]:
+    def solve_one(penalty: jax.Array) -> tuple[Any, jax.Array]:
         point = {
             "kernel": jnp.zeros((len(mean), num_classes)),
             "bias": jnp.zeros((num_classes,)),
@@ -192,7 +192,7 @@ def _solve(
         point, steps = _lbfgs(value_fn, point, max_iterations, tolerance)
         return whiten(point, penalty), steps
 
-    params, steps = jax.vmap(one)(penalties)
+    params, steps = jax.vmap(solve_one)(penalties)
     kernel = jnp.einsum("de,sec->sdc", basis, params["kernel"], precision=lax.Precision.HIGHEST)
     kernel = kernel / scale[:, None]
     return kernel, params["bias"] - jnp.einsum("d,sdc->sc", mean, kernel), steps
@@ -201,14 +201,14 @@ def _solve(
 def _lbfgs(
     value_fn: Callable, point: Any, max_iterations: int, tolerance: float
 ) -> tuple[Any, jax.Array]:
-    """(the minimum, iterations)."""
-    # In these coordinates the full step is nearly always right, and of a strictly convex function
-    # any step that goes down is one to learn from.
+    """Minimises from `point` on; returns (the minimum, iterations)."""
+    # In these coordinates the full step is nearly always good. The function is strictly convex, so
+    # every step that decreases it gives L-BFGS a valid update.
     search = optax.scale_by_backtracking_linesearch(
         max_backtracking_steps=8,
         decrease_factor=0.5,
         max_learning_rate=1.0,
-        rtol=1e-6,  # what float32 can't tell apart
+        rtol=1e-6,  # a smaller change is rounding error in float32
         store_grad=True,
     )
     solver = optax.lbfgs(memory_size=_HISTORY, linesearch=search)
@@ -216,8 +216,8 @@ def _lbfgs(
 
     def unfinished(carry: Any) -> jax.Array:
         _, state, step = carry
-        slope = optax.tree.norm(optax.tree.get(state, "grad"), ord=jnp.inf)
-        return (step == 0) | ((step < max_iterations) & (slope > tolerance))
+        largest = optax.tree.norm(optax.tree.get(state, "grad"), ord=jnp.inf)
+        return (step == 0) | ((step < max_iterations) & (largest > tolerance))
 
     def update(carry: Any) -> Any:
         point, state, step = carry

@@ -1,4 +1,4 @@
-"""What predictions are worth, and the files that tell it class by class."""
+"""Scores of predictions, and files with the scores of each class."""
 
 from __future__ import annotations
 
@@ -16,47 +16,52 @@ from selfsup_jax.viz import plots
 
 
 def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """The share of rows whose label is among the k largest of `[N, C]`; ties count against it."""
+    """The share of rows whose label is among the k largest of `[N, C]`; a tie counts as larger."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
-    # Its rank is the number of classes at least as high; NaN is no prediction.
+    # The rank is the number of classes whose logit is not lower; so NaN is never correct.
     rank = np.sum(~(logits < own), axis=1)
     return float(np.mean(rank <= k))
 
 
 def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1, top-5 (of more than five classes) and the mean over classes.
+    """Top-1, top-5 (if there are more than five classes) and mean per-class accuracy.
 
     Args:
         logits: `[N, C]`.
         labels: `[N]`, below C.
     """
-    found = {"top1": top_k(logits, labels, 1)}
+    results = {"top1": top_k(logits, labels, 1)}
     if logits.shape[1] > 5:
-        found["top5"] = top_k(logits, labels, 5)
-    found["mean_per_class"] = mean_per_class(confusion(logits, labels))
-    return found
+        results["top5"] = top_k(logits, labels, 5)
+    results["mean_per_class"] = mean_per_class(confusion(logits, labels))
+    return results
+
+
+def named(prefix: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`classification` with prefixed names such as `knn_top1`."""
+    return {f"{prefix}_{name}": v for name, v in classification(logits, labels).items()}
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """`[C, C]` int64: how many images of each class (row) are taken for which (column)."""
+    """`[C, C]` int64: number of images of each class (row) by predicted class (column)."""
     classes = np.arange(logits.shape[1])
     return confusion_matrix(labels, logits.argmax(axis=1), labels=classes).astype(np.int64)
 
 
 def mean_per_class(matrix: np.ndarray) -> float:
-    """The mean of the classes' accuracies; a class without images is left out."""
+    """The mean of the per-class accuracies, without the classes that have no images."""
     images = matrix.sum(axis=1)
     return float(np.mean(np.diag(matrix)[images > 0] / images[images > 0]))
 
 
 def voc_map(scores: np.ndarray, labels: np.ndarray) -> float:
-    """VOC2007's mean average precision: precision at 11 recalls, over classes that have images.
+    """VOC2007's mean average precision (precision at 11 recalls), over classes with images.
 
     Args:
         scores: `[N, C]`, higher for more likely.
         labels: `[N, C]` zeros and ones.
     """
-    found = []
+    precisions = []
     for score, label in zip(scores.T, labels.T, strict=True):
         if not label.any():
             continue
@@ -64,17 +69,17 @@ def voc_map(scores: np.ndarray, labels: np.ndarray) -> float:
         precision = hits / np.arange(1, len(hits) + 1)
         recall = hits / hits[-1]
         best = [precision[recall >= r].max() for r in np.linspace(0, 1, 11) - 1e-12]
-        found.append(np.mean(best))
-    return float(np.mean(found))
+        precisions.append(np.mean(best))
+    return float(np.mean(precisions))
 
 
 def write_confusion(folder: str, matrix: np.ndarray, class_names: Sequence[str]) -> None:
     """Writes `confusion.npz`, `per_class.csv` and `plots/confusion_matrix.png`.
 
     Args:
-        folder: a job's.
+        folder: the folder of a job.
         matrix: see `confusion`.
-        class_names: of its rows.
+        class_names: the names of its rows.
     """
     os.makedirs(folder, exist_ok=True)
     with whole_file(os.path.join(folder, "confusion.npz"), "wb") as f:
@@ -87,7 +92,7 @@ def write_confusion(folder: str, matrix: np.ndarray, class_names: Sequence[str])
     try:
         picture = os.path.join(folder, "plots", "confusion_matrix.png")
         plots.confusion_matrix(picture, matrix, class_names, title="Confusion matrix")
-    except Exception as e:  # no picture is worth a result
+    except Exception as e:  # a failed plot must not lose the result
         logging.warning("the confusion matrix could not be drawn: %r", e)
 
 

@@ -1,4 +1,4 @@
-"""Jobs that ask what a representation is worth: from a config and a checkpoint to results."""
+"""Evaluation jobs: each evaluates the representation of a checkpoint and writes results."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ NAMES = ("linear_probe", "knn", "finetune", "transfer", "fewshot", "embed")
 
 
 def run(config: ConfigDict, directory: str) -> dict[str, Any]:
-    """Runs the evaluation job of that config; see `runner.run`."""
+    """Runs the evaluation job `config.job`; see `runner.run` and, for `config.follow`, `follow`."""
     from selfsup_jax.jobs import (
         embed,
         finetune,
+        follow,
         frozen_features,
         linear_probe,
         runner,
         transfer,
-        watch,
     )
 
     prepare = {
@@ -29,5 +29,5 @@ def run(config: ConfigDict, directory: str) -> dict[str, Any]:
         "fewshot": frozen_features.fewshot,
         "embed": embed.prepare,
     }[config.job]
-    follow = watch.follow if config.watch else runner.run
-    return follow(config, directory, prepare)
+    run_or_follow = follow.follow if config.follow else runner.run
+    return run_or_follow(config, directory, prepare)

@@ -1,4 +1,4 @@
-"""The features of a split, with labels and file names, as files."""
+"""Writes the features of a split, with labels and file names, to files."""
 
 from __future__ import annotations
 
@@ -15,47 +15,43 @@ from selfsup_jax.data import sources
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import bad_field
-from selfsup_jax.evaluation import encoder
-from selfsup_jax.evaluation.encoder import Frozen
-from selfsup_jax.evaluation.features import Extractor
+from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.jobs import frozen_features, runner
-from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.jobs.runner import EvalJob
 from selfsup_jax.run.files import whole_file
-from selfsup_jax.run.progress import say
+from selfsup_jax.run.progress import log
 
 Rows = dict[str, np.ndarray]  # features [n, D] float32, labels [n] int32, names [n] str
 
 
-def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
-    """The job of `configs/embed.py`."""
+def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
+    """Prepares the job of `configs/embed.py`."""
     formats = ("npz", "npy")
     if config.format not in formats:
         raise bad_field("format", config.format, f"must be one of {', '.join(formats)}")
     if config.format == "npz" and jax.process_count() > 1:
         raise bad_field("format", "npz", "must be npy with several hosts: each writes its own part")
     data = config.data
-    # The run's held-out images; of another data set all that there is.
+    # By default the run's test split, or all splits of another data set.
     split = config.split or data.test_split
-    if not config.split and split.endswith("[:0]"):  # of a run without labels
+    if not config.split and split.endswith("[:0]"):  # empty: the run had no labels
         split = ""
     split = split or "+".join(sources.split_names(data.name, data.dir, data.download))
     source = runner.load_split(config, split, "split", labelled=False)
-    extract = Extractor(
-        encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
-    )
+    extract = runner.extractor(config, frozen)
 
-    def task(frozen: Frozen, folder: str) -> dict[str, Any]:
+    def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
         os.makedirs(folder, exist_ok=True)
         batches = frozen_features.counted(config, source, source.num_examples)
         rows = (_rows(x, batch) for x, batch in extract.stream(frozen.variables, batches))
         write = _write_one if config.format == "npz" else _write_parts
         files, shape = write(rows, source, folder, config.get("rows_per_file"))
         count = int(hosts.gather_hosts(np.asarray([shape[0]])).sum())
-        say(f"{count:,} x {shape[1]} features in {folder}: {files[0]}" + " ..." * (len(files) > 1))
+        log(f"{count:,} x {shape[1]} features in {folder}: {files[0]}" + " ..." * (len(files) > 1))
         return {"embedded_images": count, "embedded_dimensions": shape[1], "split": split}
 
-    found = {"classes": source.num_classes or 0, "test_images": source.num_examples}
-    return Prepared(task, found)
+    data_info = {"classes": source.num_classes or 0, "test_images": source.num_examples}
+    return EvalJob(task, data_info)
 
 
 def _rows(x: np.ndarray, batch: dict[str, np.ndarray]) -> Rows:
@@ -83,14 +79,14 @@ def _write_one(
 def _write_parts(
     rows: Iterator[Rows], source: Source, folder: str, rows_per_file: int
 ) -> tuple[list[str], tuple[int, int]]:
-    """Writes each part when it is full: no more than one is in memory."""
+    """Writes each part when it has `rows_per_file` rows: only one part is kept in memory."""
     host = f"host{jax.process_index()}-" if jax.process_count() > 1 else ""
     if hosts.is_writer():
-        for name in ("features", "labels", "names"):  # of an attempt that was stopped
+        for name in ("features", "labels", "names"):  # from an interrupted attempt
             for stale in glob.glob(os.path.join(glob.escape(folder), f"{name}-*.npy")):
                 os.remove(stale)
     hosts.wait_for_all("cleared")
-    waiting: list[Rows] = []
+    pending: list[Rows] = []
     files: list[str] = []
     size, written, width = 0, 0, 0
 
@@ -104,15 +100,15 @@ def _write_parts(
         written, width = written + len(table["names"]), table["features"].shape[1]
 
     for part in rows:
-        waiting.append(part)
+        pending.append(part)
         size += len(part["names"])
         while size >= rows_per_file:
-            table = _joined(waiting)
+            table = _joined(pending)
             flush({k: v[:rows_per_file] for k, v in table.items()})
-            waiting = [{k: v[rows_per_file:] for k, v in table.items()}]
+            pending = [{k: v[rows_per_file:] for k, v in table.items()}]
             size -= rows_per_file
     if size:
-        flush(_joined(waiting))
+        flush(_joined(pending))
     if not files:
         raise bad_field("split", source.name, "holds no image that can be decoded")
     if source.class_names and hosts.is_writer():

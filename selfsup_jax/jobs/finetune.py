@@ -1,4 +1,4 @@
-"""The encoder trained on with some of the labels, or all of them."""
+"""Fine-tunes the encoder with all labels or a part of them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import optim
+from selfsup_jax import durations, optim
 from selfsup_jax.data import sources
+from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder, scores, supervised
-from selfsup_jax.evaluation.encoder import Frozen
+from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor
 from selfsup_jax.jobs import frozen_features, training
-from selfsup_jax.jobs.runner import Prepared
-from selfsup_jax.run.progress import say
+from selfsup_jax.jobs.runner import EvalJob
+from selfsup_jax.run.progress import log
 
 
-def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
-    """The job of `configs/finetune.py`."""
+def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
+    """Prepares the job of `configs/finetune.py`."""
     if not config.label_share > 0:
         raise bad_field("label_share", config.label_share, "must be above 0, at most 1")
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
@@ -37,8 +38,8 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
             everything, lambda labels, _: balanced(labels, config.label_share, config.seed)
         )
     training.check_labels(config, train, test)
-    training.total_steps(config, train.num_examples)
-    say(f"{train.num_examples:,} of {everything.num_examples:,} images with labels")
+    durations.total_and_warmup(config, train.num_examples)  # raises if they are invalid
+    log(f"{train.num_examples:,} of {everything.num_examples:,} images with labels")
     module = encoder.module(frozen.config, config.compute_dtype)
 
     def logits(variables: Any, images: Any) -> Any:
@@ -47,39 +48,38 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
 
     extract = Extractor(logits, *frozen.normalization)
 
-    def task(frozen: Frozen, folder: str) -> dict[str, Any]:
+    def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
         state = _train(config, frozen, train, classes, folder)
-        found = extract(
+        outputs = extract(
             (state.online_params, state.online_stats),
             frozen_features.counted(config, test, test.num_examples),
         )
         if not hosts.is_writer():
             return {}
         scores.write_confusion(
-            folder, scores.confusion(found.x, found.labels), test.class_names or ()
+            folder, scores.confusion(outputs.x, outputs.labels), test.class_names or ()
         )
-        each = scores.classification(found.x, found.labels)
-        return {f"finetune_{k}": v for k, v in each.items()}
+        return scores.named("finetune", outputs.x, outputs.labels)
 
     counts = {"train_images": train.num_examples, "test_images": test.num_examples}
-    return Prepared(task, {"classes": classes} | counts)
+    return EvalJob(task, {"classes": classes} | counts)
 
 
 def balanced(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """The same number of images of each class, about `share` of all; at least one of each.
+    """Draws the same number of images of each class, at least one, about `share` of them all.
 
     Args:
         labels: `[N]`.
         share: above 0.
-        seed: of the draw. A larger share holds the smaller one's images.
+        seed: of the draw. With the same seed, a larger share includes a smaller share's images.
 
     Returns:
-        Numbers of examples, sorted. A class with fewer images gives what it has.
+        Sorted indices of the examples. A class with fewer images contributes all of them.
     """
     classes = np.unique(labels)
-    each = max(1, round(share * len(labels) / len(classes)))
+    per_class = max(1, round(share * len(labels) / len(classes)))
     rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(np.flatnonzero(labels == label))[:each] for label in classes]
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:per_class] for label in classes]
     return np.sort(np.concatenate(drawn))
 
 
@@ -95,36 +95,36 @@ def _read_list(path: str) -> set[str]:
 
 
 def _named(wanted: set[str], path: str, labels: np.ndarray, names: list[str]) -> np.ndarray:
-    """The examples whose file is in a list, by as much of its path's end as the list gives."""
+    """Indices of the examples whose path ends with an entry of the list `wanted`."""
     del labels
     lengths = {len(name.split("/")) for name in wanted}
-    found: dict[str, list[int]] = {}
+    matches: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         parts = name.split(os.sep)
         for length in lengths:
             end = "/".join(parts[-length:])
             if end in wanted and length <= len(parts):
-                found.setdefault(end, []).append(i)
-    lost = sorted(wanted - found.keys())
-    if lost:
+                matches.setdefault(end, []).append(i)
+    missing = sorted(wanted - matches.keys())
+    if missing:
         raise UserError(
-            f"config.label_list={path!r}: {len(lost)} of its {len(wanted)} files are not in the "
-            f"training split, such as {lost[0]}; the split has {os.path.basename(names[0])}"
+            f"config.label_list={path!r}: {len(missing)} of its {len(wanted)} files are not in the "
+            f"training split, such as {missing[0]}; the split has {os.path.basename(names[0])}"
         )
-    several = [name for name, rows in found.items() if len(rows) > 1]
-    if several:
-        first, *_, last = (names[i] for i in found[several[0]])
+    unclear = [name for name, indices in matches.items() if len(indices) > 1]
+    if unclear:
+        first, *_, last = (names[i] for i in matches[unclear[0]])
         raise UserError(
-            f"config.label_list={path!r}: {several[0]} may be {first} or {last}; give more of its "
+            f"config.label_list={path!r}: {unclear[0]} may be {first} or {last}; give more of its "
             "path"
         )
-    return np.sort(np.concatenate(list(found.values())))
+    return np.sort(np.concatenate(list(matches.values())))
 
 
 def _train(
-    config: ConfigDict, frozen: Frozen, train: sources.Source, classes: int, folder: str
+    config: ConfigDict, frozen: FrozenEncoder, train: sources.Source, classes: int, folder: str
 ) -> Any:
-    total, warmup = training.total_steps(config, train.num_examples)
+    total, warmup = durations.total_and_warmup(config, train.num_examples)
     schedule, body = optim.from_config(config.optimizer, config.batch_size, total, warmup)
     head_config = ConfigDict(config.optimizer.to_dict())
     head_config.learning_rate = config.head_learning_rate
@@ -132,7 +132,6 @@ def _train(
     _, head = optim.from_config(head_config, config.batch_size, total, warmup)
     optimizer = supervised.finetune_optimizer(body, head)
     module = encoder.module(frozen.config, config.compute_dtype)
-    mean, std = frozen.normalization
     init_state = functools.partial(
         supervised.init_finetune,
         variables=frozen.variables,
@@ -146,12 +145,10 @@ def _train(
         num_classes=classes,
         optimizer=optimizer,
         schedule=schedule,
-        view=supervised.flips(config.flip_prob),
-        mean=mean,
-        std=std,
+        augment=Augmentation.from_config(config.views),
         train_batch_norm=config.train_batch_norm,
         bn_groups=config.bn_groups,
         accumulate_steps=config.accumulate_steps,
     )
-    say(f"the classifier's learning rate: {config.head_learning_rate:g} in place of the encoder's")
+    log(f"the classifier's learning rate: {config.head_learning_rate:g} in place of the encoder's")
     return training.train(config, train, init_state, step, folder)

@@ -1,4 +1,4 @@
-"""Linear evaluation: the papers' protocols, which train on augmented images, or the fast one."""
+"""Linear evaluation: SGD on augmented images, as in the papers, or the fast protocol."""
 
 from __future__ import annotations
 
@@ -10,57 +10,51 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import optim
+from selfsup_jax import checks, durations, optim
+from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import bad_field
-from selfsup_jax.evaluation import encoder, scores, supervised
-from selfsup_jax.evaluation.encoder import Frozen
+from selfsup_jax.evaluation import encoder, probes, scores, supervised
+from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor
-from selfsup_jax.jobs import frozen_features, training
-from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.jobs import frozen_features, runner, training
+from selfsup_jax.jobs.runner import EvalJob
 from selfsup_jax.run.files import whole_file
-from selfsup_jax.run.progress import say
+from selfsup_jax.run.progress import log
 
 _CLASSIFIER = "classifier.npz"
 
 
-def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
-    """The job of `config.protocol`."""
-    protocols = {"fast": frozen_features.fast, "sgd": _prepare_sgd}
+def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
+    """Prepares the job of `config.protocol`."""
+    protocols = {"fast": frozen_features.linear, "sgd": _prepare_sgd}
     if config.protocol not in protocols:
         raise bad_field("protocol", config.protocol, f"must be one of {', '.join(protocols)}")
     return protocols[config.protocol](config, frozen)
 
 
-def _prepare_sgd(config: ConfigDict, frozen: Frozen) -> Prepared:
-    frozen_features.check_numbers(config, "learning_rates", above_zero=True)
+def _prepare_sgd(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
+    checks.numbers(config, "learning_rates")
+    frozen_features.check_held_out(config, len(config.learning_rates), "learning_rates")
     parallel.check_batch(config.batch_size, config.accumulate_steps, bn_groups=1)
     if config.optimizer.name != "sgd":
         raise bad_field("optimizer.name", config.optimizer.name, "must be sgd")
-    if len(config.learning_rates) > 1 and config.held_out_images < 1:
-        raise bad_field(
-            "held_out_images",
-            config.held_out_images,
-            "must be at least 1 with several learning_rates: the best is picked on them",
-        )
     everything, test = training.splits(config)
     classes = frozen_features.class_count(everything, test)
     train, held = training.hold_out(config, everything)
     training.check_labels(config, train, test)
-    training.total_steps(config, train.num_examples)
-    extract = Extractor(
-        encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
-    )
+    durations.total_and_warmup(config, train.num_examples)  # raises if they are invalid
+    extract = runner.extractor(config, frozen)
 
-    def task(frozen: Frozen, folder: str) -> dict[str, Any]:
+    def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
         path = os.path.join(folder, _CLASSIFIER)
         if not os.path.exists(path):
             heads = _train_heads(config, frozen, train, classes, folder)
             if hosts.is_writer():
                 with whole_file(path, "wb") as f:
                     np.savez(f, **heads)  # type: ignore[arg-type]
-                # What they grew from, with a copy of the encoder, is of no more use.
+                # The checkpoints, which include the encoder, are no longer needed.
                 shutil.rmtree(os.path.join(folder, "checkpoints"))
             hosts.wait_for_all("heads")
         with np.load(path) as saved:
@@ -68,16 +62,15 @@ def _prepare_sgd(config: ConfigDict, frozen: Frozen) -> Prepared:
         return _evaluate(config, extract, frozen, heads, held, test, classes, folder)
 
     counts = {"train_images": train.num_examples, "test_images": test.num_examples}
-    return Prepared(task, {"classes": classes} | counts)
+    return EvalJob(task, {"classes": classes} | counts)
 
 
 def _train_heads(
-    config: ConfigDict, frozen: Frozen, train: Source, classes: int, folder: str
+    config: ConfigDict, frozen: FrozenEncoder, train: Source, classes: int, folder: str
 ) -> dict[str, np.ndarray]:
-    total, warmup = training.total_steps(config, train.num_examples)
+    total, warmup = durations.total_and_warmup(config, train.num_examples)
     schedule, optimizer = optim.from_config(config.optimizer, config.batch_size, total, warmup)
     module = encoder.module(frozen.config, config.compute_dtype)
-    mean, std = frozen.normalization
     rates = tuple(config.learning_rates)
     init_state = functools.partial(
         supervised.init_probes,
@@ -93,19 +86,17 @@ def _train_heads(
         optimizer=optimizer,
         schedule=schedule,
         learning_rates=rates,
-        view=supervised.flips(config.flip_prob),
-        mean=mean,
-        std=std,
+        augment=Augmentation.from_config(config.views),
         accumulate_steps=config.accumulate_steps,
     )
-    say(f"learning rates {', '.join(f'{rate:g}' for rate in rates)} times what follows")
+    log(f"learning rates {', '.join(f'{rate:g}' for rate in rates)} times what follows")
     return training.train(config, train, init_state, step, folder).online_params["classifier"]
 
 
 def _evaluate(
     config: ConfigDict,
     extract: Extractor,
-    frozen: Frozen,
+    frozen: FrozenEncoder,
     heads: dict[str, np.ndarray],
     held: Source | None,
     test: Source,
@@ -113,27 +104,24 @@ def _evaluate(
     folder: str,
 ) -> dict[str, Any]:
     rates = tuple(config.learning_rates)
-    best, picked = 0, {}
-    if held is not None:
-        features = extract(
-            frozen.variables, frozen_features.counted(config, held, held.num_examples)
-        )
-        found = [
-            scores.top_k(features.x @ kernel + bias, features.labels, 1)
-            for kernel, bias in zip(heads["kernel"], heads["bias"], strict=True)
-        ]
-        best = int(np.argmax(found))
-        say(frozen_features.told("learning rate", rates, found, rates[best]))
-        picked = {"linear_probe_top1_held_out": found[best]}
-    features = extract(frozen.variables, frozen_features.counted(config, test, test.num_examples))
+
+    def logits(source: Source) -> list[tuple[np.ndarray, np.ndarray]]:
+        batches = frozen_features.counted(config, source, source.num_examples)
+        features = extract(frozen.variables, batches)
+        pairs = zip(heads["kernel"], heads["bias"], strict=True)
+        return [(features.x @ kernel + bias, features.labels) for kernel, bias in pairs]
+
+    def top1() -> list[float]:
+        return [scores.top_k(*of_head, 1) for of_head in logits(held)] if held else []
+
+    best, chosen = probes.best_of(
+        rates if held else rates[:1], top1, lambda rate: f"learning rate {rate:g}"
+    )
+    of_test, labels = logits(test)[rates.index(best)]
     if not hosts.is_writer():
         return {}
-    logits = features.x @ heads["kernel"][best] + heads["bias"][best]
-    matrix = scores.confusion(logits, features.labels)
-    scores.write_confusion(folder, matrix, test.class_names or ())
-    found_scores = scores.classification(logits, features.labels)
-    return {
-        **{f"linear_probe_{k}": v for k, v in found_scores.items()},
-        **picked,
-        "linear_probe_learning_rate": rates[best],
-    }
+    scores.write_confusion(folder, scores.confusion(of_test, labels), test.class_names or ())
+    results: dict[str, Any] = scores.named("linear_probe", of_test, labels)
+    if chosen is not None:
+        results["linear_probe_top1_held_out"] = chosen
+    return results | {"linear_probe_learning_rate": best}

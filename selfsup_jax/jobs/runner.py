@@ -1,4 +1,4 @@
-"""What all evaluation jobs go through: find the encoder, take over its data, evaluate, write."""
+"""The steps of every evaluation job: load the encoder, resolve the config, evaluate, write."""
 
 from __future__ import annotations
 
@@ -12,62 +12,56 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import config as config_lib
+from selfsup_jax.config import check_values
 from selfsup_jax.data import inputs, sources
-from selfsup_jax.devices import hosts
+from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
-from selfsup_jax.evaluation.encoder import Frozen
-from selfsup_jax.run import workdir
-from selfsup_jax.run.files import disk_errors, write_json
-from selfsup_jax.run.progress import say
+from selfsup_jax.evaluation.encoder import FrozenEncoder
+from selfsup_jax.evaluation.features import Extractor
+from selfsup_jax.run import identity, workdir
+from selfsup_jax.run.files import disk_errors, read_json, write_json
+from selfsup_jax.run.progress import log
+from selfsup_jax.viz.titles import measures
 
 RESULTS = "results.json"
-# What a job that is stopped goes on from: while it is there, the directory is this job's.
+# A stopped job resumes from these; while one exists, the directory belongs to that job.
 _PARTIAL = ("checkpoints", "classifier.npz", "sets.json")
-_REMOVED = -1  # the step of a job that is done and whose checkpoint is no more
-# Fields that change nothing in the results.
-_FREE_FIELDS = (
-    *("checkpoint", "watch", "watch_poll_seconds", "watch_patience_hours", "feature_batch_size"),
-    *("data.dir", "data.download", "data.max_undecodable"),
-    "data.allow_unseen_classes",
-    *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"),
-    *("bank_rows", "query_rows"),
-)
+_REMOVED = -1  # in place of the step of a finished job whose checkpoint was removed
 
-# `(encoder, folder) -> results`: flat, fractions in [0, 1]. It may leave files in the folder.
-Task = Callable[[Frozen, str], dict[str, Any]]
+# `(encoder, folder) -> results`: flat, measures in [0, 1]. It may write files to the folder.
+Task = Callable[[FrozenEncoder, str], dict[str, Any]]
 
 
-class Prepared(NamedTuple):
-    """A job that is ready: its data is there.
+class EvalJob(NamedTuple):
+    """A job that is ready to run.
 
     Attributes:
-        task: evaluates an encoder of the architecture that it was made for.
-        found: what the data turned out to be: classes, images.
+        task: evaluates an encoder of the architecture that it was prepared for.
+        data_info: facts about the loaded data: numbers of classes and images.
     """
 
     task: Task
-    found: dict[str, Any]
+    data_info: dict[str, Any]
 
 
-# `(resolved config, encoder) -> Prepared`; nothing is compiled before its checks have passed.
-Prepare = Callable[[ConfigDict, Frozen], Prepared]
+# `(resolved config, encoder) -> EvalJob`; checks the config and data before any compilation.
+Prepare = Callable[[ConfigDict, FrozenEncoder], EvalJob]
 
 
 def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
     """Evaluates the encoder of `config.checkpoint` and writes `results.json`.
 
-    A job that was killed begins anew, or goes on from its own checkpoint, with the same result; one
-    that is done isn't repeated.
+    A killed job restarts, or resumes from its own checkpoint, with the same result; a finished
+    job is not repeated.
 
     Args:
         config: see `configs/evaluation.py`.
-        directory: the job's workdir; takes `config.json`, `results.json` and what the job leaves.
-        prepare: the job's.
+        directory: the job's workdir; receives `config.json`, `results.json` and the job's files.
+        prepare: of the job.
 
     Returns:
-        What `results.json` holds.
+        The content of `results.json`.
 
     Raises:
         UserError: a mistake in the config, the checkpoint, the data or the workdir.
@@ -75,65 +69,73 @@ def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
     with workdir.locked(directory):
         step = _begun_step(config, directory)
         if step == _REMOVED:
-            say(f"{directory} is done, of a checkpoint that is removed since")
+            log(f"{directory} is done, of a checkpoint that is removed since")
             return read_json(os.path.join(directory, RESULTS))
         _, step = encoder.locate(config.checkpoint, step)
-        # Of a run that goes on hosts may see different newest ones: the first host's counts.
+        # If the run is still training, hosts may see different newest steps: use the first host's.
         agreed = int(hosts.gather_hosts(np.asarray([-1 if step is None else step]))[0])
         frozen = encoder.load(config.checkpoint, None if agreed < 0 else agreed)
-        config = adopt(config, frozen)
-        config_lib.check_values(config)
+        config = resolve_config(config, frozen)
+        check_values(config)
         return evaluate(config, prepare(config, frozen), frozen, directory)
 
 
-def adopt(config: ConfigDict, frozen: Frozen) -> ConfigDict:
-    """The config with what it leaves empty taken from the run that made the encoder.
+def resolve_config(config: ConfigDict, frozen: FrozenEncoder) -> ConfigDict:
+    """Fills empty fields of the config with the values of the run that made the encoder.
 
-    Its architecture and normalisation go in too, so that what a job trains on can be read as an
-    encoder itself.
+    Adds the encoder's architecture and normalisation too, so that the encoder in a job's own
+    checkpoints can be loaded like any other.
     """
     config = config.copy_and_resolve_references()
     run = frozen.config
     with config.unlocked():
         data = config.data
         same_data = _is_the_runs_data(data, run["data"])
-        taken = ["image_size", "test_resize", "resize_method", "crop_area", "crop_aspect"]
+        taken = ["image_size", "test_resize", "resize_method"]
         if same_data:
             taken += ["name", "train_split", "test_split"]
             taken += ["dir"] * (not data.dir)
         for field in taken:
-            if field in data and not data[field]:
+            if not data[field]:
                 data[field] = run["data"][field]
         config.compute_dtype = config.compute_dtype or run.get("compute_dtype", "float32")
         config.encoder = ConfigDict(run["encoder"])
-        augment = {k: tuple(run["augment"][k]) for k in ("mean", "std")}
-        config.augment = ConfigDict(augment)
+        config.views = config.get("views", ConfigDict())
+        config.views.mean, config.views.std = (tuple(run["views"][k]) for k in ("mean", "std"))
+        if "global" in config.views:
+            _fill_in_views(config.views["global"], run["views"]["global"], data.image_size)
         config.method = run.get("method", "")
-        # So that a job's kNN is the one that the run reported; imports know of none.
+        # A job's kNN then equals the one of the run. Imported encoders have no such fields.
         knn = {"neighbours": ("knn_k", 200), "temperatures": ("knn_temperature", 0.1)}
         for field, (of_run, default) in knn.items():
             if field in config and not config[field]:
                 config[field] = (run.get("eval", {}).get(of_run, default),)
-        if "flip_prob" in config and config.flip_prob is None:
-            view = run["augment"].get("view_1", {"flip_prob": run.get("flip_prob", 0.5)})
-            config.flip_prob = view["flip_prob"]
     return config
 
 
-def _is_the_runs_data(data: ConfigDict, run_data: dict[str, Any]) -> bool:
-    """Whether a job looks at the run's own data set, which may lie elsewhere by now.
+def _fill_in_views(group: ConfigDict, of_run: dict[str, Any], size: int) -> None:
+    """Fills empty crop and flip fields of the job with those of the run's first view."""
+    group.size = group.size or size
+    for field in ("area", "aspect"):
+        group[field] = tuple(group[field] or of_run[field])
+    if group.view_1.flip_prob is None:
+        group.view_1.flip_prob = of_run["view_1"]["flip_prob"]
 
-    A folder that is named as such, at another place, is another data set.
+
+def _is_the_runs_data(data: ConfigDict, run_data: dict[str, Any]) -> bool:
+    """Whether a job uses the run's own data set, which may have moved since.
+
+    An image folder (`data.name="folder"`) with another path is another data set.
     """
     if data.name == "folder" and data.dir:
-        places = (data.dir, run_data["dir"])
-        here, there = (os.path.realpath(os.path.expanduser(place)) for place in places)
+        paths = (data.dir, run_data["dir"])
+        here, there = (os.path.realpath(os.path.expanduser(path)) for path in paths)
         return run_data["name"] == "folder" and here == there
     return not data.name or data.name == run_data["name"]
 
 
 def _begun_step(config: ConfigDict, directory: str) -> int | None:
-    """The checkpoint's step that an earlier process here began with, if the newest is asked for."""
+    """The step that an earlier process here started with, if the newest checkpoint is asked for."""
     path = os.path.join(directory, "config.json")
     root, newest = encoder.locate(config.checkpoint)
     asked = os.path.abspath(os.path.expanduser(config.checkpoint))
@@ -141,92 +143,88 @@ def _begun_step(config: ConfigDict, directory: str) -> int | None:
         return None
     if not os.path.exists(path):
         return None
-    found = read_json(path).get("found", {})
-    if found.get("run") != root or found.get("step") == newest:
+    begun_with = identity.flat(read_json(path))
+    step = begun_with.get("data_info.step")
+    if begun_with.get("data_info.run") != root or step == newest:
         return None
-    if found["step"] not in encoder.checkpoint_steps(root):
+    if step not in encoder.checkpoint_steps(root):
         if os.path.exists(os.path.join(directory, RESULTS)):
             return _REMOVED
         raise UserError(
-            f"--workdir={directory}: was begun with the checkpoint of step {found['step']}, which "
+            f"--workdir={directory}: was begun with the checkpoint of step {step}, which "
             f"is no more in {root}; take another --workdir for step {newest}"
         )
-    return int(found["step"])
+    return int(step)
 
 
 def evaluate(
-    config: ConfigDict, prepared: Prepared, frozen: Frozen, directory: str, baseline: str = ""
+    config: ConfigDict, job: EvalJob, frozen: FrozenEncoder, directory: str, baseline: str = ""
 ) -> dict[str, Any]:
-    """Evaluates one encoder in `directory`, unless that is done, and beside it an untrained one.
+    """Evaluates an encoder in `directory`, and an untrained one if asked; skips what is done.
 
     Args:
         config: resolved.
-        prepared: the job.
+        job: ready to run.
         frozen: the encoder.
-        directory: takes `config.json`, `results.json` and what the job leaves.
-        baseline: where the untrained one's results are kept; a folder of `directory` if empty.
+        directory: receives `config.json`, `results.json` and the job's files.
+        baseline: folder of the untrained encoder's results; if empty, `directory/random_init`.
     """
-    identity = identity_of(config, prepared, frozen)
-    check_same(identity, directory)
+    description = describe_job(config, job, frozen)
+    check_same(description, directory)
     path = os.path.join(directory, RESULTS)
     if os.path.exists(path):
-        say(f"{path} is there already; another --workdir evaluates again")
+        log(f"{path} is there already; another --workdir evaluates again")
         return read_json(path)
-    with disk_errors(directory, lambda: None), begun(identity, directory):
-        say(f"{config.job}: {frozen.path}")
-        results = prepared.task(frozen, directory)
+    with disk_errors(directory, lambda: None), begun(description, directory):
+        log(f"{config.job}: {frozen.path}")
+        results = job.task(frozen, directory)
         if config.get("random_init"):
             folder = baseline or os.path.join(directory, "random_init")
-            untrained = _untrained(config, prepared, frozen, folder)
+            untrained = _untrained(config, job, frozen, folder)
             results |= {f"random_init_{k}": v for k, v in untrained.items()}
-        results |= frozen.about | prepared.found
-        results |= {
-            "job": config.job,
-            "seed": config.seed,
-            "device_kind": jax.devices()[0].device_kind,
-            "device_count": jax.device_count(),
-        }
+        results |= frozen.about | job.data_info
+        results |= {"job": config.job, "seed": config.seed} | process.devices()
         if hosts.is_writer():
             write_json(path, results)
             if measures(results):
-                say(summary(results))
-            say(f"wrote {path}")
+                log(summary(results))
+            log(f"wrote {path}")
         hosts.wait_for_all("results")
     return results
 
 
 def _untrained(
-    config: ConfigDict, prepared: Prepared, frozen: Frozen, folder: str
+    config: ConfigDict, job: EvalJob, frozen: FrozenEncoder, folder: str
 ) -> dict[str, Any]:
-    """The same of an encoder of that architecture that was never trained; once for each folder."""
+    """Results of an untrained encoder of the same architecture; computed once per folder."""
     path = os.path.join(folder, RESULTS)
     if os.path.exists(path):
         return read_json(path)
-    say(f"{config.job}: an encoder that was never trained")
+    log(f"{config.job}: an encoder that was never trained")
     variables = jax.device_get(encoder.untrained(frozen.config, config.seed))
-    results = prepared.task(frozen._replace(variables=variables), folder)
+    results = job.task(frozen._replace(variables=variables), folder)
     if hosts.is_writer():
         os.makedirs(folder, exist_ok=True)
         write_json(path, results)
     return results
 
 
-def identity_of(config: ConfigDict, prepared: Prepared, frozen: Frozen) -> dict[str, Any]:
-    """What makes a job this one and no other."""
-    return json.loads(config.to_json()) | {"found": frozen.about | prepared.found}
+def describe_job(config: ConfigDict, job: EvalJob, frozen: FrozenEncoder) -> dict[str, Any]:
+    """What identifies a job: its config, encoder and data. Written to `config.json`."""
+    return json.loads(config.to_json()) | {"data_info": frozen.about | job.data_info}
 
 
 @contextlib.contextmanager
-def begun(identity: dict[str, Any], directory: str) -> Iterator[None]:
-    """Writes `config.json`; takes it back where a mistake shows before anything is saved.
+def begun(description: dict[str, Any], directory: str) -> Iterator[None]:
+    """Writes `config.json`; removes a new one after a `UserError`, if nothing else was saved.
 
-    Some mistakes only the features tell: the mended command may then come here, too.
+    Some mistakes appear only in the features; the corrected command may then use this directory.
     """
     path = os.path.join(directory, "config.json")
     new = not os.path.exists(path)
     if hosts.is_writer():
         os.makedirs(directory, exist_ok=True)
-        write_json(path, identity)
+        write_json(path, description)
     hosts.wait_for_all("job")
     try:
         yield
@@ -237,51 +235,40 @@ def begun(identity: dict[str, Any], directory: str) -> Iterator[None]:
         raise
 
 
-def check_same(identity: dict[str, Any], directory: str, free: tuple[str, ...] = ()) -> None:
-    """Checks that a directory is of no other job; raises `UserError` naming every difference.
+def check_same(description: dict[str, Any], directory: str, free: tuple[str, ...] = ()) -> None:
+    """Raises `UserError`, with every difference, if a directory belongs to another job.
 
     Args:
-        identity: see `identity_of`.
-        directory: a job's.
-        free: fields that may differ, beside those that change no result.
+        description: see `describe_job`.
+        directory: the workdir of a job.
+        free: fields that may differ, in addition to those that do not change results.
     """
     path = os.path.join(directory, "config.json")
     if not os.path.exists(path):
         return
-    before, now = (workdir.flatten(tree) for tree in (read_json(path), identity))
-    fields = sorted((before.keys() | now.keys()) - {*_FREE_FIELDS, *free})
-    different = [k for k in fields if before.get(k) != now.get(k)]
+    now, before = identity.flat(description), identity.flat(read_json(path))
+    different = identity.differences(now, before, (*identity.SAME_JOB, *free))
     if different:
-        told = "; ".join(
-            f"{k if k.startswith('found.') else f'config.{k}'}={now.get(k)!r}: the job there has "
-            f"{before.get(k)!r}"
-            for k in different
-        )
-        raise UserError(f"--workdir={directory}: {told}; take what it has, or another --workdir")
+        changes = identity.described(different, "the job there")
+        raise UserError(f"--workdir={directory}: {changes}; take what it has, or another --workdir")
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON object; raises `UserError` where there is none to be read."""
-    try:
-        with open(path) as f:
-            found = json.load(f)
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-        return found
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read: {e}; move it away to begin anew") from e
+# -------------------------------------------------------------------- helpers of the jobs
 
 
-# ----------------------------------------------------------------------------- for the jobs
+def extractor(config: ConfigDict, frozen: FrozenEncoder) -> Extractor:
+    """Computes an encoder's representation of images, in the job's compute dtype."""
+    represent = encoder.represent(frozen.config, config.compute_dtype)
+    return Extractor(represent, *frozen.normalization)
 
 
 def load_split(
     config: ConfigDict, split: str, field: str, *, labelled: bool = True
 ) -> sources.Source:
-    """A split of the job's data.
+    """Loads a split of the job's data.
 
     Raises:
-        UserError: there is none, it is empty, or it has no labels where they are needed.
+        UserError: the split is missing or empty, or has no labels and `labelled` is true.
     """
     source = inputs.load_split(config.data, split, field)
     if labelled and not source.num_classes:
@@ -289,20 +276,10 @@ def load_split(
     return source
 
 
-_MEASURES = ("_top1", "_top5", "_mean_per_class", "_ci95")
-
-
-def measures(results: dict[str, Any]) -> dict[str, float]:
-    """What of a job's results are measures: fractions in [0, 1]."""
-    return {k: v for k, v in results.items() if k.endswith(_MEASURES) or f"{k}_metric" in results}
-
-
 def summary(results: dict[str, Any]) -> str:
-    """The measures as plain text, percentages, an untrained encoder's beside them."""
+    """The measures as plain text in per cent, with those of the untrained encoder if present."""
     rows = []
     for name in measures(results):
-        if name.startswith("random_init_") or name.endswith("_ci95"):
-            continue
         row = f"  {name:<34}{_percent(results, name)}"
         if f"random_init_{name}" in results:
             row += f"   (never trained: {_percent(results, f'random_init_{name}')})"

@@ -1,11 +1,9 @@
-"""What the jobs that train have in common: labelled splits, and a run of the loop."""
+"""Shared by the jobs that train: labelled splits and the call of the training loop."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,39 +11,36 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import STARTED, optim
-from selfsup_jax import config as config_lib
+from selfsup_jax import STARTED, durations, optim
 from selfsup_jax.data import inputs, pipeline, sources
-from selfsup_jax.devices import parallel
-from selfsup_jax.durations import to_steps
-from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.errors import bad_field
+from selfsup_jax.evaluation import probes
 from selfsup_jax.jobs import frozen_features, runner
-from selfsup_jax.run import progress, workdir
-from selfsup_jax.run.metrics import Recorder
-from selfsup_jax.run.progress import say
+from selfsup_jax.run import workdir
+from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState
 from selfsup_jax.training import loop
 
 
 def splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
-    """Training and test split, both with labels."""
+    """Loads the training and the test split, both with labels."""
     inputs.fill_in_splits(config.data)
     train = runner.load_split(config, config.data.train_split, "data.train_split")
     test = runner.load_split(config, config.data.test_split, "data.test_split")
     limit = config.data.max_train_images
     if limit and limit < train.num_examples:
-        spread = np.linspace(0, train.num_examples, limit, endpoint=False).astype(int)
-        train = sources.subset(train, lambda labels, names: spread)
+        indices = np.linspace(0, train.num_examples, limit, endpoint=False).astype(int)
+        train = sources.subset(train, lambda labels, names: indices)
     return train, test
 
 
 def hold_out(
     config: ConfigDict, train: sources.Source
 ) -> tuple[sources.Source, sources.Source | None]:
-    """(the training images without `config.held_out_images` of them, these).
+    """Splits off `config.held_out_images` images: (the other ones, the held-out ones or None).
 
     Raises:
-        UserError: a streamed split that is itself a part of one.
+        UserError: the split is streamed and is itself a part of a split.
     """
     count = min(config.held_out_images, train.num_examples // 5)
     if not count:
@@ -63,27 +58,16 @@ def hold_out(
         rest = runner.load_split(config, f"{name}[{count}:]", field)
         return rest, runner.load_split(config, f"{name}[:{count}]", field)
     assert train.labels is not None
-    mask = frozen_features.held_out_rows(train.labels, count, config.seed)
+    mask = probes.held_out_rows(train.labels, count, config.seed)
     rest = sources.subset(train, lambda labels, names: np.flatnonzero(~mask))
     held = sources.subset(train, lambda labels, names: np.flatnonzero(mask))
     return rest, dataclasses.replace(held, name=f"{train.name}, held out")
 
 
 def check_labels(config: ConfigDict, train: sources.Source, test: sources.Source) -> None:
-    """As `frozen_features.check_labels`, before anything is trained; a stream isn't looked at."""
+    """Calls `frozen_features.check_labels` before training; skipped for streamed splits."""
     if train.labels is not None and test.labels is not None:
         frozen_features.check_labels(config, train.labels, test.labels, train.num_classes or 0)
-
-
-def total_steps(config: ConfigDict, num_examples: int) -> tuple[int, int]:
-    """Steps of the job, and of its warm-up."""
-    config_lib.check_batch_fits(config, num_examples)
-    total = to_steps(config, num_examples, config.batch_size)
-    if total < 1:
-        raise UserError("config.epochs, .examples and .steps come to no step at all")
-    optimizer = config.optimizer
-    warmup = to_steps(optimizer, num_examples, config.batch_size, "warmup_", "optimizer.")
-    return total, warmup
 
 
 def train(
@@ -93,54 +77,40 @@ def train(
     train_step: Callable[..., Any],
     folder: str,
 ) -> TrainState:
-    """Trains in `folder`, or goes on there; see `loop.train`.
+    """Trains in `folder`, or resumes there; see `loop.fit`.
 
     Args:
         config: of the job.
-        source: the images to train on.
+        source: the training images.
         init_state: `rng -> TrainState`.
-        train_step: as a method's.
-        folder: takes checkpoints, `metrics.jsonl` and TensorBoard's events.
+        train_step: has the signature of a method's `train_step`.
+        folder: receives checkpoints, `metrics.jsonl` and TensorBoard event files.
 
     Returns:
-        The last step's state, host arrays.
+        The state after the last step, as host arrays.
     """
-    total, warmup = total_steps(config, source.num_examples)
+    total, warmup = durations.total_and_warmup(config, source.num_examples)
     undecodable = pipeline.Undecodable(source.num_examples, config.data.max_undecodable)
     data = inputs.Data(source, None, undecodable)
-    found = {"train_images": source.num_examples, "classes": source.num_classes}
-    identity = {"config": json.loads(config.to_json()), "found": found}
+    description = workdir.describe_run(config, source)
+
+    def announce(state: TrainState) -> None:
+        length = durations.described(config, source.num_examples, total)
+        log(f"{length}; {source.num_examples:,} images")
+        log(optim.describe(config.optimizer, config.batch_size, total, warmup))
+
     os.makedirs(folder, exist_ok=True)
     with workdir.checkpoints_of(config, folder) as checkpoints:
-        initial = jax.device_get(init_state(jax.random.PRNGKey(config.seed)))
-        fresh = checkpoints.latest_step is None
-        latest = initial if fresh else checkpoints.restore(initial)
-        first = int(latest.step)
-        epochs = total / (source.num_examples // config.batch_size)
-        say(
-            f"{total:,} steps of {config.batch_size} images ({epochs:,.4g} epochs of "
-            f"{source.num_examples:,})"
-        )
-        say(optim.describe(config.optimizer, config.batch_size, total, warmup))
-        if first:
-            say(f"going on from step {first:,} in {folder}")
-        if first >= total:
-            return latest
-        recorder = Recorder(folder, first)
-        line = progress.Progress(total, first, config.batch_size)
-        work = loop.Work(
+        spec = loop.TrainSpec(
             config=config,
+            init_state=init_state,
             train_step=train_step,
-            batches=inputs.train_batches(config, data, first, num_views=1),
+            batches=lambda step: inputs.train_batches(config, data, step),
             total_steps=total,
             workdir=folder,
             checkpoints=checkpoints,
-            meta=lambda step: workdir.meta(identity, step, undecodable.names),
-            started=STARTED if not first else time.perf_counter(),
+            meta=lambda step: workdir.meta(description, step, undecodable.names),
+            announce=announce,
+            started=STARTED,
         )
-        try:
-            state = parallel.replicate(lambda s: s, latest)
-            return parallel.unreplicate(loop.train(work, state, first, recorder, line))
-        finally:
-            line.close()
-            recorder.close()
+        return loop.fit(spec).state

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from selfsup_jax import checks
 from selfsup_jax.data import inputs, sources
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import NoData, UserError, bad_field
-from selfsup_jax.evaluation import encoder, logistic, scores
-from selfsup_jax.evaluation.encoder import Frozen
+from selfsup_jax.evaluation import logistic, probes, scores
+from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor, Features
 from selfsup_jax.jobs import frozen_features, runner
-from selfsup_jax.jobs.runner import Prepared
+from selfsup_jax.jobs.runner import EvalJob
 from selfsup_jax.run import files
-from selfsup_jax.run.progress import say
+from selfsup_jax.run.progress import log
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # `(logits [N, C], labels) -> fraction`
 METRICS: dict[str, Metric] = {
@@ -31,47 +32,45 @@ METRICS: dict[str, Metric] = {
 _HEADINGS = {"top1": "top-1", "mean_per_class": "mean per class", "voc_map": "VOC mAP"}
 
 
-_DONE = "sets.json"  # results of the data sets that are done: after a kill the rest is to do
+_DONE = "sets.json"  # results of the finished data sets, which a resume skips
 
 
 class Splits(NamedTuple):
-    """A data set's; validation is None where it is to be drawn from the training images."""
+    """The splits of a data set; if `validation` is None, it is drawn from the training images."""
 
     train: sources.Source
     validation: sources.Source | None
     test: sources.Source
 
 
-def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
-    """The job of `configs/transfer.py`."""
-    frozen_features.check_numbers(config, "penalties", above_zero=True)
-    unknown = [name for name in config.order if name not in config.sets]
-    if unknown or not config.order:
+def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
+    """Prepares the job of `configs/transfer.py`."""
+    checks.numbers(config, "penalties")
+    unknown = [name for name in config.only if name not in config.sets]
+    if unknown or not config.only:
         there = ", ".join(config.sets)
-        raise bad_field("order", tuple(config.order), f"must be one or more of {there}")
-    for name in config.order:
+        raise bad_field("only", tuple(config.only), f"must be one or more of {there}")
+    for name in config.only:
         metric = config.sets[name].metric
         if metric not in METRICS:
             raise bad_field(f"sets.{name}.metric", metric, f"must be one of {', '.join(METRICS)}")
     present: list[str] = []
     missing: dict[str, str] = {}
-    for name in config.order:
+    for name in config.only:
         try:
-            _load(config, name)  # looked at now, held later: one at a time
+            _load(config, name)  # only a check; `task` loads them again, one at a time
             present.append(name)
         except NoData as e:
             missing[name] = str(e)
-            say(f"{name} is left out: {e}")
+            log(f"{name} is left out: {e}")
     if not present:
         first = next(iter(missing.values()))
-        raise UserError(f"config.order: none of {', '.join(missing)} is there: {first}")
-    extract = Extractor(
-        encoder.represent(frozen.config, config.compute_dtype), *frozen.normalization
-    )
+        raise UserError(f"config.only: none of {', '.join(missing)} is there: {first}")
+    extract = runner.extractor(config, frozen)
 
-    def task(frozen: Frozen, folder: str) -> dict[str, Any]:
+    def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
         path = os.path.join(folder, _DONE)
-        results = runner.read_json(path) if os.path.exists(path) else {}
+        results = files.read_json(path) if os.path.exists(path) else {}
         for name in present:
             if f"transfer_{name}" not in results:
                 results |= _evaluate(config, name, _load(config, name), extract, frozen)
@@ -79,8 +78,8 @@ def prepare(config: ConfigDict, frozen: Frozen) -> Prepared:
                     _write_table(config, folder, results, missing)
         return results
 
-    found = {"sets": ", ".join(present), "left_out": ", ".join(missing)}
-    return Prepared(task, found)
+    data_info = {"sets": ", ".join(present), "left_out": ", ".join(missing)}
+    return EvalJob(task, data_info)
 
 
 def _load(config: ConfigDict, name: str) -> Splits:
@@ -107,9 +106,9 @@ def _load(config: ConfigDict, name: str) -> Splits:
 
 
 def _evaluate(
-    config: ConfigDict, name: str, splits: Splits, extract: Extractor, frozen: Frozen
+    config: ConfigDict, name: str, splits: Splits, extract: Extractor, frozen: FrozenEncoder
 ) -> dict[str, Any]:
-    """One data set: `transfer_NAME`, its metric and the penalty that was picked."""
+    """Evaluates one data set: the fields `transfer_NAME` and `transfer_NAME_*` of the results."""
     classes = frozen_features.class_count(splits.train, splits.test)
 
     def features(source: sources.Source, limit: int = 0) -> Features:
@@ -123,7 +122,7 @@ def _evaluate(
         held = np.arange(len(train.x) + len(validation.x)) >= len(train.x)
         train = Features(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
     else:
-        held = frozen_features.held_out_rows(train.labels, len(train.x) // 5, config.seed)
+        held = probes.held_out_rows(train.labels, len(train.x) // 5, config.seed)
     if train.labels.ndim == 1:
         try:
             frozen_features.check_labels(
@@ -139,12 +138,12 @@ def _evaluate(
     metric = METRICS[config.sets[name].metric]
 
     def fit(penalties: tuple[float, ...], rows: np.ndarray) -> logistic.Heads:
-        # The loss is the images' mean.
-        inverse = [1.0 / (penalty * np.sum(rows)) for penalty in penalties]
+        # The penalty is relative to the mean loss of the images, scikit-learn's C to the sum.
+        C = [1.0 / (penalty * np.sum(rows)) for penalty in penalties]
         return logistic.fit(
             train,
             classes,
-            inverse,
+            C,
             weights=rows.astype(np.float32),
             standardize=config.standardize,
             max_iterations=config.max_iterations,
@@ -153,16 +152,16 @@ def _evaluate(
 
     penalties = tuple(config.penalties)
     logits = fit(penalties, ~held).logits(train.x[held])
-    found = [metric(each, train.labels[held]) for each in logits]
-    best = penalties[int(np.argmax(found))]
+    validation_scores = [metric(of_head, train.labels[held]) for of_head in logits]
+    best = penalties[int(np.argmax(validation_scores))]
     heads = fit((best,), np.ones(len(train.x), bool))
     score = metric(heads.logits(test.x)[0], test.labels)
-    say(f"{name}: {100 * score:.1f} % {_HEADINGS[config.sets[name].metric]}, penalty {best:g}")
+    log(f"{name}: {100 * score:.1f} % {_HEADINGS[config.sets[name].metric]}, penalty {best:g}")
     return {
         f"transfer_{name}": score,
         f"transfer_{name}_metric": config.sets[name].metric,
         f"transfer_{name}_penalty": best,
-        f"transfer_{name}_validation": max(found),
+        f"transfer_{name}_validation": max(validation_scores),
     }
 
 
@@ -170,7 +169,7 @@ def _write_table(
     config: ConfigDict, folder: str, results: dict[str, Any], missing: dict[str, str]
 ) -> None:
     rows = [("data set", "metric", "test"), ("---", "---", "---")]
-    for name in config.order:
+    for name in config.only:
         if f"transfer_{name}" in results:
             metric = _HEADINGS[results[f"transfer_{name}_metric"]]
             rows.append((name, metric, f"{100 * results[f'transfer_{name}']:.1f} %"))

@@ -1,6 +1,6 @@
-"""Convolution and max-pooling in the forms that each backend is fast at; the results are the same.
+"""Convolution and max-pooling, computed on each backend in a way that is fast there.
 
-What was measured, and on what, stands in `benchmarks/README.md`.
+The results are the same. The measurements are in `benchmarks/README.md`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Margins = tuple[tuple[int, int], tuple[int, int]]  # added (before, after) rows, then columns
+Margins = tuple[tuple[int, int], tuple[int, int]]  # padding (before, after) of rows, then columns
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
@@ -25,20 +25,20 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> 
     small_map = x.shape[1] * x.shape[2] <= (2 * stride) ** 2
     if size > 1 and not small_map:
         return as_convolution(x, kernel)
-    # XLA's convolution is slow on the CPU for 1x1 kernels (backward, by two) and for outputs of up
-    # to 2x2 pixels (by some fifteen). On a GPU matmuls in their place upset the layout of all that
-    # lies between them: ResNet-50's step took 1.3 times as long.
+    # On the CPU, XLA's convolution is slow for 1x1 kernels (backward: 2 times as slow) and for
+    # outputs of up to 2x2 pixels (about 15 times). On a GPU, matmuls instead change the layout of
+    # the arrays between them: the step of ResNet-50 took 1.3 times as long.
     on_cpu = functools.partial(_patches_matmul, stride=stride, margins=margins)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_convolution)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride, stride), margins, dimension_numbers=numbers)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride, stride), margins, dimension_numbers=layout)
 
 
 def _patches_matmul(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
-    """As one matmul of the patches."""
+    """The convolution as one matmul of the patches."""
     size = len(kernel)
     if size == 1:
         return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
@@ -47,7 +47,7 @@ def _patches_matmul(x: jax.Array, kernel: jax.Array, stride: int, margins: Margi
 
 
 def _taps(x, size, stride, margins, fill):
-    """(i, j, `[B, H', W', C]`) for each place in the window: what each output sees there."""
+    """Yields (i, j, `[B, H', W', C]`): each output's input at position (i, j) of its window."""
     x = jnp.pad(x, ((0, 0), *margins, (0, 0)), constant_values=fill)
     rows, columns = ((n - size) // stride + 1 for n in x.shape[1:3])
     for i in range(size):
@@ -59,12 +59,12 @@ def _taps(x, size, stride, margins, fill):
 def _stem_on_blocks(x: jax.Array, kernel: jax.Array, margins: Margins) -> jax.Array:
     """A 7x7 convolution of stride 2 as one of 4x4 and stride 1 over blocks of 2x2 pixels.
 
-    Tensor cores take channels by eights, and images have three: the blocks have twelve.
+    Tensor cores work on multiples of 8 channels; images have 3 channels, the blocks 12.
     """
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(batch, height // 2, width // 2, 4 * channels)
-    # The window begins `before` pixels ahead: where that is odd, one pixel into its first block.
+    # The window starts `before` pixels early: if that is odd, in the middle of its first block.
     grow = [(before % 2, 1 - before % 2) for before, _ in margins]
     kernel = jnp.pad(kernel, (*grow, (0, 0), (0, 0)))
     kernel = kernel.reshape(4, 2, 4, 2, channels, -1).transpose(0, 2, 1, 3, 4, 5)
@@ -76,9 +76,9 @@ def _stem_on_blocks(x: jax.Array, kernel: jax.Array, margins: Margins) -> jax.Ar
 def max_pool(x: jax.Array, margins: Margins) -> jax.Array:
     """The maximum of 3x3 windows, stride 2: `[B, H, W, C]` to `[B, H', W', C]`.
 
-    The gradient goes to the first of a window's maxima, as it does in the authors' frameworks.
+    The gradient goes to the first maximum of a window, as in the authors' frameworks.
     """
-    # XLA's own, whose gradient scatters, is slow on CPUs and GPUs; TPUs have an instruction for it.
+    # XLA's gradient is a scatter: slow on CPUs and GPUs, but TPUs have an instruction for it.
     return lax.platform_dependent(
         x,
         tpu=lambda x: nn.max_pool(x, (3, 3), (2, 2), margins),
@@ -108,13 +108,13 @@ def _max_pool_backward(margins, saved, g):
     halves = [-(-n // 2) for n in shape[1:3]]
 
     def from_windows(i: int, j: int, shift: tuple[int, int]) -> jax.Array:
-        """What comes to pixels at (i, j) of the windows that lie so many rows and columns off."""
+        """The gradient of pixels at (i, j) of windows that are `shift` (rows, columns) away."""
         part = jnp.where(where == 3 * i + j, g, 0).astype(jnp.float32)
         ends = [(-s, n - m + s, 0) for s, n, m in zip(shift, halves, part.shape[1:3], strict=True)]
         return lax.pad(part, jnp.float32(0), [(0, 0, 0), *ends, (0, 0, 0)])
 
     def windows(parity: int, before: int) -> list[tuple[int, int]]:
-        """(place in the window, how far off it is) of the windows with the even or odd pixels."""
+        """(position in the window, shift of the window) for the windows of even or odd pixels."""
         return [(i, (parity + before - i) // 2) for i in range(3) if (parity + before - i) % 2 == 0]
 
     def pixels(odd_row: int, odd_column: int) -> jax.Array:

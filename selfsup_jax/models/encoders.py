@@ -1,4 +1,4 @@
-"""Encoders by name: all that the rest of the code knows of their kinds."""
+"""Encoders by name; the rest of the code does not depend on their kinds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from selfsup_jax.models.resnet import ResNet
+from selfsup_jax import checks
+from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS, ResNet
 
 KINDS = {"resnet": ResNet}
 
@@ -17,12 +18,22 @@ def make_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Modu
     """The encoder of a `config.encoder` section: a module with `num_features` and `dtype`.
 
     Args:
-        config: the fields of the encoder's class, and `name`, its kind; `resnet` if not given.
-        dtype: what it computes in.
+        config: the fields of the encoder's class, and `name`, its kind (default: `resnet`).
+        dtype: of the computation.
 
     Returns:
-        A module that takes images `[B, H, W, 3]` and a layout (None evaluates) and gives the
-        representation `[B, num_features]` float32. It may have batch statistics or none.
+        A module from images `[B, H, W, 3]` and a layout (None: evaluation mode) to the
+        representation `[B, num_features]` float32. Batch statistics are optional.
     """
     fields = dict(config)
     return KINDS[fields.pop("name", "resnet")](**fields, dtype=dtype)
+
+
+def check(config: Any) -> None:
+    """Checks the section `encoder` of a config; raises `UserError`."""
+    choices = {"depth": STAGES, "stem": STEMS, "padding": PADDINGS, "kernel_init": KERNEL_INITS}
+    checks.one_of(config, "encoder.name", KINDS)
+    for field, valid in choices.items():
+        checks.one_of(config, f"encoder.{field}", valid)
+    checks.in_range(config, ("encoder.width", "encoder.bn_epsilon"), 0, above=True)
+    checks.in_range(config, ("encoder.bn_decay",), 0, 1)

@@ -10,35 +10,37 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from selfsup_jax import checks
 from selfsup_jax.devices.collectives import BatchLayout
+from selfsup_jax.errors import bad_field
 from selfsup_jax.models.norm import BatchNorm
 
-# How the authors' libraries start a linear layer: kernel, and bias by the number of inputs.
+# How the authors' libraries initialise the kernel of a linear layer.
 _HAIKU = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 HEAD_INITS: dict[str, Callable] = {
-    # Haiku's Linear: truncated normal with variance 1 / fan in; biases start at zero.
+    # Haiku's Linear: truncated normal with variance 1 / fan in; zero biases.
     "haiku": _HAIKU,
-    # PyTorch's Linear: uniform within 1 / sqrt(fan in), and so is the bias.
+    # PyTorch's Linear: kernel and bias uniform within +-1 / sqrt(fan in).
     "torch": nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),
-    # SimCLR's code: normal with deviation 0.01; biases start at zero.
+    # SimCLR's code: normal with standard deviation 0.01; zero biases.
     "normal": nn.initializers.normal(0.01),
 }
-# Of the last layer: scale and offset, the scale alone, neither.
+# Batch norm after the last layer: none; with scale and offset, with scale only, with neither.
 OUTPUT_NORMS = ("none", "affine", "scale", "plain")
 
 
 class MLPHead(nn.Module):
-    """A projector g or predictor q: linear layers, all but the last with (norm and) ReLU.
+    """A projector g or predictor q: linear layers; all but the last have (batch norm and) ReLU.
 
-    The defaults are BYOL's, section 3.3 and its code.
+    The defaults are BYOL's: section 3.3 and the authors' code.
 
     Attributes:
-        hidden_sizes: of the hidden layers; `()` for a linear head.
+        hidden_sizes: sizes of the hidden layers; `()` for a linear head.
         output_size: D.
-        linear_init: how linear layers start, of `HEAD_INITS`.
+        linear_init: initialisation of the linear layers, a key of `HEAD_INITS`.
         hidden_bias, hidden_norm: whether hidden layers have a bias, and a batch norm.
-        output_bias: whether the last layer has one.
-        output_norm: the last layer's batch norm, of `OUTPUT_NORMS`.
+        output_bias: whether the last layer has a bias.
+        output_norm: batch norm after the last layer, one of `OUTPUT_NORMS`.
         bn_decay, bn_epsilon, bn_unbiased_average: see `BatchNorm`.
         dtype: of the matmuls.
     """
@@ -57,14 +59,14 @@ class MLPHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, layout: BatchLayout | None = None) -> jax.Array:
-        """`[B, F]` to `[B, output_size]` float32; `layout=None` evaluates."""
+        """`[B, F]` to `[B, output_size]` float32; `layout=None` for evaluation."""
         norm = functools.partial(
             BatchNorm, self.bn_decay, self.bn_epsilon, unbiased_average=self.bn_unbiased_average
         )
         for i, size in enumerate(self.hidden_sizes):
-            place = f"_{i + 1}" if i else ""
-            x = self._linear(x, f"hidden{place}", size, self.hidden_bias)
-            x = norm(relu=True, name=f"bn{place}")(x, layout) if self.hidden_norm else nn.relu(x)
+            suffix = f"_{i + 1}" if i else ""
+            x = self._linear(x, f"hidden{suffix}", size, self.hidden_bias)
+            x = norm(relu=True, name=f"bn{suffix}")(x, layout) if self.hidden_norm else nn.relu(x)
         x = self._linear(x, "output", self.output_size, self.output_bias)
         if self.output_norm != "none":
             affine = {"affine": (True, True), "scale": (True, False), "plain": (False, False)}
@@ -92,13 +94,26 @@ def _uniform(limit: float) -> Callable:
 
 
 def from_config(head: Any, encoder: Any, dtype: jnp.dtype) -> MLPHead:
-    """The head of a config section, its batch norms as those of the `encoder` section."""
+    """The head of a config section, with the batch-norm settings of the `encoder` section."""
     norm = {field: value for field, value in encoder.items() if field.startswith("bn_")}
     return MLPHead(**head, **norm, dtype=dtype)
 
 
+def check(config: Any) -> None:
+    """Checks the sections `projector` and `predictor` of a config; raises `UserError`."""
+    for head in ("projector", "predictor"):
+        checks.one_of(config, f"{head}.linear_init", HEAD_INITS)
+        checks.one_of(config, f"{head}.output_norm", OUTPUT_NORMS)
+        checks.in_range(config, (f"{head}.output_size",), 1)
+        for field, sizes in checks.present(config, [f"{head}.hidden_sizes"]):
+            if not all(isinstance(size, int) and size >= 1 for size in sizes):
+                raise bad_field(field, tuple(sizes), "must be whole numbers, each at least 1")
+            if not sizes and head == "predictor":
+                raise bad_field(field, (), "must have at least one hidden layer")
+
+
 class LinearClassifier(nn.Module):
-    """The online probe: a linear layer on features that pass no gradient back."""
+    """The linear layer of the online probe."""
 
     num_classes: int
 
@@ -109,5 +124,5 @@ class LinearClassifier(nn.Module):
 
 
 def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-    """Rows of `[..., D]` to unit length; a row of zeros stays one, its gradient finite."""
+    """Scales rows of `[..., D]` to unit length; a zero row stays zero, with a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), epsilon**2))

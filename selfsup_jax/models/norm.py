@@ -1,4 +1,4 @@
-"""Batch normalisation over groups of the global batch, and the ReLU that follows it."""
+"""Batch normalisation over groups of the global batch, and the ReLU after it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from selfsup_jax.devices.collectives import BatchLayout
 
 
 class BatchNorm(nn.Module):
-    """Batch norm whose statistics are those of a group of the global batch, on any device count.
+    """Batch norm with the statistics of a group of the global batch, on any number of devices.
 
-    The two views of a batch pass together but are normalised apart, and the running averages take
-    one step for each, as if the views had passed one after the other. Statistics and the running
-    averages are float32 whatever the input is. The averages start at 0 and 1 and are not debiased,
-    as Haiku's are; after some twenty steps that is the same.
+    The views of a batch are stacked but normalised separately, and the running averages are updated
+    once per view, as if the views came one after the other. Statistics and running averages are
+    float32 for any input dtype. The averages start at 0 and 1. Unlike Haiku's, they are not
+    debiased; after about twenty steps the difference is negligible.
 
     Attributes:
-        decay: of the running averages (0.9 in the authors' codes).
+        decay: of the running averages (0.9 in the authors' code).
         epsilon: added to the variance.
-        zero_init_scale: start gamma at 0 (the last norm of a residual branch).
+        zero_init_scale: initialise gamma at 0 (for the last norm of a residual branch).
         use_scale, use_bias: whether there is a gamma, and a beta.
-        unbiased_average: the running average takes the variance times n / (n - 1), as PyTorch's
-            does; what normalises the batch is the biased one all the same.
-        relu: a ReLU follows; it is computed, and differentiated, in the same pass over the data.
+        unbiased_average: the running average uses the variance times n / (n - 1), as in PyTorch;
+            the batch itself is still normalised with the biased variance.
+        relu: a ReLU follows, computed in the same pass over the data, forward and backward.
     """
 
     decay: float = 0.9
@@ -41,7 +41,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, layout: BatchLayout | None) -> jax.Array:
-        """Normalises `x` `[rows, ..., C]`; with `layout=None` by the running averages."""
+        """Normalises `x` `[rows, ..., C]`; `layout=None` uses the running averages."""
         shape = (x.shape[-1],)
         scale, bias = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
         if self.use_scale:
@@ -59,7 +59,7 @@ class BatchNorm(nn.Module):
 
         y, mean, var = batch_norm(x, scale, bias, layout, self.epsilon, self.relu)
         if not self.is_initializing():
-            samples = x.size // mean.size * layout.sharing  # of one group
+            samples = x.size // mean.size * layout.sharing  # in one group
             correction = samples / max(1, samples - 1) if self.unbiased_average else 1.0
             for view in range(layout.num_views):
                 groups = slice(view * layout.groups, (view + 1) * layout.groups)
@@ -82,23 +82,23 @@ def batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises each view and group by its own statistics (Ioffe and Szegedy, algorithm 1).
 
-    It has a gradient of its own, the textbook's, since what bounds it is memory traffic: on its
-    two passes over the data (sums, then result) it reads the input, what comes from behind, and
-    nothing else. Derived automatically it kept and read the ReLU's gradient as well.
+    The gradient is written by hand (the textbook's), because memory traffic limits the speed: its
+    two passes over the data (sums, then result) read only the input and the incoming gradient. The
+    automatic gradient also stored and read the ReLU's gradient.
 
     Args:
-        x: `[rows, ..., C]`, of any float type; the rows of a view, and of a group, lie together.
+        x: `[rows, ..., C]`, any float dtype; the rows of a view, and of a group, are contiguous.
         scale, bias: gamma and beta, `[C]` float32.
-        layout: how the rows are cut into V views of G groups, and what devices share a group.
+        layout: divides the rows into V views of G groups; has the devices that share a group.
         epsilon: added to the variance.
         relu: whether a ReLU follows.
 
     Returns:
-        The result, in the shape and type of `x`, and the groups' mean and (biased) variance,
-        `[V * G, C]` float32, through which no gradient passes.
+        The result, with the shape and dtype of `x`, and the groups' mean and (biased) variance,
+        `[V * G, C]` float32, which have no gradient.
     """
     grouped = _grouped(x, layout).astype(jnp.float32)
-    # One pass over the activations, and one message between devices: both moments together.
+    # Both moments together: one pass over the activations and one collective.
     mean, mean_of_squares = layout.mean((_mean(grouped), _mean(jnp.square(grouped))))
     var = jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
     y = _affine(_grouped(x, layout), *_coefficients(x.ndim, scale, bias, mean, var, epsilon))
@@ -120,10 +120,10 @@ def _batch_norm_backward(layout, epsilon, relu, saved, cotangents):
 
     x, g = _grouped(x, layout), _grouped(cotangents[0], layout)
     dy = through_relu(g, x)
-    sums = _mean(dy), _mean(dy * x)  # as means over the rows of the group that are here
-    # Else a GPU's compiler keeps `dy` for what follows, which costs more than making it anew from
-    # `g` and `x` as they are read.
-    g, x, sums = _apart_on_gpu(g, x, sums)
+    sums = _mean(dy), _mean(dy * x)  # means over this device's rows of the group
+    # Otherwise the GPU compiler stores `dy` for the second pass, which is slower than computing it
+    # again from `g` and `x`.
+    g, x, sums = _barrier_on_gpu(g, x, sums)
 
     inverse_std = lax.rsqrt(var + epsilon)
     count = x.size // mean.size
@@ -144,22 +144,22 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0); its gradient looks at the result, which what follows keeps anyway."""
+    """max(x, 0); its gradient uses the result, which the next layer stores anyway."""
     return jnp.maximum(x, 0)
 
 
 def _relu_backward(y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    y, g = _apart_on_gpu(y, g)  # else "y > 0" is simplified to "x > 0", and x is kept too
+    y, g = _barrier_on_gpu(y, g)  # otherwise XLA simplifies "y > 0" to "x > 0" and stores x too
     return (jnp.where(y > 0, g, 0),)
 
 
 relu.defvjp(lambda x: (relu(x),) * 2, _relu_backward)
 
 
-def _apart_on_gpu(*arrays: Any) -> Any:
-    """The arrays, made and used in programs that a GPU's compiler does not simplify as one.
+def _barrier_on_gpu(*arrays: Any) -> Any:
+    """The arrays after an optimization barrier on GPUs: XLA does not simplify across it.
 
-    A TPU's compiler does better without: it computes norms inside the convolutions beside them.
+    A TPU is faster without it: its compiler fuses norms into neighbouring convolutions.
     """
     return lax.platform_dependent(
         *arrays, cuda=lambda *a: lax.optimization_barrier(a), default=lambda *a: a

@@ -1,4 +1,4 @@
-"""One ResNet with parameters (He et al. 2016, arXiv 1512.03385), for every method."""
+"""One configurable ResNet (He et al. 2016, arXiv 1512.03385) for all methods."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KERNEL_INITS: dict[str, Callable] = {
 
 
 class Conv(nn.Module):
-    """A convolution without bias, NHWC, padded as TensorFlow's `same` or else symmetrically."""
+    """A convolution without bias, NHWC, padded like TensorFlow's `same` or symmetrically."""
 
     features: int
     size: int
@@ -42,7 +42,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, H, W, C]` to `[B, H / stride, W / stride, features]`, in the type of `x`."""
+        """`[B, H, W, C]` to `[B, H / stride, W / stride, features]`, in the dtype of `x`."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", KERNEL_INITS[self.kernel_init], shape, jnp.float32)
         margins = _margins(x.shape[1:3], self.size, self.stride, self.padding)
@@ -50,10 +50,10 @@ class Conv(nn.Module):
 
 
 def _margins(sizes: Sequence[int], kernel: int, stride: int, padding: str) -> Margins:
-    """Rows and columns added before and after, for a kernel of odd size."""
+    """Padding of rows and columns, (before, after) each, for a kernel of odd size."""
     if padding != "same":
         return (((kernel - 1) // 2,) * 2,) * 2
-    # TensorFlow's: the odd pixel goes to the end.
+    # TensorFlow's `same`: an odd pixel is added at the end.
     totals = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in sizes]
     return tuple((total // 2, total - total // 2) for total in totals)  # type: ignore[return-value]
 
@@ -66,10 +66,10 @@ class ResNet(nn.Module):
         width: multiplies the channels of every stage (64, 128, 256, 512).
         stem: `imagenet` (7x7 stride 2, max-pool) or `cifar` (3x3 stride 1).
         padding: `same` (BYOL: TensorFlow's), `torch` (MoCo: symmetric) or `fixed` (SimCLR:
-            convolutions as `torch`, the max-pool as `same`).
+            convolutions like `torch`, max-pooling like `same`).
         zero_init_gamma: the last norm of each residual branch starts at 0, so that a block starts
             as the identity.
-        kernel_init: `lecun` (BYOL's and SimCLR's codes) or `kaiming_fan_out` (MoCo's).
+        kernel_init: `lecun` (BYOL's and SimCLR's code) or `kaiming_fan_out` (MoCo's).
         bn_decay, bn_epsilon, bn_unbiased_average: see `BatchNorm`.
         dtype: of convolutions and activations; parameters and statistics are float32.
     """
@@ -95,7 +95,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, layout: BatchLayout | None = None) -> jax.Array:
-        """Images `[B, H, W, C]` to representation `[B, D]` float32; `layout=None` evaluates."""
+        """Images `[B, H, W, C]` to features `[B, D]` float32; `layout=None` for evaluation."""
         blocks, bottleneck = STAGES[self.depth]
         x = x.astype(self.dtype)
         if self.stem == "imagenet":
@@ -120,7 +120,7 @@ class ResNet(nn.Module):
         stride: int,
         bottleneck: bool,
     ) -> jax.Array:
-        """A residual block; a bottleneck carries its stride in the 3x3 (ResNet v1.5)."""
+        """A residual block; a bottleneck has its stride in the 3x3 convolution (ResNet v1.5)."""
         if bottleneck:
             sizes = [(channels, 1, 1), (channels, 3, stride), (4 * channels, 1, 1)]
         else:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and errors of a full or broken disk in one line."""
+"""Atomic file writes, and one-line errors for a full or broken disk."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import IO, Any
 
 from selfsup_jax.errors import Stopped, UserError
 
-_FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_OF_A_FILE = (errno.EACCES, errno.EPERM, errno.ENOENT)  # such as of a workdir that was removed
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)  # for example, the workdir was removed
 
 
 @contextlib.contextmanager
 def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator[None]:
-    """Turns what a full or broken disk raises into one line that says what is still there."""
+    """Turns the error of a full or broken disk into one line that names the last checkpoint."""
     try:
         yield
     except (UserError, Stopped):
@@ -27,13 +27,13 @@ def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator
         if reason is None:
             raise
         saved = latest_step()
-        there = f"the last good checkpoint is of step {saved}" if saved else "no checkpoint yet"
-        raise UserError(f"--workdir={workdir}: cannot be written to: {reason}; {there}") from e
+        note = f"the last good checkpoint is of step {saved}" if saved else "no checkpoint yet"
+        raise UserError(f"--workdir={workdir}: cannot be written to: {reason}; {note}") from e
 
 
 @contextlib.contextmanager
 def writing_to(folder: str) -> Iterator[None]:
-    """Turns what the system says of a folder that takes no files into one line."""
+    """Turns an `OSError` of writing to a folder into a `UserError` of one line."""
     try:
         yield
     except OSError as e:
@@ -41,16 +41,16 @@ def writing_to(folder: str) -> Iterator[None]:
 
 
 def _disk_reason(e: BaseException, workdir: str) -> str | None:
-    """The system's words for what the workdir's disk did, where that is what went wrong."""
+    """The system's message if `e` is an error of the workdir's disk, else None."""
     root = os.path.abspath(workdir)
-    if isinstance(e, OSError) and e.errno in (*_FULL_OR_BROKEN, *_OF_A_FILE):
+    if isinstance(e, OSError) and e.errno in (*_DISK_ERRORS, *_FILE_ERRORS):
         if isinstance(e.filename, str):
             inside = os.path.commonpath([root, os.path.abspath(e.filename)]) == root
             return os.strerror(e.errno) if inside else None
-        if e.errno in _FULL_OR_BROKEN:  # of a file that was open: a run writes nowhere else
+        if e.errno in _DISK_ERRORS:  # an open file; a run writes only to its workdir
             return os.strerror(e.errno)
-    # TensorStore and TensorFlow wrap the system's error in their own, the file's name with it.
-    for number in _FULL_OR_BROKEN:
+    # TensorStore and TensorFlow put the system's message and the path in their own error.
+    for number in _DISK_ERRORS:
         if os.strerror(number) in str(e) and (root in str(e) or workdir in str(e)):
             return os.strerror(number)
     return _disk_reason(e.__cause__, workdir) if e.__cause__ is not None else None
@@ -58,7 +58,7 @@ def _disk_reason(e: BaseException, workdir: str) -> str | None:
 
 @contextlib.contextmanager
 def whole_file(path: str, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
-    """`open(path, mode)` to write: the file is there whole when the block ends, or as it was."""
+    """`open(path, mode)` for an atomic write: if the block fails, the old file stays unchanged."""
     with open(path + ".partial", mode, **options) as f:
         yield f
         f.flush()
@@ -66,8 +66,20 @@ def whole_file(path: str, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     os.replace(path + ".partial", path)
 
 
+def read_json(path: str) -> dict[str, Any]:
+    """Reads a JSON object; raises `UserError` if the file cannot be read or holds none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            tree = json.load(f)
+        if not isinstance(tree, dict):
+            raise ValueError("no JSON object")
+        return tree
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read: {e}; move it away to begin anew") from e
+
+
 def write_json(path: str, tree: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     with whole_file(path) as f:
         json.dump(tree, f, indent=2, sort_keys=True)
         f.write("\n")

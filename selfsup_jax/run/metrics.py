@@ -1,4 +1,4 @@
-"""What a run records of itself: `metrics.jsonl` and TensorBoard events, each step once only."""
+"""The metrics of a run: `metrics.jsonl` and TensorBoard events, each step only once."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
 from selfsup_jax.run.files import whole_file
-from selfsup_jax.run.progress import say
+from selfsup_jax.run.progress import log
 
 FILE = "metrics.jsonl"
 
 
 class Recorder:
-    """Writes a run's scalars, and holds all of them since its step 1.
+    """Writes a run's scalars, and keeps all of them in memory from step 1 on.
 
-    A run that goes on from a checkpoint first takes back what an earlier process recorded after it,
-    since those steps come again: no point is there twice and none is missing.
+    A resumed run first deletes the records of the steps after its checkpoint, since these steps run
+    again. So no step is recorded twice, and none is missing.
 
     Args:
-        workdir: takes `metrics.jsonl` (one object per line: "step" and what was measured at it)
-            and TensorBoard's events.
-        first_step: the checkpoint's step that the run goes on from, 0 for a fresh run.
+        workdir: the directory of `metrics.jsonl` (one object per line: "step" and its values) and
+            of TensorBoard's events.
+        first_step: the step of the checkpoint from which the run resumes; 0 for a new run.
 
     Attributes:
-        history: name -> (steps, values) of all that is in `metrics.jsonl`. Only on the host that
-            writes.
+        history: name -> (steps, values), all of `metrics.jsonl`. It is filled only on the host
+            that writes.
     """
 
     def __init__(self, workdir: str, first_step: int):
@@ -48,7 +48,7 @@ class Recorder:
         lines = _lines_up_to(path, first_step)
         if not first_step and _lines_up_to(path, sys.maxsize):
             aside = os.path.join(workdir, "metrics.before.jsonl")
-            say(f"no checkpoint to go on from: what was recorded before is moved to {aside}")
+            log(f"no checkpoint to go on from: what was recorded before is moved to {aside}")
             os.replace(path, aside)
         self.history = _history(lines)
         with whole_file(path) as f:
@@ -59,17 +59,17 @@ class Recorder:
         self._workdir = workdir
 
     def write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
-        """Records one step's values; `timings`, which no rerun repeats, go to TensorBoard only."""
+        """Records a step's values; `timings` are not reproducible and go to TensorBoard only."""
         if self._file is None:
             return
-        if self._writer is None:  # its file is made with the first point
+        if self._writer is None:  # creates the event file, so not before the first point
             self._writer = metric_writers.create_default_writer(self._workdir, asynchronous=True)
-        _remember(self.history, step, values)
+        _append(self.history, step, values)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._writer.write_scalars(step, {**values, **timings})
 
     def flush(self) -> None:
-        """Returns when all is written: before a checkpoint says that these steps are done."""
+        """Returns when all is written; called before a checkpoint marks the steps as done."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -85,18 +85,18 @@ class Recorder:
 
 
 def read_history(workdir: str) -> dict[str, tuple[list[int], list[float]]]:
-    """`Recorder.history` of a run's workdir."""
+    """The `Recorder.history` of a workdir."""
     return _history(_lines_up_to(os.path.join(workdir, FILE), sys.maxsize))
 
 
 def _history(lines: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
     history: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
-        _remember(history, line["step"], {k: v for k, v in line.items() if k != "step"})
+        _append(history, line["step"], {k: v for k, v in line.items() if k != "step"})
     return history
 
 
-def _remember(
+def _append(
     history: dict[str, tuple[list[int], list[float]]], step: int, values: Mapping[str, float]
 ) -> None:
     for name, value in values.items():
@@ -106,7 +106,7 @@ def _remember(
 
 
 def _lines_up_to(path: str, last_step: int) -> list[dict]:
-    """The objects of a metrics file up to a step; a last line that was cut off is no object."""
+    """The objects of a metrics file up to a step; an incomplete last line is ignored."""
     lines = []
     if os.path.exists(path):
         with open(path) as f:
@@ -123,17 +123,17 @@ def _lines_up_to(path: str, last_step: int) -> list[dict]:
 
 
 def _cut_events(path: str, last_step: int) -> None:
-    """Takes the events after a step out of one of TensorBoard's files."""
+    """Removes the events after a step from a TensorBoard file."""
     kept, cut = [], False
     for record in RawEventFileLoader(path).Load():
         if event_pb2.Event.FromString(record).step <= last_step:
             kept.append(record)
         else:
             cut = True
-    if len(kept) <= 1:  # at most the file's version
+    if len(kept) <= 1:  # at most the record of the file's version
         os.remove(path)
     elif cut:
-        # Not a name that TensorBoard, or this function after a kill, would take for events.
+        # After a kill, neither TensorBoard nor this function takes this name for an event file.
         partial = os.path.join(os.path.dirname(path), "cut.partial")
         with open(partial, "wb") as f:
             writer = RecordWriter(f)

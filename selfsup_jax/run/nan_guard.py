@@ -15,10 +15,10 @@ from selfsup_jax.run.files import write_json
 
 
 class NanGuard:
-    """Finds the step at which the loss or a gradient is no longer finite.
+    """Finds the first step at which the loss or a gradient is not finite.
 
-    Steps are looked at `lag` steps late, when they are done anyway: looking at once would keep the
-    device waiting for the host.
+    A step is checked `lag` steps later, when its values are ready: with an immediate check, the
+    device would have to wait for the host.
     """
 
     def __init__(self, workdir: str, lag: int = 2):
@@ -27,21 +27,21 @@ class NanGuard:
         self._waiting: collections.deque = collections.deque()
 
     def add(self, step: int, metrics: dict[str, Any], names: np.ndarray) -> None:
-        """Takes a step's metrics, still on the device, and the names of its images on this host.
+        """Adds a step's metrics, still on the device, and the names of its images on this host.
 
         Raises:
-            NotFinite: an earlier step was not.
+            NotFinite: the loss or a gradient of an earlier step is not finite.
         """
         finite = metrics["finite"].addressable_shards[0].data
         finite.copy_to_host_async()
         self._waiting.append((step, finite, metrics, names))
-        self._look(self._lag)
+        self._check(self._lag)
 
     def drain(self) -> None:
-        """Looks at all steps so far; raises as `add` does."""
-        self._look(0)
+        """Checks all steps added so far; raises as `add` does."""
+        self._check(0)
 
-    def _look(self, lag: int) -> None:
+    def _check(self, lag: int) -> None:
         while len(self._waiting) > lag:
             step, finite, metrics, names = self._waiting.popleft()
             if not np.asarray(finite)[0]:
@@ -53,13 +53,13 @@ class NanGuard:
         what = ", ".join(f"{name} {values[name]}" for name in broken)
         suffix = "" if jax.process_count() == 1 else f"_host{jax.process_index()}"
         path = os.path.join(self._workdir, f"non_finite{suffix}.json")
-        found = {
+        report = {
             "step": step,
             "non_finite": broken,
             "metrics": {k: v if np.isfinite(v) else str(v) for k, v in values.items()},
             "images": [str(name) for name in names],
         }
-        write_json(path, found)
+        write_json(path, report)
         raise NotFinite(
             f"step {step} is not finite: {what}; its images are named in {path}. "
             "The last good checkpoint stays; a lower config.optimizer.learning_rate or a longer "

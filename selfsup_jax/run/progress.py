@@ -1,4 +1,4 @@
-"""What the reader of a run sees on the terminal: the live progress line, and lines of news."""
+"""The terminal output of a run: the live progress line, and single messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """One line that renews itself on a terminal, plain lines elsewhere; silent on other hosts.
+    """One line that is updated in place on a terminal, else plain lines; only one host prints.
 
     Args:
         total: steps of the whole run.
@@ -45,34 +45,34 @@ class Progress:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._quiet = not hosts.is_writer()
-        self._last = self._began = (time.perf_counter(), first_step)
+        self._last = self._start = (time.perf_counter(), first_step)
         self._width = 0
         self._counted_steps = 0
         self._counted_seconds = 0.0
 
     @property
     def images_per_second(self) -> float:
-        """Over all the intervals shown so far, pauses left out; 0 before the first."""
+        """The mean over all intervals shown so far, without pauses; 0 before the first."""
         if not self._counted_seconds:
             return 0.0
         return self._counted_steps * self._images_per_step / self._counted_seconds
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Takes the time that is spent in it out of the current interval's rate."""
-        began = time.perf_counter()
+        """Excludes the time spent in this block from the measured rates."""
+        start = time.perf_counter()
         yield
-        paused = time.perf_counter() - began
+        paused = time.perf_counter() - start
         self._last = (self._last[0] + paused, self._last[1])
-        self._began = (self._began[0] + paused, self._began[1])
+        self._start = (self._start[0] + paused, self._start[1])
 
     def restart(self, step: int) -> None:
-        """Begins to count at `step`, now: after the first step, which compiles."""
-        self._last = self._began = (time.perf_counter(), step)
+        """Restarts the measurement at `step`: after the first step, which includes compilation."""
+        self._last = self._start = (time.perf_counter(), step)
 
     def expectation(self, step: int) -> str:
-        """How long the run is going to take, judged by the steps since the last restart."""
-        seconds, steps = time.perf_counter() - self._began[0], step - self._began[1]
+        """A message with the rate since the last restart, and the remaining time at this rate."""
+        seconds, steps = time.perf_counter() - self._start[0], step - self._start[1]
         rate = steps * self._images_per_step / max(seconds, 1e-9)
         left = (self._total - step) * seconds / max(steps, 1)
         return (
@@ -81,7 +81,7 @@ class Progress:
         )
 
     def show(self, step: int, metrics: Mapping[str, float]) -> float:
-        """Shows step, rate, ETA, loss and probe. Returns the interval's images per second."""
+        """Shows step, rate, ETA, loss and accuracies. Returns the interval's images per second."""
         now = time.perf_counter()
         seconds, steps = now - self._last[0], step - self._last[1]
         self._last = (now, step)
@@ -111,13 +111,13 @@ class Progress:
             self._stream.write(line + "\n")
         self._stream.flush()
 
-    def news(self, message: str) -> None:
-        """A line of its own, above the live one."""
+    def announce(self, message: str) -> None:
+        """Prints a message on its own line; the live line continues below it."""
         self.close()
-        say(message)
+        log(message)
 
     def close(self) -> None:
-        """Leaves the live line standing and goes to a fresh one."""
+        """Ends the live line, so that the next output begins on a new line."""
         if self._live and self._width and not self._quiet:
             self._stream.write("\n")
             self._stream.flush()
@@ -131,18 +131,18 @@ def counted(
     every: float = 10.0,
     stream: TextIO | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The same batches of "label"s, with a line that says how many of them there were.
+    """Yields the same batches, and shows how many of the examples have been yielded.
 
     Args:
-        batches: this host's part.
-        total: examples, over all hosts.
-        what: they are.
-        every: seconds between lines where there is no terminal; on one a line renews itself.
+        batches: those of this host; each has "label".
+        total: number of examples, over all hosts.
+        what: a name for the examples in the output.
+        every: seconds between lines if there is no terminal; on a terminal, one line is updated.
         stream: where to write; stderr by default.
     """
     stream = stream or sys.stderr
     live, quiet = stream.isatty(), not hosts.is_writer()
-    began = shown = time.perf_counter()
+    start = shown = time.perf_counter()
     count, width = 0, 0
     for batch in batches:
         yield batch
@@ -151,20 +151,20 @@ def counted(
         if quiet or now - shown < (0.2 if live else every):
             continue
         shown = now
-        rate = count / (now - began)
+        rate = count / (now - start)
         left = format_seconds(max(0, total - count) / rate)
         line = f"{what}: {count:,}/{total:,}  {rate:,.0f} images/s  ETA {left}"
         stream.write("\r" + line.ljust(width) if live else line + "\n")
         stream.flush()
         width = len(line)
     if not quiet:
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         line = f"{what}: {total:,} images in {format_seconds(seconds)}"
         stream.write(("\r" + line.ljust(width) if live else line) + "\n")
         stream.flush()
 
 
-def say(message: str) -> None:
-    """A line for the reader, from one host only."""
+def log(message: str) -> None:
+    """Prints a line to stderr, from one host only."""
     if hosts.is_writer():
         print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step at hand is finished and saved, then the process ends."""
+"""SIGTERM and Ctrl-C: the current step is finished and saved, then the process ends."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from selfsup_jax.errors import Stopped
 
 
 class StopSignals:
-    """From `catch` to its end SIGTERM and Ctrl-C are noted, for the loop to ask after each step.
+    """From `catch` to its exit, records SIGTERM and Ctrl-C; the loop checks them after each step.
 
-    A second signal ends the process at once, as if it had not been caught. In a job of many hosts
-    `jax.distributed` takes SIGTERM and agrees with the others on a step; Ctrl-C is passed on to it.
+    A second signal has its default effect: it ends the process at once. In a job of several hosts,
+    `jax.distributed` handles SIGTERM and lets the hosts agree on a step; Ctrl-C becomes a SIGTERM.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         return self
 
     def catch(self) -> None:
-        """Begins: once there is a step to save. Before, a signal may as well end the process."""
-        if threading.current_thread() is threading.main_thread():  # else Python takes no handlers
-            many = jax.process_count() > 1
-            for number in (signal.SIGINT,) if many else (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+        """Installs the handlers, when a step can be saved; before, a signal ends the process."""
+        if threading.current_thread() is threading.main_thread():  # a requirement of Python
+            several_hosts = jax.process_count() > 1
+            for number in (signal.SIGINT,) if several_hosts else (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._record)
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous = {}
 
-    def _note(self, number: int, frame: types.FrameType | None) -> None:
+    def _record(self, number: int, frame: types.FrameType | None) -> None:
         del frame
         self._received = number
-        for caught in self._before:
+        for caught in self._previous:
             signal.signal(caught, signal.SIG_DFL)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def received(self, step: int) -> int | None:
-        """The signal that asks for a stop after this step, on every host at the same; or None."""
+        """The signal to stop after this step, or None; the step is the same on every host."""
         if jax.process_count() > 1:
             return signal.SIGTERM if hosts.reached_preemption(step) else None
         return self._received
 
     def pending(self) -> int | None:
-        """A signal that came after the last step was asked about; on one host only."""
+        """A signal that came after the last call of `received`; always None with several hosts."""
         return self._received if jax.process_count() == 1 else None
 
 
 def stopped(number: int, step: int, workdir: str) -> Stopped:
-    """What ends the process after a signal, once step `step` is saved."""
+    """The exception that ends the process after a signal, once step `step` is saved."""
     name = signal.Signals(number).name
     return Stopped(
         f"{name}: stopped after step {step:,}, which is saved in {workdir}; the same command goes "

@@ -1,4 +1,4 @@
-"""A run's own directory: whose it is, what it holds, and that only one process writes to it."""
+"""A run's directory: which run it belongs to, what it contains, and the lock for one process."""
 
 from __future__ import annotations
 
@@ -11,45 +11,30 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from selfsup_jax.data.inputs import Data
+from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
-from selfsup_jax.run import checkpoint
+from selfsup_jax.run import checkpoint, identity
 from selfsup_jax.run.files import write_json
-from selfsup_jax.run.progress import say
-
-# Fields that may change when a run goes on: they don't touch the mathematics of its steps.
-_FREE_FIELDS = (
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "eval.",
-    "monitor.",
-    "profile.",
-    "data.dir",
-    "data.download",
-    "data.test_split",
-    "data.max_undecodable",
-)
-_LENGTH_FIELDS = ("steps", "examples", "epochs")
+from selfsup_jax.run.progress import log
 
 
 def check_path(workdir: str) -> None:
-    """Raises `UserError` for the address of a bucket: locally it would be a folder of that name."""
+    """Raises `UserError` for a bucket's address, which would create a local folder of that name."""
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
 
 
 @contextlib.contextmanager
 def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
-    """Makes the workdir and its checkpoints ready, for one run at a time.
+    """Creates and locks the workdir for one run at a time, and opens its checkpoints.
 
     Raises:
-        UserError: the workdir can't be written to, another process trains in it, or hosts see
-            different checkpoints there.
+        UserError: the workdir cannot be written to, another process uses it, or the hosts see
+            different checkpoints in it.
     """
     with locked(workdir), checkpoints_of(config, workdir) as checkpoints:
         yield checkpoints
@@ -57,7 +42,7 @@ def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]
 
 @contextlib.contextmanager
 def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
-    """The checkpoints of a workdir that is locked; raises as `opened` does."""
+    """The checkpoints of a workdir that is already locked; raises as `opened` does."""
     try:
         checkpoints = checkpoint.Checkpoints(
             workdir, config.keep_checkpoints, config.keep_every_steps
@@ -70,7 +55,7 @@ def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Chec
     try:
         yield checkpoints
     except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # keep the first error
             checkpoints.close()
         raise
     checkpoints.close()
@@ -78,26 +63,26 @@ def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Chec
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-    """Makes the workdir and takes it for this process; on all hosts.
+    """Creates the workdir and locks it for this process; all hosts must call it.
 
-    The system lets go of it however the process ends.
+    The operating system releases the lock when the process ends, even after a crash.
 
     Raises:
-        UserError: it can't be written to, or another process is at work in it.
+        UserError: the workdir cannot be written to, or another process uses it.
     """
     check_path(workdir)
     with contextlib.ExitStack() as stack:
         try:
             os.makedirs(workdir, exist_ok=True)
             if hosts.is_writer():
-                _take(workdir, stack.enter_context(open(os.path.join(workdir, ".lock"), "a+")))
+                _acquire(workdir, stack.enter_context(open(os.path.join(workdir, ".lock"), "a+")))
         except OSError as e:
             raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
         hosts.wait_for_all("workdir")
         yield
 
 
-def _take(workdir: str, lock: TextIO) -> None:
+def _acquire(workdir: str, lock: TextIO) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -106,36 +91,31 @@ def _take(workdir: str, lock: TextIO) -> None:
             f"--workdir={workdir}: process {lock.read().strip()} is at work there; wait for it, "
             "stop it, or take another"
         ) from e
-    except OSError:  # a file system without locks: then nobody is kept out
+    except OSError:  # a file system without locks: no other process is kept out
         pass
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
 
 
-def describe_run(config: ConfigDict, data: Data) -> dict[str, Any]:
-    """What makes a run this one and no other: its config, and what its data turned out to be."""
-    found = {"train_images": data.train.num_examples, "classes": data.train.num_classes}
-    return {"config": json.loads(config.to_json()), "found": found}
+def describe_run(config: ConfigDict, train: Source) -> dict[str, Any]:
+    """What identifies a run: its config, and facts about its data."""
+    data_info = {"train_images": train.num_examples, "classes": train.num_classes}
+    return {"config": json.loads(config.to_json()), "data_info": data_info}
 
 
-def flat_config(run: dict[str, Any]) -> dict[str, Any]:
-    """`{"optimizer.name": ..., "found.classes": ...}` of what `describe_run` gave."""
-    return flatten(run["config"] | {"found": run["found"]})
-
-
-def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """`{"a.b": ...}` of nested dictionaries."""
-    return flatten_dict(tree, sep=".")
+def config_json(run: dict[str, Any]) -> dict[str, Any]:
+    """The content of `config.json`: the resolved config and `data_info`."""
+    return run["config"] | {"data_info": run["data_info"]}
 
 
 def meta(run: dict[str, Any], step: int, undecodable: Iterable[str] = ()) -> dict[str, Any]:
-    """What a checkpoint of step `step` says of itself, beside its state.
+    """The `meta` of a checkpoint of step `step`: what it stores beside the state.
 
-    The next example is the one at `batch` of the order of `epoch`: it follows from the step, so
-    that no reader's position can be lost.
+    The run continues with batch `batch` of epoch `epoch`. Both follow from the step, so that no
+    reader has to save its position.
     """
-    steps_per_epoch = run["found"]["train_images"] // run["config"]["batch_size"]
+    steps_per_epoch = run["data_info"]["train_images"] // run["config"]["batch_size"]
     epoch, batch = divmod(step, steps_per_epoch)
     position = {"epoch": epoch, "batch": batch, "steps_per_epoch": steps_per_epoch}
     written_on = {"device_count": jax.device_count(), "host_count": jax.process_count()}
@@ -144,10 +124,10 @@ def meta(run: dict[str, Any], step: int, undecodable: Iterable[str] = ()) -> dic
 
 
 def take_over(data: Data, saved: dict[str, Any]) -> None:
-    """Goes on from a checkpoint's `meta`: the broken images that were found before it count too."""
+    """Restores the broken images listed in `meta`; logs it if a streamed order changes."""
     data.undecodable.names.update(saved["undecodable"])
     if data.train.stream is not None and saved["host_count"] != jax.process_count():
-        say(
+        log(
             f"{data.train.name} is streamed, in an order that depends on the number of hosts: "
             f"{saved['host_count']} before, {jax.process_count()} now, so that this epoch repeats "
             "some images and leaves out others"
@@ -155,7 +135,7 @@ def take_over(data: Data, saved: dict[str, Any]) -> None:
 
 
 def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> None:
-    """Checks that a run may go on from a checkpoint: nothing that its steps depend on differs.
+    """Checks that a run may resume from a checkpoint: no field that affects its steps differs.
 
     Args:
         run: see `describe_run`.
@@ -163,52 +143,25 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
         workdir: for messages.
 
     Raises:
-        UserError: naming every field that differs, and both values.
+        UserError: a field differs; the message names every such field and both values.
     """
-    before = flat_config(saved)
-    now = flat_config(run)
-    free: tuple[str, ...] = _FREE_FIELDS
-    if not before.get("keep_every_steps"):  # else another multiple would delete what is kept
-        free += ("keep_every_steps",)
-    if not _length_matters(run["config"]) and not _length_matters(saved["config"]):
-        free += _LENGTH_FIELDS
-    different = [
-        field
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field) and not _is_one_of(field, free)
-    ]
+    now, before = identity.flat(config_json(run)), identity.flat(config_json(saved))
+    different = identity.differences(now, before, identity.steps_free(now, before))
     if different:
-        told = "; ".join(
-            f"{field if field.startswith('found.') else f'config.{field}'}={now.get(field)!r}: the "
-            f"run in {workdir} has {before.get(field)!r}"
-            for field in different
-        )
-        length = any(field in _LENGTH_FIELDS for field in different)
+        length = any(identity.is_length(field) for field in different)
         why = " (its schedules depend on its length)" if length else ""
-        raise UserError(f"{told}{why}; take what it has, or another --workdir")
-    then, here = saved["versions"], checkpoint.versions()
-    moved = [f"{k} {then[k]} -> {here.get(k)}" for k in then if then[k] != here.get(k)]
-    if moved:
-        say(f"other versions than the run began with, so its last bits may differ: {moved}")
-
-
-def _length_matters(config: dict[str, Any]) -> bool:
-    """Whether a step's mathematics depends on how many are to come."""
-    schedules = {config["optimizer"]["schedule"], config.get("tau_schedule", "constant")}
-    return schedules != {"constant"}
+        text = identity.described(different, f"the run in {workdir}")
+        raise UserError(f"{text}{why}; take what it has, or another --workdir")
+    old, new = saved["versions"], checkpoint.versions()
+    changed = [f"{k} {old[k]} -> {new.get(k)}" for k in old if old[k] != new.get(k)]
+    if changed:
+        log(f"other versions than the run began with, so its last bits may differ: {changed}")
 
 
 def write_config(run: dict[str, Any], workdir: str) -> None:
-    """Writes `config.json`: the resolved config, and what the data turned out to be."""
+    """Writes `config.json`, see `config_json`; only one host writes."""
     if hosts.is_writer():
         try:
-            write_json(
-                os.path.join(workdir, "config.json"), run["config"] | {"found": run["found"]}
-            )
+            write_json(os.path.join(workdir, "config.json"), config_json(run))
         except OSError as e:
             raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
-
-
-def _is_one_of(field: str, names: tuple[str, ...]) -> bool:
-    """`names` are fields, or sections with their dot."""
-    return any(field.startswith(n) if n.endswith(".") else field == n for n in names)

@@ -1,1 +1,1 @@
-"""Pretraining: the loop, what is measured on the way, several recipes in one table."""
+"""Pretraining: the training loop, its monitoring, and sweeps over several recipes."""

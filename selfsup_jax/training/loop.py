@@ -1,4 +1,4 @@
-"""The only training loop: steps, logs, checkpoints, signals; what is trained is its caller's."""
+"""The only training loop, used by pretraining and by the jobs that train."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax.devices import hosts, parallel, process
-from selfsup_jax.run import nan_guard, progress, signals
+from selfsup_jax.run import nan_guard, signals
 from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.run.metrics import Recorder
-from selfsup_jax.run.progress import say
+from selfsup_jax.run.progress import Progress, log
 from selfsup_jax.state import Outputs, TrainState
 
 
-class Watcher(Protocol):
-    """What looks at a run as it goes: `monitor.Monitor`."""
+class Monitor(Protocol):
+    """Measures and plots a run during training; implemented by `monitor.Monitor`."""
 
     def diagnose(  # noqa: D102
         self, outputs: Outputs, state: TrainState, batch: dict[str, np.ndarray]
@@ -31,34 +31,86 @@ class Watcher(Protocol):
     ) -> None: ...
 
 
-class Work(NamedTuple):
-    """A training that is to be done.
+class TrainSpec(NamedTuple):
+    """The specification of a training, for `fit`.
 
     Attributes:
-        config: of which the loop reads `log_every_steps`, `checkpoint_every_steps`,
-            `keep_every_steps` and, where they are there, the sections `monitor` and `profile`.
-        train_step: `(state, batch, *, axis_name) -> (state, metrics)`; among the metrics are
-            "finite" and, where there is a watcher, "outputs".
-        batches: this host's, from the first step to be done on; each has "name".
-        total_steps: of the whole training.
-        workdir: its directory.
-        checkpoints: in it.
-        meta: what the checkpoint of a step says of itself.
-        started: when the process began, by `time.perf_counter`.
+        config: the loop reads `seed`, `batch_size`, `log_every_steps`, `checkpoint_every_steps`,
+            `keep_every_steps` and, if they exist, the sections `monitor` and `profile`.
+        init_state: `rng -> TrainState`, the state before the first step.
+        train_step: `(state, batch, *, axis_name) -> (state, metrics)`; the metrics contain
+            "finite" and, if there is a monitor, "outputs".
+        batches: step -> this host's batches after that step; each has "name".
+        total_steps: number of steps of the whole training.
+        workdir: the directory of the training.
+        checkpoints: those of the workdir.
+        meta: step -> the `meta` of its checkpoint.
+        announce: called once with the state from which the training starts.
+        started: start time of the process, from `time.perf_counter`.
+        monitor: creates the monitor; None for a training without one.
     """
 
     config: ConfigDict
+    init_state: Callable[[jax.Array], TrainState]
     train_step: Callable[..., tuple[TrainState, dict[str, Any]]]
-    batches: Iterator[dict[str, np.ndarray]]
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
     total_steps: int
     workdir: str
     checkpoints: Checkpoints
     meta: Callable[[int], dict[str, Any]]
+    announce: Callable[[TrainState], None]
     started: float
+    monitor: Callable[[Recorder, Progress], Any] | None = None
 
 
-class Due(NamedTuple):
-    """What is to be done after a step."""
+class Trained(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+        state: the state after the last step, which is saved; host arrays.
+        initial: the state before the first step; host arrays.
+        monitor: the monitor of the training, or None.
+        images_per_second: 0 if no step was left to train.
+    """
+
+    state: TrainState
+    initial: TrainState
+    monitor: Any
+    images_per_second: float
+
+
+def fit(spec: TrainSpec) -> Trained:
+    """Trains to the last step; resumes from the newest checkpoint if there is one.
+
+    Raises:
+        UserError: a loss or gradient is not finite, or the disk is full.
+        Stopped: after SIGTERM or Ctrl-C, once the current step is saved.
+    """
+    rng = jax.random.PRNGKey(spec.config.seed)
+    initial = jax.device_get(spec.init_state(rng))
+    fresh = spec.checkpoints.latest_step is None
+    latest = initial if fresh else spec.checkpoints.restore(initial)
+    first_step = int(latest.step)
+    spec.announce(latest)
+    if first_step:
+        log(f"going on from step {first_step:,} in {spec.workdir}")
+    recorder = Recorder(spec.workdir, first_step)
+    progress = Progress(spec.total_steps, first_step, spec.config.batch_size)
+    try:
+        monitor = spec.monitor(recorder, progress) if spec.monitor else None
+        state = parallel.replicate(lambda s: s, latest)
+        if first_step < spec.total_steps:
+            state = train(spec, state, first_step, recorder, progress, monitor)
+        elif monitor:  # the process may have stopped after the last save, before the plots
+            monitor.draw(first_step, state, batch=None)
+    finally:
+        progress.close()
+        recorder.close()
+    return Trained(parallel.unreplicate(state), initial, monitor, progress.images_per_second)
+
+
+class Schedule(NamedTuple):
+    """The actions after a step."""
 
     log: bool
     diagnose: bool
@@ -67,109 +119,108 @@ class Due(NamedTuple):
     save: bool
 
 
-def _due(config: ConfigDict, step: int, last: bool) -> Due:
+def schedule(config: ConfigDict, step: int, last: bool) -> Schedule:
+    """The actions that the config's intervals require after `step`."""
+
     def every(interval: int) -> bool:
         return interval > 0 and (last or step % interval == 0)
 
-    watch = config.get("monitor", {})
-    due = Due(
+    monitor = config.get("monitor", {})
+    due = Schedule(
         log=every(config.log_every_steps),
-        diagnose=every(watch.get("diagnostics_every_steps", 0)),
-        knn=every(watch.get("knn_every_steps", 0)),
-        draw=every(watch.get("plots_every_steps", 0)),
+        diagnose=every(monitor.get("diagnostics_every_steps", 0)),
+        knn=every(monitor.get("knn_every_steps", 0)),
+        draw=every(monitor.get("plots_every_steps", 0)),
         save=every(config.checkpoint_every_steps) or every(config.keep_every_steps),
     )
     return due._replace(log=due.log or due.diagnose or due.knn)
 
 
 def train(
-    work: Work,
+    spec: TrainSpec,
     state: TrainState,
     first_step: int,
     recorder: Recorder,
-    line: progress.Progress,
-    watcher: Watcher | None = None,
+    progress: Progress,
+    monitor: Monitor | None = None,
 ) -> TrainState:
-    """Steps from `first_step` to the last.
+    """Runs the steps after `first_step`; raises as `fit`.
 
     Args:
-        work: see `Work`; its config has no section `monitor` without a watcher.
-        state: replicated, of step `first_step`.
-        first_step: steps done before.
-        recorder: takes what is logged.
-        line: shows it.
-        watcher: looks at the run every so many steps.
+        spec: see `TrainSpec`; without a monitor, its config has no section `monitor`.
+        state: the replicated state of step `first_step`.
+        first_step: number of steps done before.
+        recorder: records the metrics.
+        progress: shows the metrics.
+        monitor: measures and plots the run every few steps.
 
     Returns:
         The state after the last step, which is saved.
-
-    Raises:
-        UserError: a loss or gradient that is not finite; a disk that takes no more.
-        Stopped: after SIGTERM or Ctrl-C, once the step just done is saved.
     """
-    config, checkpoints = work.config, work.checkpoints
-    step_fn = parallel.step_over_devices(work.train_step)
-    watch = nan_guard.NanGuard(work.workdir)
-    profile = _profiler(work)
-    hosts.reached_preemption(first_step)  # so that the hosts agree on a step after this one
+    config, checkpoints = spec.config, spec.checkpoints
+    step_fn = parallel.step_over_devices(spec.train_step)
+    guard = nan_guard.NanGuard(spec.workdir)
+    profile = _profiler(spec)
+    batches = spec.batches(first_step)
+    hosts.reached_preemption(first_step)  # so that the hosts agree on a later step
     postponed = False
     with signals.StopSignals() as stop_signals:
-        for step in range(first_step + 1, work.total_steps + 1):
-            batch = next(work.batches)
+        for step in range(first_step + 1, spec.total_steps + 1):
+            batch = next(batches)
             names = batch.pop("name")
             state, metrics = step_fn(state, parallel.shard(batch))
-            checkpoints.write()  # what was taken after the step before: the device is at work now
+            checkpoints.write()  # the previous step, while the device computes this one
             outputs = metrics.pop("outputs", None)
-            watch.add(step, metrics, names)
+            guard.add(step, metrics, names)
             profile(step)
             if step == first_step + 1:
                 jax.block_until_ready(state.step)
                 stop_signals.catch()
-                say(f"first step done {time.perf_counter() - work.started:.1f} s after the start")
-                line.restart(step)
+                log(f"first step done {time.perf_counter() - spec.started:.1f} s after the start")
+                progress.restart(step)
             elif step == first_step + 12:
-                watch.drain()
-                say(line.expectation(step))
+                guard.drain()
+                log(progress.expectation(step))
 
-            due = _due(config, step, last=step == work.total_steps)
+            due = schedule(config, step, last=step == spec.total_steps)
             if due.log:
-                watch.drain()
+                guard.drain()
                 values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
                 del values["finite"]
-                if watcher and due.diagnose:
-                    values |= watcher.diagnose(outputs, state, batch)
-                with line.pause():
-                    values |= watcher.knn(step, state) if watcher and due.knn else {}
-                rate = line.show(step, values)
+                if monitor and due.diagnose:
+                    values |= monitor.diagnose(outputs, state, batch)
+                with progress.pause():
+                    values |= monitor.knn(step, state) if monitor and due.knn else {}
+                rate = progress.show(step, values)
                 timings = {"images_per_second": rate} if rate else {}
                 recorder.write(step, values, timings | process.device_memory())
-                if watcher:
-                    watcher.judge()
-            with line.pause():
+                if monitor:
+                    monitor.judge()
+            with progress.pause():
                 stop = stop_signals.received(step)
-                must = stop or step == work.total_steps or checkpoints.keeps(step)
-                if must or due.save or postponed:
-                    # Waiting for the disk would hold the step up; a little later does as well.
-                    postponed = not must and checkpoints.busy
+                must_save = stop or step == spec.total_steps or checkpoints.keeps(step)
+                if must_save or due.save or postponed:
+                    # Save a little later rather than delay the next step by waiting for the disk.
+                    postponed = not must_save and checkpoints.busy
                     if not postponed:
-                        watch.drain()
+                        guard.drain()
                         recorder.flush()
-                        checkpoints.take(state, work.meta(step))
+                        checkpoints.take(state, spec.meta(step))
                 if stop:
                     break
-                if watcher and due.draw:  # after what it must not lose
-                    watcher.draw(step, state, batch)
+                if monitor and due.draw:  # after saving
+                    monitor.draw(step, state, batch)
         checkpoints.write()
         checkpoints.wait()
         stop = stop or stop_signals.pending()
         if stop:
-            line.close()
-            raise signals.stopped(stop, step, work.workdir)
+            progress.close()
+            raise signals.stopped(stop, step, spec.workdir)
     return state
 
 
-def _profiler(work: Work) -> Callable[[int], Any]:
-    if "profile" not in work.config:
+def _profiler(spec: TrainSpec) -> Callable[[int], Any]:
+    if "profile" not in spec.config:
         return lambda step: None
-    settings = work.config.profile
-    return process.profiler(work.workdir, settings.first_step, settings.num_steps)
+    settings = spec.config.profile
+    return process.profiler(spec.workdir, settings.first_step, settings.num_steps)

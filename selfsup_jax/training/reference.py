@@ -1,9 +1,9 @@
-"""Is my loss normal? Curves of real runs that a preset ships, to hold a run's own against.
+"""Reference curves of real runs, shipped with a preset: is the loss of a run normal?
 
     python -m selfsup_jax.training.reference NAME WORKDIR...
 
-makes `selfsup_jax/training/references/NAME.json` out of finished runs of one config with different
-seeds; a preset names it in `config.monitor.reference`.
+creates `selfsup_jax/training/references/NAME.json` from finished runs of one config with different
+seeds. A preset selects it with `config.monitor.reference`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,17 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from selfsup_jax.errors import UserError, nearest
-from selfsup_jax.run import metrics
+from selfsup_jax.run import files, identity, metrics
 from selfsup_jax.training.diagnostics import History
 
 QUANTITIES = ("loss", "projection_std", "effective_rank", "knn_top1", "probe_top1")
-_JUDGED = {"loss": 5, "projection_std": 5, "knn_top1": 2}  # and over how many points
-# A run may keep its own rhythm of looks and saves, its own seed and place of the data.
-_APART = (
-    *("seed", "log_every_steps", "checkpoint_every_steps", "keep_", "profile."),
-    *("eval.enabled", "eval.batch_size", "eval.max_", "eval.fewshot_", "eval.random_init"),
-    *("eval.pixels", "monitor.diagnostics_every", "monitor.knn_every", "monitor.plots_every"),
-    *("monitor.map_images", "monitor.view_pairs", "monitor.collapse_", "monitor.reference"),
-    *("data.dir", "data.download", "data.max_undecodable", "found."),
-)
+_JUDGED = {"loss": 5, "projection_std": 5, "knn_top1": 2}  # name -> number of points averaged
 
 
 class Band(NamedTuple):
-    """A quantity over the reference's runs: `[n]` each."""
+    """The curve of a quantity over the reference's runs; each field is `[n]`."""
 
     steps: np.ndarray
     low: np.ndarray
@@ -46,11 +37,11 @@ class Band(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a preset ships.
+    """The reference of a preset.
 
     Attributes:
-        name: of its file.
-        made: from what, when, on what, in words.
+        name: the name of its file.
+        made: a text: from which runs, on which devices and when it was made.
         config: the runs' resolved config, flat.
         bands: quantity -> band.
     """
@@ -65,44 +56,36 @@ def load(name: str) -> Reference | None:
     """The reference of that name, or None for the empty name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no reference of that name.
     """
     if not name:
         return None
     folder = resources.files("selfsup_jax.training") / "references"
-    there = sorted(f.name.removesuffix(".json") for f in folder.iterdir())
-    if name not in there:
+    names = sorted(f.name.removesuffix(".json") for f in folder.iterdir())
+    if name not in names:
         raise UserError(
             f"config.monitor.reference={name!r}: there is none of that name; did you mean: "
-            f"{nearest(name, there)}?"
+            f"{nearest(name, names)}?"
         )
-    found = json.loads((folder / f"{name}.json").read_text())
-    bands = {k: Band(*(np.asarray(v[f]) for f in Band._fields)) for k, v in found["bands"].items()}
-    return Reference(name, found["made"], found["config"], bands)
+    saved = json.loads((folder / f"{name}.json").read_text())
+    bands = {k: Band(*(np.asarray(v[f]) for f in Band._fields)) for k, v in saved["bands"].items()}
+    return Reference(name, saved["made"], identity.upgraded(saved["config"]), bands)
 
 
-def differences(reference: Reference, config: dict[str, Any]) -> list[str]:
-    """The fields in which a run differs from the reference's; where any does, it is no yardstick.
-
-    Args:
-        reference: as loaded.
-        config: the run's, flat and as JSON has it.
-    """
-    fields = reference.config.keys() | config.keys()
-    return sorted(
-        f for f in fields if reference.config.get(f) != config.get(f) and not f.startswith(_APART)
-    )
+def differences(reference: Reference, config: identity.Flat) -> list[str]:
+    """The fields that differ from the reference's; if there are any, no comparison is possible."""
+    return list(identity.differences(config, reference.config, identity.SAME_CURVES))
 
 
 def far_outside(reference: Reference, history: History) -> dict[str, str]:
-    """Which quantities lie far outside the reference, and how far, in words.
+    """Quantity -> message, for the quantities that are far outside the reference.
 
-    The mean of the last five points (kNN: two) is held against the reference's at the same steps.
-    Far is more than three times the width of the band there, and more than a seventh of all that
-    the reference's mean goes through in its run: so neither the noise of one batch nor a
-    difference that nobody would care for counts.
+    The mean of the last five points (kNN: two) is compared with the reference's mean at the same
+    steps. "Far" is more than three times the width of the band there, and more than a seventh of
+    the range of the reference's mean over its whole run. So neither the noise of one batch nor a
+    negligible difference counts.
     """
-    found = {}
+    messages = {}
     for name, window in _JUDGED.items():
         steps, values = history.get(name, ((), ()))
         band = reference.bands.get(name)
@@ -118,18 +101,18 @@ def far_outside(reference: Reference, history: History) -> dict[str, str]:
         allowed = max(3 * (high - low), np.ptp(band.mean) / 7)
         if abs(value - mean) > allowed:
             where = "above" if value > mean else "below"
-            found[name] = (
+            messages[name] = (
                 f"{name} {value:.3g} up to step {at[-1]:,} is far {where} the reference's "
                 f"{mean:.3g} ({low:.3g} to {high:.3g}, {reference.name})"
             )
-    return found
+    return messages
 
 
 def make(runs: Sequence[tuple[dict[str, Any], History]], made: str) -> dict[str, Any]:
-    """The JSON of a reference from (flat config, history) of runs that differ in their seeds."""
-    configs = [{k: v for k, v in c.items() if not k.startswith(_APART)} for c, _ in runs]
+    """The JSON of a reference, from (flat config, history) of runs that differ only in the seed."""
+    configs = [identity.bound(config, identity.SAME_CURVES) for config, _ in runs]
     for config in configs[1:]:
-        different = sorted(k for k in config | configs[0] if config.get(k) != configs[0].get(k))
+        different = identity.differences(config, configs[0], ())
         if different:
             raise UserError(f"the runs differ in more than their seeds: {', '.join(different)}")
     bands: dict[str, dict[str, list]] = {}
@@ -140,31 +123,29 @@ def make(runs: Sequence[tuple[dict[str, Any], History]], made: str) -> dict[str,
         values = np.asarray([history[name][1] for _, history in runs])  # [runs, n]
         smooth = np.stack([_smooth(v) for v in values])
         rows = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 100)).astype(int))
-        found = {"low": smooth.min(0), "mean": smooth.mean(0), "high": smooth.max(0)}
-        curves = {k: [float(f"{v[i]:.4g}") for i in rows] for k, v in found.items()}
+        stats = {"low": smooth.min(0), "mean": smooth.mean(0), "high": smooth.max(0)}
+        curves = {k: [float(f"{v[i]:.4g}") for i in rows] for k, v in stats.items()}
         bands[name] = {"steps": [int(steps[i]) for i in rows], **curves}
     return {"made": made, "config": configs[0], "bands": bands}
 
 
 def _smooth(values: np.ndarray, window: int = 3) -> np.ndarray:
-    """The mean of each point and its neighbours; fewer at the ends."""
+    """The mean of each point and its neighbours; of fewer points at the ends."""
     padded = np.pad(values.astype(float), window // 2, constant_values=np.nan)
     return np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
 
 
 def main() -> None:
-    """The command line of this file's docstring."""
+    """The command line in this file's docstring."""
     parser = argparse.ArgumentParser(description="Makes a reference curve out of finished runs.")
     parser.add_argument("name")
     parser.add_argument("workdirs", nargs="+")
     args = parser.parse_args()
     runs = []
     for workdir in args.workdirs:
-        with open(os.path.join(workdir, "config.json")) as f:
-            config = flatten_dict(json.load(f), sep=".")
+        config = identity.flat(files.read_json(os.path.join(workdir, "config.json")))
         runs.append((config, metrics.read_history(workdir)))
-        with open(os.path.join(workdir, "results.json")) as f:
-            results = json.load(f)
+        results = files.read_json(os.path.join(workdir, "results.json"))
     seeds = ", ".join(str(config["seed"]) for config, _ in runs)
     made = (
         f"{len(runs)} runs (seeds {seeds}), {results['steps']:,} steps, on "
@@ -175,7 +156,7 @@ def main() -> None:
         text = json.dumps(make(runs, made), indent=1, sort_keys=True)
     except UserError as e:
         parser.error(str(e))
-    # A list to a line.
+    # Put each list on one line.
     text = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     with open(path, "w") as f:
         f.write(text + "\n")

@@ -1,1 +1,1 @@
-"""Pictures and the report."""
+"""Plots and the HTML report."""

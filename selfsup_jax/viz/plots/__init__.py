@@ -1,8 +1,8 @@
-"""The pictures of a run: PNG files, drawn from plain arrays.
+"""The plots of a run: PNG files, drawn from plain arrays.
 
-Each picture is a figure of its own on an Agg canvas, so that the training process can draw as often
-as it likes: pyplot would keep every figure and might look for a screen. matplotlib and scikit-learn
-are imported where they are used: a run without pictures doesn't wait for them.
+Each plot has its own figure on an Agg canvas, so that a training process can draw any number of
+plots: pyplot would keep every figure in memory and might need a display. matplotlib and
+scikit-learn are imported only where they are used, because their import is slow.
 """
 
 from selfsup_jax.viz.plots.bars import Panel, comparison

@@ -1,4 +1,4 @@
-"""Recipes side by side."""
+"""Bar charts that compare recipes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from selfsup_jax.viz.plots.page import CURVES, GREY, INK, MARGIN, SMALL, TOP, open_page
 
-_ROW, _BAR, _WIDTH = 30, 0.62, 250  # pixels; share of a row; pixels
+_ROW, _BAR, _WIDTH = 30, 0.62, 250  # row height in pixels; bar / row; panel width in pixels
 
 
 class Panel(NamedTuple):
-    """One measure of all recipes.
+    """One measure for all recipes.
 
     Attributes:
-        heading: what it is, and its unit.
-        values: of each recipe, a number for each run; none for one that is still to come.
-        baselines: the same of what each is compared with; empty for none.
+        heading: the measure and its unit.
+        values: for each recipe, one number per run; empty while no run has finished.
+        baselines: the same for each recipe's baseline; empty for no baselines.
     """
 
     heading: str
@@ -27,13 +27,13 @@ class Panel(NamedTuple):
 
 
 def comparison(path: str, names: Sequence[str], panels: Sequence[Panel], *, title: str) -> None:
-    """A bar to the mean of each recipe's runs, a dot for each run, a grey line for its baseline.
+    """Draws for each recipe a bar for the mean, a dot per run and a grey line for the baseline.
 
     Args:
         path: of the PNG file.
-        names: of the recipes, from the top.
-        panels: side by side.
-        title: of the picture.
+        names: of the recipes, from top to bottom.
+        panels: from left to right.
+        title: of the figure.
     """
     left = MARGIN + 8 + 6 * max(len(name) for name in names)
     height = TOP + 26 + _ROW * len(names) + 40

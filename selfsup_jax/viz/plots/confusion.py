@@ -1,4 +1,4 @@
-"""Which class is taken for which."""
+"""The plot of a confusion matrix."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 
 from selfsup_jax.viz.plots.page import GREY, INK, MARGIN, SMALL, TOP, open_page
 
-_NAMED = 40  # classes up to which each has its name
-_SIDE = 560  # pixels, at least
+_NAMED = 40  # up to this many classes, each has its name
+_SIDE = 560  # minimum, in pixels
 
 
 def confusion_matrix(
     path: str, matrix: np.ndarray, class_names: Sequence[str], *, title: str
 ) -> None:
-    """A square of shares: each row a true class, each column what its images are taken for.
+    """Draws a confusion matrix as shares of its rows: rows true classes, columns predictions.
 
     Args:
         path: of the PNG file.
         matrix: `[C, C]` counts.
         class_names: `[C]`.
-        title: of the picture.
+        title: of the figure.
     """
     classes = len(matrix)
     images = matrix.sum(axis=1, keepdims=True)

@@ -9,37 +9,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from selfsup_jax.viz.plots.page import CURVES, GREY, INK, MARGIN, RED, SMALL, TOP, Page, open_page
+from selfsup_jax.viz.titles import quantity, quantity_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Quantity -> (title of its panel, label in it), in the order of the panels. A quantity that isn't
-# here has a panel of its own; `a/x` and `a/y` share that of `a`. Titles with % show fractions.
-_TITLES = {
-    "loss": ("loss", "loss"),
-    "probe_loss": ("loss of the online probe", "loss"),
-    "probe_top1": ("top-1 accuracy, %", "online probe"),
-    "knn_top1": ("top-1 accuracy, %", "kNN"),
-    "contrast_top1": ("own view found first, %", "own view"),
-    "projection_std": ("projection std (1 healthy, 0 collapsed)", "std"),
-    "effective_rank": ("effective rank", "rank"),
-    "prediction_target_cosine": ("cosine of prediction and target", "cosine"),
-    "alignment": ("alignment", "alignment"),
-    "uniformity": ("uniformity", "uniformity"),
-    "grad_norm": ("gradient norm", "all"),
-    "update_norm": ("update norm", "all"),
-    "target_distance": ("target distance, relative", "all"),
-    "learning_rate": ("learning rate", "learning rate"),
-    "tau": ("tau", "tau"),
-}
-_TINT = 0.22  # of a reference's band
-_LOG_TITLES = ("gradient norm", "update norm", "target distance, relative")
-
+_TINT = 0.22  # opacity of a reference band
 History = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # quantity -> (steps, values)
 
 
 class ReferenceBand(Protocol):
-    """What a quantity was in earlier runs, `[S]` each: its mean and its range at some steps."""
+    """Mean and range of a quantity over earlier runs, at S steps; arrays `[S]`."""
 
     @property
     def steps(self) -> Any: ...  # noqa: D102
@@ -59,13 +39,13 @@ def learning_curves(
     reference: Mapping[str, ReferenceBand] | None = None,
     collapsed_at: int | None = None,
 ) -> None:
-    """Small panels over one range of steps, a quantity or a few related ones in each.
+    """Draws small panels with a common range of steps, each with one or a few related quantities.
 
     Args:
         path: of the PNG file.
         history: quantity -> (steps, values).
-        title: of the picture.
-        reference: quantity -> the band to draw behind it.
+        title: of the figure.
+        reference: quantity -> the band to draw behind its curve.
         collapsed_at: step of a collapse, marked in every panel.
     """
     panels = _panels(history)
@@ -85,20 +65,21 @@ def learning_curves(
                 style = {"color": CURVES[j % len(CURVES)], "label": label}
                 scale = 100 if "%" in panel else 1
                 _draw_curve(axes, history[name], bands.get(name), scale, style)
-            _format_panel(axes, last, log=panel in _LOG_TITLES, legend=len(members) > 1)
+            _format_panel(
+                axes, last, log=all(quantity(name).log for name in members), legend=len(members) > 1
+            )
             if collapsed_at is not None:
                 _mark_collapse(axes, collapsed_at, last)
         _write_key(page, bool(bands), collapsed_at)
 
 
 def _panels(history: History) -> dict[str, dict[str, str]]:
-    """Title -> {quantity: label}, for the quantities that have values."""
-    groups = {name: name.partition("/")[0] for name, (steps, _) in history.items() if len(steps)}
-    rank = {group: i for i, group in enumerate(_TITLES)}
+    """Panel title -> {quantity: label}, for the quantities that have values."""
     panels: dict[str, dict[str, str]] = {}
-    for name, group in sorted(groups.items(), key=lambda item: rank.get(item[1], len(rank))):
-        title, label = _TITLES.get(group, (group.replace("_", " "), group))
-        panels.setdefault(title, {})[name] = name.partition("/")[2] or label
+    for name in sorted((n for n, (steps, _) in history.items() if len(steps)), key=quantity_rank):
+        known = quantity(name)
+        label = name.partition("/")[2] or known.label
+        panels.setdefault(known.panel or known.title, {})[name] = label
     return panels
 
 
@@ -120,7 +101,7 @@ def _format_panel(axes: Axes, last: float, log: bool, legend: bool) -> None:
     steps = [1, 2, 2.5, 5, 10]
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     low, high = values.min(), values.max()
-    if log and low > 0 and high > 5 * low:  # below that a logarithmic axis has hardly a tick
+    if log and low > 0 and high > 5 * low:  # else there are too few log ticks
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -139,7 +120,7 @@ def _format_panel(axes: Axes, last: float, log: bool, legend: bool) -> None:
 
 
 def _format_value(x: float, _: object = None) -> str:
-    """Short: `1500` -> `1.5k`, `0.00015` -> `1.5e-4`."""
+    """Short form: `1500` -> `1.5k`, `0.00015` -> `1.5e-4`."""
     if abs(x) >= 1e6:
         return f"{x / 1e6:.5g}M"
     if abs(x) >= 1e3:
@@ -153,7 +134,7 @@ def _format_value(x: float, _: object = None) -> str:
 def _mark_collapse(axes: Axes, step: int, last: float) -> None:
     from matplotlib.patheffects import withStroke
 
-    side = -1 if step > last / 2 else 1  # of the line: where there is more room
+    side = -1 if step > last / 2 else 1  # the side of the line with more room
     axes.axvline(step, color=RED, linewidth=1.2)
     axes.annotate(
         "collapsed",
@@ -171,7 +152,7 @@ def _mark_collapse(axes: Axes, step: int, last: float) -> None:
 
 
 def _write_key(page: Page, reference: bool, collapsed_at: int | None) -> None:
-    """Under the title: what the bands and the red line are."""
+    """Writes the legend of the bands and the red line under the title."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

@@ -1,4 +1,4 @@
-"""Pictures made of images: view pairs, nearest neighbours."""
+"""Plots made of images: view pairs, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selfsup_jax.viz.plots.page import FRAME, GREY, MARGIN, OTHER, SAME, TOP, op
 
 
 def _tiles(images: np.ndarray, low: int = 90, high: int = 160) -> np.ndarray:
-    """`[..., H, W, 3]` as uint8, pixels repeated or averaged to about `low` to `high` a side."""
+    """`[..., H, W, 3]` as uint8, pixels repeated or averaged to a side of about `low` to `high`."""
     images = np.asarray(images)
     if images.dtype != np.uint8:
         images = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
@@ -27,7 +27,7 @@ def _tiles(images: np.ndarray, low: int = 90, high: int = 160) -> np.ndarray:
 
 
 def view_pairs(path: str, view_1: np.ndarray, view_2: np.ndarray, *, step: int) -> None:
-    """The augmented pairs `[N, H, W, 3]` in [0, 1] that the network sees, four pairs in a row."""
+    """Draws augmented pairs `[N, H, W, 3]` in [0, 1], the network's input, four pairs in a row."""
     left, right = _tiles(view_1), _tiles(view_2)
     line = np.empty_like(left[:, :, :2])
     line[:] = FRAME
@@ -53,16 +53,16 @@ def nearest_neighbours(
     neighbour_names: Sequence[Sequence[str]] | None = None,
     title: str,
 ) -> None:
-    """A row per query: the image, then those nearest to it, framed by whose class they are of.
+    """Draws a row per query: its image, then its nearest neighbours with frames by class.
 
     Args:
         path: of the PNG file.
         queries: `[Q, H, W, 3]` uint8.
         neighbours: `[Q, K, H, W, 3]` uint8.
-        similarities: `[Q, K]`, cosines.
+        similarities: `[Q, K]`, cosine similarity.
         query_names: `[Q]` classes.
-        neighbour_names: `[Q, K]` classes. Without either there is no green and red.
-        title: of the picture.
+        neighbour_names: `[Q, K]` classes. Frames are green or red only if both names are given.
+        title: of the figure.
     """
     left, right = _tiles(queries), _tiles(neighbours)
     tile_height, tile = left.shape[1:3]

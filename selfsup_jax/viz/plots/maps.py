@@ -1,4 +1,4 @@
-"""The map of a representation."""
+"""The two-dimensional map of a representation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from selfsup_jax.viz.plots.page import CURVES, MARGIN, PALE, SMALL, Page, open_p
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_CLASSES = (  # Paul Tol's muted colours, which colour-blind readers can tell apart, and an orange
+_CLASSES = (  # Paul Tol's muted colours, which are safe for colour-blind readers, and an orange
     *("#332288", "#E69F00", "#117733", "#CC6677", "#44AA99"),
     *("#882255", "#88CCEE", "#999933", "#AA4499", "#DDCC77"),
 )
 
 
 def map_points(features: np.ndarray, *, seed: int) -> np.ndarray:
-    """Features `[N, D]` in the plane, `[N, 2]`, near each other if their cosine is high.
+    """Maps features `[N, D]` to the plane, `[N, 2]`; similar ones (by cosine) are near each other.
 
-    PCA, then t-SNE. Features that don't vary, those of a collapsed encoder, all lie at the origin.
+    PCA, then t-SNE. If the features don't vary (a collapsed encoder), all points are at the origin.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -33,11 +33,11 @@ def map_points(features: np.ndarray, *, seed: int) -> np.ndarray:
     x = normalize(np.asarray(features, np.float64))
     x = x - x.mean(axis=0)
     spread = np.sqrt(np.sum(x**2) / len(x))
-    if spread < 1e-6:  # of the differences, rounding is all that is left
+    if spread < 1e-6:  # all differences are rounding errors
         return np.zeros((len(x), 2), np.float32)
     x = np.pad(x / spread, ((0, 0), (0, max(0, 2 - x.shape[1]))))
-    # One thread: t-SNE's steps are so short that several, with a busy input pipeline beside them,
-    # mostly wait for each other. And the map is then the same on any number of cores.
+    # One thread: t-SNE's steps are short, so that several threads mostly wait for each other when
+    # an input pipeline keeps the cores busy. Also, the map is the same on any number of cores.
     with threadpool_limits(1):
         x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)
         perplexity = min(30.0, max(1.0, (len(x) - 1) / 3))
@@ -53,14 +53,14 @@ def representation_map(
     *,
     title: str,
 ) -> None:
-    """Points by class: a legend for up to 20 classes, for more names amidst the largest.
+    """Draws points coloured by class, with a legend (up to 20 classes) or names on the largest.
 
     Args:
         path: of the PNG file.
         points: `[N, 2]`.
         labels: `[N]`, -1 for unlabelled, or None.
-        class_names: of all classes, so that colours stay from picture to picture; None: no labels.
-        title: of the picture.
+        class_names: of all classes, so that colours are the same in every plot; None: no labels.
+        title: of the figure.
     """
     from matplotlib.lines import Line2D
 
@@ -76,10 +76,10 @@ def representation_map(
     with open_page(path, 680 + 170 * bool(listed), 700, title) as page:
         axes = page.axes(MARGIN + 4, 44, 640, 640)
         axes.set_aspect("equal", adjustable="datalim")
-        axes.set(xticks=[], yticks=[])  # the directions of t-SNE mean nothing
+        axes.set(xticks=[], yticks=[])  # the axes of t-SNE have no meaning
         axes.spines[:].set_color(PALE)
         axes.scatter(*points[labels < 0].T, color=rest, **style)
-        again = few & (labels >= half)  # colours come a second time, with another marker
+        again = few & (labels >= half)  # colours are reused with another marker
         for marker, part in (("o", (labels >= 0) & ~again), ("^", again)):
             axes.scatter(*points[part].T, color=colors[labels[part]], marker=marker, **style)
         dots = [(colors[i], "o^"[i // half], page.cut(class_names[i], 130)) for i in listed]
@@ -92,24 +92,24 @@ def representation_map(
 
 
 def _class_colors(count: int) -> np.ndarray:
-    """`[count, 3]`: chosen colours, twice over, for up to 20 classes; hues far apart for more."""
+    """RGB, `[20, 3]` for up to 20 classes: ten fixed colours, twice; else `[count, 3]` hues."""
     from matplotlib.colors import hsv_to_rgb, to_rgb
 
     if count <= 2 * len(_CLASSES):
         return np.asarray([to_rgb(color) for color in 2 * _CLASSES])
-    hues = np.arange(count) * 0.618034 % 1  # the golden ratio: neighbours in number differ
+    hues = np.arange(count) * 0.618034 % 1  # golden ratio: consecutive classes differ
     return hsv_to_rgb(np.stack([hues, np.full(count, 0.75), np.full(count, 0.8)], axis=1))
 
 
 def _name_classes(
     page: Page, axes: Axes, points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    """Names of the 30 largest classes at their medians, but for those that would cover another."""
+    """Writes the names of the 30 largest classes at their medians; skips those that overlap."""
     from matplotlib.patheffects import withStroke
 
-    axes.apply_aspect()  # now, because the extents of texts depend on it
+    axes.apply_aspect()  # now, because the text extents below depend on it
     colors = _class_colors(len(class_names))
-    taken: list[Any] = []
+    boxes: list[Any] = []
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     for label in present[np.argsort(-counts, kind="stable")][:30]:
         x, y = np.median(points[labels == label], axis=0)
@@ -118,7 +118,7 @@ def _name_classes(
         style |= {"path_effects": [withStroke(linewidth=2.5, foreground="white")]}
         text = axes.text(x, y, name, ha="center", va="center", parse_math=False, **style)
         box = text.get_window_extent()
-        if any(box.overlaps(other) for other in taken):
+        if any(box.overlaps(other) for other in boxes):
             text.remove()
         else:
-            taken.append(box)
+            boxes.append(box)

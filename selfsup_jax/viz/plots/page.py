@@ -1,4 +1,4 @@
-"""The sheet of a picture: where things stand on it, and how it becomes a file."""
+"""The page of a plot: positions of its parts in pixels, and writing it to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 100
-MARGIN, TOP = 16, 58  # pixels: around a page; down to where the picture itself begins
+MARGIN, TOP = 16, 58  # pixels: page margin; top of the drawing area
 SMALL = 8  # points
 INK, GREY, PALE, RED = "#222222", "#777777", "#c4c4c4", "#d61e28"
 FRAME, SAME, OTHER = (170, 170, 170), (0, 150, 70), (214, 30, 40)
@@ -22,7 +22,7 @@ CURVES = ("#1f6fb4", "#d95f02", "#2a9d5c", "#8e4ec6", "#8c6d31", "#444444")
 
 
 class Page:
-    """A white figure with a title. Places are pixels from its top left corner."""
+    """A white figure with a title. Positions are in pixels from its top left corner."""
 
     def __init__(self, width: int, height: int, title: str, note: str):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,7 +38,7 @@ class Page:
         self.write(MARGIN, 34, note, room, color=GREY, ha="left")
 
     def cut(self, text: str, room: float, size: float = SMALL, weight: str = "normal") -> str:
-        """`text`, or as much of it as `room` pixels hold, with an ellipsis."""
+        """`text`, shortened with an ellipsis if it is wider than `room` pixels."""
         from matplotlib.font_manager import FontProperties
 
         font = FontProperties(size=size, weight=weight)
@@ -47,32 +47,32 @@ class Page:
             width = self._renderer.get_text_width_height_descent(text, font, False)[0]
             if width <= room:
                 break
-            # Letters differ in width, so that the first guess may be a little too long.
+            # Letters differ in width, so that the first estimate may be too long.
             kept = kept[: min(len(kept) - 1, int(len(text) * room / width))]
             text = kept.rstrip(" ,") + "…"
         return text
 
     def write(self, x: float, y: float, text: str, room: float, **style: Any) -> None:
-        """One line of text below (x, y), at most `room` pixels of it."""
+        """Writes one line of text below (x, y), shortened to `room` pixels."""
         text = self.cut(text, room, style.get("size", SMALL), style.get("weight", "normal"))
         style = {"size": SMALL, "color": INK, "ha": "center", "va": "top", **style}
-        written = self.figure.text(x / self.width, 1 - y / self.height, text, **style)
-        written.set_parse_math(False)  # a `$` means itself
+        artist = self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+        artist.set_parse_math(False)  # `$` is a plain character
 
     def paste(self, x: int, y: int, image: np.ndarray, frame: Sequence[int], border: int) -> None:
-        """An image `[H, W, 3]` uint8, pixel by pixel, and a frame around it."""
+        """Copies an image `[H, W, 3]` uint8 without resampling, with a frame around it."""
         height, width = image.shape[:2]
         self.sheet[y - border : y + height + border, x - border : x + width + border] = frame
         self.sheet[y : y + height, x : x + width] = image
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes whose inside is so large and has its top left corner at (x, y)."""
+        """Adds axes; their inner area has this size and its top left corner at (x, y)."""
         bottom = 1 - (y + height) / self.height
         box = (x / self.width, bottom, width / self.width, height / self.height)
         return self.figure.add_axes(box)
 
     def legend(self, x: float, y: float, entries: list[tuple[Any, str]], columns: int = 1) -> None:
-        """A legend of (handle, name) whose top left corner is at (x, y)."""
+        """Adds a legend of (handle, name) with its top left corner at (x, y)."""
         legend = self.figure.legend(
             [handle for handle, _ in entries],
             [name for _, name in entries],
@@ -91,9 +91,9 @@ class Page:
 
 @contextlib.contextmanager
 def open_page(path: str, width: int, height: int, title: str, note: str = "") -> Iterator[Page]:
-    """A page that is written when the block ends: whole or not at all."""
+    """Opens a page and writes it to `path`, atomically, when the block ends without an error."""
     with warnings.catch_warnings():
-        # A class name in a script that the font lacks comes out as boxes; that will do.
+        # The font lacks some scripts: characters of such class names are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         page = Page(width, height, title, note)
         yield page

@@ -1,4 +1,4 @@
-"""Geometry of the charts: what the template draws as SVG, in units of about a pixel."""
+"""Layout of the charts, which the template draws as SVG; one unit is about one pixel."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 24  # margins around the inside of a panel
-_MOST_POINTS = 240  # of a curve; of a longer one the extremes of as many stretches are drawn
+LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 24  # margins of a panel
+_MOST_POINTS = 240  # of a curve; a longer one is reduced to the extremes of its segments
 
 
 class Curve(NamedTuple):
-    """One run's quantity over the steps.
+    """A quantity of one run over the steps.
 
     Attributes:
-        steps, values: `[N]` each; values that are no numbers break the curve.
-        owner: number of the recipe, which gives the colour.
-        name: of the run, for the reader who points at the curve.
-        collapsed_at: step that is marked, or None.
+        steps, values: `[N]` each; the curve has gaps where a value is not finite.
+        owner: index of the recipe, which determines the colour.
+        name: of the run, shown under the pointer.
+        collapsed_at: step of a collapse, which is marked, or None.
         base: value of a dashed line across the panel, or None.
     """
 
@@ -32,7 +32,7 @@ class Curve(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """A place on an axis and what stands there."""
+    """A position on an axis and its text."""
 
     at: float
     text: str
@@ -40,7 +40,7 @@ class Tick(NamedTuple):
 
 @dataclasses.dataclass
 class Line:
-    """A curve as it is drawn: SVG path, dots (x, y) where it has few points, and its numbers."""
+    """A curve as drawn: SVG path, dots (x, y) if it has few points, steps and values as text."""
 
     owner: int
     name: str
@@ -54,7 +54,7 @@ class Line:
 
 @dataclasses.dataclass
 class Panel:
-    """A small chart; `last` is the step at its right edge."""
+    """A small chart; `last` is the step at the right edge."""
 
     title: str
     lines: list[Line]
@@ -68,15 +68,15 @@ def panel(title: str, curves: Sequence[Curve], last: float, *, percent: bool, lo
 
     Args:
         title: of the panel.
-        curves: at least one with at least one finite value.
+        curves: at least one of them has a finite value.
         last: step at the right edge, above 0.
-        percent: values are fractions, to be shown in per cent.
-        log: on a logarithmic axis, if the values are positive and span more than five-fold.
+        percent: whether values are fractions, to be shown in per cent.
+        log: whether to use a log axis, if values are positive and span more than a factor of 5.
     """
     factor = 100 if percent else 1
-    thin = [_thin(c.steps, [factor * v for v in c.values]) for c in curves]
+    thinned = [_thin(c.steps, [factor * v for v in c.values]) for c in curves]
     bases = [factor * c.base if c.base is not None else None for c in curves]
-    values = [v for _, vs in thin for v in vs if math.isfinite(v)]
+    values = [v for _, vs in thinned for v in vs if math.isfinite(v)]
     values += [b for b in bases if b is not None]
     low, high = min(values), max(values)
     if log and low > 0 and high > 5 * low:
@@ -93,7 +93,7 @@ def panel(title: str, curves: Sequence[Curve], last: float, *, percent: bool, lo
         return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
 
     lines = []
-    for curve, (steps, series), base in zip(curves, thin, bases, strict=True):
+    for curve, (steps, series), base in zip(curves, thinned, bases, strict=True):
         points = [
             (x(s), y(v) if math.isfinite(v) else None) for s, v in zip(steps, series, strict=True)
         ]
@@ -115,7 +115,7 @@ def panel(title: str, curves: Sequence[Curve], last: float, *, percent: bool, lo
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers that cover low to high, or one if these are equal."""
+    """About `count` round numbers that cover low to high; only `low` if both are equal."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -126,7 +126,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(x: float) -> str:
-    """A number for an axis: `1500` -> `1.5k`, `0.00015` -> `1.5e-4`."""
+    """A number as axis text: `1500` -> `1.5k`, `0.00015` -> `1.5e-4`."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:.4g}{letter}"
@@ -144,24 +144,24 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high < 50 * low else (1,)
-    apart = math.ceil(len(decades) / 6)
-    return [f * 10.0**d for d in decades if d % apart == 0 for f in factors]
+    spacing = math.ceil(len(decades) / 6)
+    return [f * 10.0**d for d in decades if d % spacing == 0 for f in factors]
 
 
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """At most so many points as a panel has room for: least and largest of each stretch."""
+    """Keeps about `_MOST_POINTS` points: the smallest and the largest value of each segment."""
     n = len(steps)
     if n <= _MOST_POINTS:
         return list(steps), list(values)
     kept = {0, n - 1}
-    stretches = _MOST_POINTS // 2
-    for i in range(stretches):
-        stretch = range(i * n // stretches, (i + 1) * n // stretches)
-        finite = [j for j in stretch if math.isfinite(values[j])]
+    segments = _MOST_POINTS // 2
+    for i in range(segments):
+        segment = range(i * n // segments, (i + 1) * n // segments)
+        finite = [j for j in segment if math.isfinite(values[j])]
         if finite:
             kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
-        if len(finite) < len(stretch):  # so that the curve still breaks here
-            kept.add(next(j for j in stretch if not math.isfinite(values[j])))
+        if len(finite) < len(segment):  # keeps the gap in the curve
+            kept.add(next(j for j in segment if not math.isfinite(values[j])))
     order = sorted(kept)
     return [steps[j] for j in order], [values[j] for j in order]
 
@@ -175,13 +175,13 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
     return "".join(parts)
 
 
-# ----------------------------------------------------------------------------- dots in rows
+# ----------------------------------------------------------------------------- dot charts
 
 ROW = 24  # height of a row
 
 
 class DotRow(NamedTuple):
-    """A recipe's values of a measure and, by name, its baselines; fractions in [0, 1]."""
+    """A recipe's values of a measure and, by name, its baselines, all in [0, 1]."""
 
     owner: int
     name: str
@@ -194,7 +194,7 @@ class DotRow(NamedTuple):
 
 @dataclasses.dataclass
 class Dots:
-    """A small chart of one measure: a row for each recipe, places from 0 to 100 across."""
+    """A small chart of one measure: a row for each recipe, x positions from 0 to 100."""
 
     title: str
     rows: list[dict]
@@ -202,12 +202,12 @@ class Dots:
 
 
 def dots(title: str, rows: Sequence[DotRow]) -> Dots:
-    """Lays out a measure's rows on one axis, in per cent, that holds all that is shown in them."""
+    """Lays out a measure's rows on a common axis, in per cent, that covers all their values."""
     shown = [v for r in rows for v in (*r.values, *r.baselines.values())]
     ticks = nice_ticks(100 * min(shown), min(100.0, 100 * max(shown)), 4)
     low, high = ticks[0], max(ticks[-1], ticks[0] + 1)
 
-    def place(value: float) -> float:
+    def x(value: float) -> float:
         return round(min(100.0, max(0.0, 100 * (100 * value - low) / (high - low))), 2)
 
     drawn = [
@@ -215,11 +215,11 @@ def dots(title: str, rows: Sequence[DotRow]) -> Dots:
             "owner": row.owner,
             "name": row.name,
             "text": row.text,
-            "seeds": [place(v) for v in row.values] if len(row.values) > 1 else [],
-            "mean": place(row.mean),
-            "whisker": [place(row.mean - row.std), place(row.mean + row.std)] if row.std else None,
-            "baselines": [(name, place(v), f"{100 * v:.1f}") for name, v in row.baselines.items()],
+            "seeds": [x(v) for v in row.values] if len(row.values) > 1 else [],
+            "mean": x(row.mean),
+            "whisker": [x(row.mean - row.std), x(row.mean + row.std)] if row.std else None,
+            "baselines": [(name, x(v), f"{100 * v:.1f}") for name, v in row.baselines.items()],
         }
         for row in rows
     ]
-    return Dots(title, drawn, [Tick(place(t / 100), short(t)) for t in ticks])
+    return Dots(title, drawn, [Tick(x(t / 100), short(t)) for t in ticks])

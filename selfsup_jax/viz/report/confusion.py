@@ -1,4 +1,4 @@
-"""Which classes an evaluation takes for which others."""
+"""The confusion matrix of an evaluation, and its most common mistakes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 from selfsup_jax.viz.report.files import Confusion
 
-MOST_DRAWN = 40  # classes; of more, only the lists are shown
+MOST_DRAWN = 40  # classes; with more, only the lists are shown
 _LISTED_PAIRS, _LISTED_CLASSES = 10, 5
 
 
 @dataclasses.dataclass
 class Mistakes:
-    """What the page tells of a confusion matrix.
+    """The parts of a confusion matrix that the page shows.
 
     Attributes:
-        names: of the classes, as they are.
-        labels: the same, cut to what a drawing has room for; empty if none is drawn.
+        names: of the classes, in full.
+        labels: the names, shortened for the drawing; empty if the matrix is not drawn.
         size: of a cell of the drawing.
-        cells: (column, row, whether it is right, strength in [0, 1], count, told in words).
-        pairs: (true, predicted, count, share of the true class in per cent), the largest first.
+        cells: (column, row, whether it is correct, opacity in [0, 1], count, description).
+        pairs: (true, predicted, count, share of the true class in per cent), largest first.
         best, worst: (class, images, accuracy in per cent).
-        images, correct: their numbers.
+        images, correct: numbers of images.
     """
 
     names: list[str]
@@ -39,7 +39,7 @@ class Mistakes:
 
 
 def mistakes(confusion: Confusion) -> Mistakes:
-    """Counts and cells of a confusion matrix; classes without images are in no list."""
+    """Summarises a confusion matrix; the lists leave out classes without images."""
     matrix, names = confusion.matrix, confusion.names
     totals = matrix.sum(axis=1)
     shares = matrix / np.maximum(totals, 1)[:, None]
@@ -49,7 +49,7 @@ def mistakes(confusion: Confusion) -> Mistakes:
     present = [int(i) for i in np.flatnonzero(totals)]
     ranked = sorted(present, key=lambda i: -shares[i, i])
     listed = min(_LISTED_CLASSES, len(ranked) // 2)
-    told = [(names[i], int(totals[i]), f"{100 * shares[i, i]:.1f}") for i in ranked]
+    accuracies = [(names[i], int(totals[i]), f"{100 * shares[i, i]:.1f}") for i in ranked]
     drawn = len(names) <= MOST_DRAWN
     return Mistakes(
         names=names,
@@ -59,8 +59,8 @@ def mistakes(confusion: Confusion) -> Mistakes:
         pairs=[
             (names[i], names[j], int(matrix[i, j]), f"{100 * shares[i, j]:.1f}") for i, j in pairs
         ],
-        best=told[:listed],
-        worst=told[len(told) - listed :][::-1],
+        best=accuracies[:listed],
+        worst=accuracies[len(accuracies) - listed :][::-1],
         images=int(matrix.sum()),
         correct=int(np.trace(matrix)),
     )
@@ -69,13 +69,13 @@ def mistakes(confusion: Confusion) -> Mistakes:
 def _cells(
     matrix: np.ndarray, shares: np.ndarray, names: list[str]
 ) -> list[tuple[int, int, bool, float, int, str]]:
-    """Right answers by their share; mistakes by theirs too, but up to the largest mistake."""
+    """Cells of the drawing: opacity is the share; for mistakes, relative to the largest mistake."""
     off = shares * (1 - np.eye(len(matrix)))
     largest = off.max(initial=0.0) or 1.0
     cells = []
     for i, j in zip(*np.nonzero(matrix), strict=True):
         right = bool(i == j)
-        # The root lets rare mistakes be seen.
+        # The square root makes rare mistakes visible.
         strength = shares[i, j] if right else math.sqrt(off[i, j] / largest)
         words = f"{names[i]} → {names[j]}: {matrix[i, j]:,} ({100 * shares[i, j]:.1f} %)"
         cells.append((int(j), int(i), right, round(float(strength), 3), int(matrix[i, j]), words))

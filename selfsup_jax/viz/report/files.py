@@ -1,4 +1,4 @@
-"""The files of a workdir, each read as far as it can be: what is broken is noted and left out."""
+"""Reads the files of a workdir; broken parts are left out and noted."""
 
 from __future__ import annotations
 
@@ -10,52 +10,27 @@ from typing import Any
 
 import numpy as np
 
+from selfsup_jax.viz.titles import finite
+
 History = dict[str, tuple[list[int], list[float]]]  # quantity -> (steps, values)
 
 
 @dataclasses.dataclass
 class Confusion:
-    """`matrix` int64 `[C, C]`: rows are true classes, columns predicted; `names` of all C."""
+    """`matrix` int64 `[C, C]`: rows are true classes, columns predictions; `names` of all C."""
 
     matrix: np.ndarray
     names: list[str]
 
 
-def finite(value: Any) -> float | None:
-    """`value` if it is a number, not a bool and not infinite; else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond all floats
-        return None
-
-
-def fraction(value: Any) -> float | None:
-    """`value` if it is a number in [0, 1], as all measures are; else None."""
-    number = finite(value)
-    return number if number is not None and 0 <= number <= 1 else None
-
-
 def whole(value: Any) -> int | None:
-    """`value` as a whole number if it is a finite number, else None."""
-    found = finite(value)
-    return None if found is None else int(found)
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optimizer.name": ...}` of nested dicts; empty ones are left out."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
+    """`value` as an int (truncated) if it is a finite number, else None."""
+    number = finite(value)
+    return None if number is None else int(number)
 
 
 def read_json(path: str, notes: list[str]) -> Any:
-    """What a JSON file holds; None if there is none or, with a note, if it is broken."""
+    """The content of a JSON file; None if it is missing or, with a note, if it is broken."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
@@ -67,7 +42,7 @@ def read_json(path: str, notes: list[str]) -> Any:
 
 
 def read_results(folder: str, notes: list[str]) -> dict[str, Any] | None:
-    """`results.json` of a folder; None if there is none or it is broken."""
+    """`results.json` of a folder; None if it is missing or, with a note, broken."""
     path = os.path.join(folder, "results.json")
     results = read_json(path, notes)
     if results is not None and not isinstance(results, dict):
@@ -77,14 +52,14 @@ def read_results(folder: str, notes: list[str]) -> dict[str, Any] | None:
 
 
 def read_history(path: str, notes: list[str]) -> History:
-    """All of `metrics.jsonl` but broken lines; a last line without an end is none yet."""
+    """`metrics.jsonl` without broken lines (noted) and without an incomplete last line."""
     history: History = {}
     broken = []
     try:
         with open(path, encoding="utf-8", errors="replace") as f:
             for number, text in enumerate(f, start=1):
                 if not text.endswith("\n"):
-                    break  # the run is just writing it, or was ended while it did
+                    break  # the run is writing it, or was killed while writing it
                 try:
                     line = json.loads(text)
                     step = int(line["step"])
@@ -109,7 +84,7 @@ def read_history(path: str, notes: list[str]) -> History:
 
 
 def read_versions(folder: str) -> dict[str, str]:
-    """What the newest checkpoint tells of the packages that wrote it."""
+    """Package -> version, from the newest checkpoint whose metadata has them; else empty."""
     checkpoints = os.path.join(folder, "checkpoints")
     steps = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
     for step in sorted((s for s in steps if s.isdecimal()), key=int, reverse=True):
@@ -121,7 +96,7 @@ def read_versions(folder: str) -> dict[str, str]:
 
 
 def read_confusion(path: str, notes: list[str]) -> Confusion | None:
-    """`confusion.npz`; None if there is none or it is broken."""
+    """`confusion.npz`; None if it is missing or, with a note, broken."""
     if not os.path.exists(path):
         return None
     try:
@@ -133,6 +108,6 @@ def read_confusion(path: str, notes: list[str]) -> Confusion | None:
         if matrix.ndim != 2 or matrix.shape != (len(names), len(names)) or np.any(matrix < 0):
             raise ValueError(f"a matrix {list(matrix.shape)} for {len(names)} classes")
         return Confusion(matrix, names)
-    except Exception as e:  # a zip archive can be broken in more ways than there are names for
+    except Exception as e:  # a broken zip archive raises many types of exceptions
         notes.append(f"{path}: cannot be read, left out: {e}")
         return None

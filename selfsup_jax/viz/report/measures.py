@@ -1,4 +1,4 @@
-"""The table of what the encoders are worth: a row for each recipe, a column for each measure."""
+"""The table of evaluation results: a row for each recipe, a column for each measure."""
 
 from __future__ import annotations
 
@@ -11,24 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from selfsup_jax.viz.report.files import finite, fraction, whole
+from selfsup_jax.viz.report.files import whole
 from selfsup_jax.viz.report.recipes import method_name
 from selfsup_jax.viz.report.records import Job
-from selfsup_jax.viz.report.series import Owners, evaluated
-from selfsup_jax.viz.report.titles import (
-    BASELINES,
-    group_labels,
-    group_rank,
-    measure_title,
-    measures,
-    rank,
-)
+from selfsup_jax.viz.report.series import Owners, evaluated, group_labels, group_rank
+from selfsup_jax.viz.titles import BASELINES, finite, fraction, measure_title, measures, rank
 
 CLOSING = "at the end of pretraining"
 
 
 class Column(NamedTuple):
-    """A measure of one kind of evaluation; `title` is what the table calls it."""
+    """A measure of one kind of evaluation; `title` is its heading in the table."""
 
     group: str
     measure: str
@@ -37,7 +30,7 @@ class Column(NamedTuple):
 
 @dataclasses.dataclass
 class Cell:
-    """Values of a measure, fractions in [0, 1], one for each seed; `note` is about a single one."""
+    """Values of a measure in [0, 1], one per seed; `note` is the spread of a single value."""
 
     values: list[float]
     note: str = ""
@@ -50,12 +43,12 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over the seeds; None of a single one."""
+        """Sample standard deviation over the seeds; None for a single seed."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
     @property
     def text(self) -> str:
-        """In per cent: `95.8 ± 0.3`, or `95.8` of a single seed."""
+        """In per cent: `95.8 ± 0.3`, or `95.8` for a single seed."""
         std = "" if self.std is None else f" ± {100 * self.std:.1f}"
         return f"{100 * self.mean:.1f}{std}"
 
@@ -66,13 +59,13 @@ class Row:
 
     Attributes:
         name: of the recipe.
-        owner: number of the recipe, or of what stands for one; see `Owners`.
-        data: that it was pretrained on, empty if that isn't known.
-        runs: how many it has.
-        about: what a reader must know of the row.
-        last: whether it is about last steps, as far as that can be told.
+        owner: index of the recipe, or of a run outside the recipes; see `Owners`.
+        data: the pretraining data set, empty if unknown.
+        runs: number of runs.
+        about: a remark under the name: step, method, unknown run.
+        last: whether the row is about last steps, as far as is known.
         cells: its measures.
-        baselines: prefix -> the same of what was not trained.
+        baselines: prefix -> the same measures of a baseline.
     """
 
     name: str
@@ -85,12 +78,12 @@ class Row:
     baselines: dict[str, dict[Column, Cell]] = dataclasses.field(default_factory=dict)
 
 
-Common = dict[tuple[str, str], dict[Column, Cell]]  # (prefix, data set) -> a baseline's cells
+Common = dict[tuple[str, str], dict[Column, Cell]]  # (prefix, data set) -> cells of a baseline
 
 
 @dataclasses.dataclass
 class Table:
-    """Columns in order, rows, and the baselines that are the same for all rows of a data set."""
+    """Ordered columns, rows, and the baselines that all rows of a data set have in common."""
 
     columns: list[Column]
     rows: list[Row]
@@ -102,7 +95,7 @@ class Table:
         return list(Counter(column.group for column in self.columns).items())
 
     def beside(self, row: Row, column: Column) -> dict[str, float]:
-        """Baseline's name -> its mean, of those that were measured beside a row's measure."""
+        """Name -> mean of the baselines that were measured together with a row's measure."""
         common = {
             prefix: cells for (prefix, data), cells in self.common.items() if data == row.data
         }
@@ -112,7 +105,7 @@ class Table:
 
 
 class _Entry(NamedTuple):
-    """One evaluation of one run: its row, and its results."""
+    """One evaluation of one run: key of its row, kind, and results."""
 
     row: tuple[Any, ...]
     group: str
@@ -122,15 +115,15 @@ class _Entry(NamedTuple):
 
 
 def table(owners: Owners, jobs: Sequence[Job], notes: list[str]) -> Table:
-    """Joins the closing probes of the runs with the jobs that evaluated them.
+    """Joins the probes at the end of pretraining with the jobs that evaluated the same runs.
 
-    Of each run its last step stands in the recipe's row; a job on another checkpoint has a row of
-    its own, and so has a job on a run that is not among the recipes.
+    A recipe's row shows the last step of each run. A job on another checkpoint, or on a run outside
+    the recipes, has its own row.
 
     Args:
-        owners: of the runs that are given, and of the jobs.
-        jobs: that are given; those without results are left out.
-        notes: takes what a reader must know.
+        owners: of the runs and the jobs of the report.
+        jobs: of the report; those without results are left out.
+        notes: receives warnings for the reader.
     """
     rows: dict[tuple[Any, ...], Row] = {}
     entries: list[_Entry] = []
@@ -157,7 +150,7 @@ def table(owners: Owners, jobs: Sequence[Job], notes: list[str]) -> Table:
 
 
 def _row_of_job(job: Job, owners: Owners) -> tuple[tuple[Any, ...], Row]:
-    """(its key, the row) that a job belongs to."""
+    """The row of a job: (key, row)."""
     owner, run, step = owners.number(job), owners.run(job), whole(job.tell("step"))
     at_step = f"step {step:,}" if step is not None else ""
     if run is not None:
@@ -172,7 +165,7 @@ def _row_of_job(job: Job, owners: Owners) -> tuple[tuple[Any, ...], Row]:
 
 
 def _mark_earlier(rows: Mapping[tuple[Any, ...], Row], known: int) -> None:
-    """Of a run that isn't there, whose end isn't known, the newest step counts as the last."""
+    """For a run outside the recipes, whose last step is unknown, the newest step counts as last."""
     for (owner, step), row in rows.items():
         steps = [other or 0 for number, other in rows if number == owner]
         if owner >= known:
@@ -180,19 +173,19 @@ def _mark_earlier(rows: Mapping[tuple[Any, ...], Row], known: int) -> None:
 
 
 def _columns(entries: Sequence[_Entry], labels: Mapping[str, str]) -> list[Column]:
-    """Closing probes first, then the jobs by kind; measures in the order of `KINDS`."""
+    """Probes at the end of pretraining first, then jobs by kind; measures sorted by `rank`."""
     groups = list(dict.fromkeys([CLOSING, *sorted(labels.values(), key=group_rank)]))
-    found: dict[tuple[str, str], Column] = {}
+    columns: dict[tuple[str, str], Column] = {}
     for entry in entries:
         for name in measures(entry.results):
             title = measure_title(name, entry.group, entry.results.get(f"{name}_metric"))
-            found[entry.group, name] = Column(entry.group, name, title)
+            columns[entry.group, name] = Column(entry.group, name, title)
 
-    return sorted(found.values(), key=lambda c: (groups.index(c.group), rank(c.measure)))
+    return sorted(columns.values(), key=lambda c: (groups.index(c.group), rank(c.measure)))
 
 
 def _fill(row: Row, entries: Sequence[_Entry], columns: Sequence[Column], notes: list[str]) -> None:
-    """The row's cells: a value for each run or, of one run, for each seed of the evaluation."""
+    """Fills the row's cells: a value per run or, for a single run, per seed of the evaluation."""
     for column in columns:
         by_run: dict[str, dict[str, Mapping[str, Any]]] = {}
         for entry in entries:
@@ -202,20 +195,20 @@ def _fill(row: Row, entries: Sequence[_Entry], columns: Sequence[Column], notes:
             ):
                 seeds = by_run.setdefault(entry.run, {})
                 if str(entry.seed) in seeds:
-                    told = f"{row.name}: evaluated twice ({column.group}); the later one is shown"
-                    notes.extend([told] * (told not in notes))
+                    note = f"{row.name}: evaluated twice ({column.group}); the later one is shown"
+                    notes.extend([note] * (note not in notes))
                 seeds[str(entry.seed)] = entry.results
         if by_run:
             row.cells[column] = _cell(column.measure, by_run)
         for prefix in BASELINES:
             name = prefix + column.measure
-            with_it = {
+            with_value = {
                 run: {s: r for s, r in seeds.items() if fraction(r.get(name)) is not None}
                 for run, seeds in by_run.items()
             }
-            with_it = {run: seeds for run, seeds in with_it.items() if seeds}
-            if with_it:
-                row.baselines.setdefault(prefix, {})[column] = _cell(name, with_it)
+            with_value = {run: seeds for run, seeds in with_value.items() if seeds}
+            if with_value:
+                row.baselines.setdefault(prefix, {})[column] = _cell(name, with_value)
 
 
 def _cell(name: str, by_run: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Cell:
@@ -233,12 +226,12 @@ def _cell(name: str, by_run: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> C
 
 
 def _mark_best(rows: Sequence[Row], columns: Sequence[Column]) -> None:
-    """The best last step of each column, if there are several; never across data sets."""
+    """Marks the best of several last steps in each column, separately for each data set."""
     for column in columns:
         by_data: dict[str, list[Cell]] = {}
         for row in rows:
             if column in row.cells and row.last:
-                data = row.data if column.group == CLOSING else ""  # a job's data is in its label
+                data = row.data if column.group == CLOSING else ""  # a job's label names its data
                 by_data.setdefault(data, []).append(row.cells[column])
         for cells in by_data.values():
             top = max(cell.mean for cell in cells)
@@ -247,16 +240,16 @@ def _mark_best(rows: Sequence[Row], columns: Sequence[Column]) -> None:
 
 
 def _common_baselines(rows: Sequence[Row]) -> Common:
-    """Takes baselines that are the same in all rows of a data set out of these rows."""
+    """Removes the baselines that all rows of a data set share from the rows; returns them."""
     common: Common = {}
     for prefix, data in itertools.product(BASELINES, dict.fromkeys(row.data for row in rows)):
-        having = [row for row in rows if row.data == data and prefix in row.baselines]
-        found: dict[Column, set[str]] = {}
-        for row in having:
+        with_prefix = [row for row in rows if row.data == data and prefix in row.baselines]
+        texts_by_column: dict[Column, set[str]] = {}
+        for row in with_prefix:
             for column, cell in row.baselines[prefix].items():
-                found.setdefault(column, set()).add(cell.text)
-        if len(having) > 1 and all(len(texts) == 1 for texts in found.values()):
+                texts_by_column.setdefault(column, set()).add(cell.text)
+        if len(with_prefix) > 1 and all(len(texts) == 1 for texts in texts_by_column.values()):
             common[prefix, data] = {}
-            for row in having:
+            for row in with_prefix:
                 common[prefix, data] |= row.baselines.pop(prefix)
     return common

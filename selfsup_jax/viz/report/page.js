@@ -1,4 +1,4 @@
-// Values under the pointer. The page says all it has to say without this.
+// Shows the values under the pointer. The page is complete without this script.
 (() => {
   const tip = document.getElementById("tip");
   const add = (parent, tag, text, name) => {
@@ -14,7 +14,7 @@
     };
     return curve.read;
   };
-  // Index of the step nearest to `step`; steps ascend.
+  // Index of the step nearest to `step`; `steps` are ascending.
   const nearest = (steps, step) => {
     let low = 0, high = steps.length - 1;
     while (high - low > 1) {

@@ -1,4 +1,4 @@
-"""Puts the page together and writes it."""
+"""Renders the page and writes it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ import jinja2
 
 from selfsup_jax import __version__
 from selfsup_jax.errors import UserError
-from selfsup_jax.viz.report import charts, curves, measures, recipes, titles
+from selfsup_jax.viz import titles
+from selfsup_jax.viz.report import charts, curves, measures, recipes
 from selfsup_jax.viz.report.confusion import mistakes
 from selfsup_jax.viz.report.files import whole
 from selfsup_jax.viz.report.recipes import Recipe
 from selfsup_jax.viz.report.records import Found, Job, read
 from selfsup_jax.viz.report.series import Owners, run_name
 
-COLOURS = 10  # that the style sheet has; after these they come again, dashed
+COLOURS = 10  # in the style sheet; further owners reuse them with dashed lines
 _DRAWN_ELSEWHERE = ("learning_curves", "confusion_matrix")
 _PICTURES = {
     "view_pairs": "What the network sees: pairs of views",
@@ -36,7 +37,7 @@ _PICTURES = {
 
 @dataclasses.dataclass
 class Picture:
-    """A PNG file: what it shows, its size in pixels, and its bytes as base64."""
+    """A PNG file: its title, its size in pixels, and its bytes as base64."""
 
     title: str
     width: int
@@ -45,21 +46,21 @@ class Picture:
 
 
 def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str:
-    """Writes a report on runs and evaluation jobs as one HTML file, whole or not at all.
+    """Writes a report on runs and evaluation jobs as one HTML file, atomically.
 
     Args:
-        workdirs: of runs, jobs or studies, or folders of these.
-        output: path of the file; one that is there is replaced.
-        title: of the page; by default made of the runs' methods and data.
+        workdirs: of runs, jobs or sweeps, or folders that contain these.
+        output: path of the file; an existing file is replaced.
+        title: of the page; by default the runs' methods and data.
 
     Returns:
-        One line on what the report holds.
+        One line that describes the content of the report.
 
     Raises:
-        UserError: a workdir is not there or holds no run, or the file can't be written.
+        UserError: a workdir is missing or contains no run, or the file can't be written.
     """
-    found = read(workdirs)
-    text = render(found, workdirs, title)
+    records = read(workdirs)
+    text = render(records, workdirs, title)
     partial = f"{output}.{os.getpid()}.partial"
     try:
         with open(partial, "w", encoding="utf-8") as f:
@@ -71,16 +72,16 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
         with contextlib.suppress(OSError):
             os.remove(partial)
     size = len(text.encode()) / 1e6
-    return f"wrote {output} ({size:.1f} MB): {_count(found)}"
+    return f"wrote {output} ({size:.1f} MB): {_count(records)}"
 
 
 def render(found: Found, workdirs: Sequence[str], title: str | None = None) -> str:
-    """The page as text.
+    """Returns the page as HTML text.
 
     Args:
-        found: what was read.
-        workdirs: as they were given, for the page to tell.
-        title: of the page, or None for one made of methods and data.
+        found: the records that were read.
+        workdirs: as given; the page lists them.
+        title: of the page; None for the runs' methods and data.
     """
     notes = list(found.notes)
     groups = recipes.group(found.runs)
@@ -141,7 +142,7 @@ def _count(found: Found) -> str:
 
 
 def _drawn(panels: Sequence[charts.Panel]) -> set[int]:
-    """Numbers of the owners that have curves."""
+    """Indices of the owners that have curves."""
     return {line.owner for panel in panels for line in panel.lines}
 
 
@@ -155,33 +156,33 @@ def _title(groups: Sequence[Recipe], jobs: Sequence[Job]) -> str:
 
 
 def _dots(table: measures.Table) -> list[charts.Dots]:
-    """A chart for each measure that is no second look at the same predictions; of last steps."""
-    found = []
+    """A chart of last steps for each measure except top-5 and the mean per class."""
+    dot_charts = []
     for column in table.columns:
         if column.measure.endswith(("_top5", "_mean_per_class")):
             continue
         rows = [row for row in table.rows if column in row.cells and row.last]
-        placed = []
+        dot_rows = []
         for row in rows:
             cell, base = row.cells[column], table.beside(row, column)
-            placed.append(
+            dot_rows.append(
                 charts.DotRow(
                     row.owner, row.name, cell.values, cell.mean, cell.std, cell.text, base
                 )
             )
-        if len(placed) > 1 or any(row.baselines for row in placed):
+        if len(dot_rows) > 1 or any(row.baselines for row in dot_rows):
             group = "" if column.group == measures.CLOSING else f"{column.group}: "
-            found.append(charts.dots(group + column.title, placed))
-    return found
+            dot_charts.append(charts.dots(group + column.title, dot_rows))
+    return dot_charts
 
 
 def _mistakes(jobs: Sequence[Job], owners: Owners) -> list[dict[str, Any]]:
-    found = []
+    entries = []
     for job in jobs:
         if job.confusion is not None and job.confusion.matrix.sum():
             name, step = _job_name(job, owners), whole(job.tell("step"))
-            found.append({"name": name, "step": step, "told": mistakes(job.confusion)})
-    return found
+            entries.append({"name": name, "step": step, "told": mistakes(job.confusion)})
+    return entries
 
 
 def _job_name(job: Job, owners: Owners) -> str:
@@ -192,7 +193,7 @@ def _job_name(job: Job, owners: Owners) -> str:
 
 
 def _pictures(found: Found, owners: Owners, notes: list[str]) -> list[tuple[str, list[Picture]]]:
-    """(run or job, its pictures) of those that have any."""
+    """(name of a run or a job, its pictures), for those that have pictures."""
     named = [(run_name(recipe, run), run.path) for recipe in owners.recipes for run in recipe.runs]
     named += [(_job_name(job, owners), job.path) for job in found.jobs]
     result = []
@@ -250,11 +251,11 @@ def _json(value: Any) -> str:
 
 
 def _without(groups: Sequence[Recipe]) -> dict[str, list[str]]:
-    """What is missing -> the recipes where it is."""
-    bare = {
+    """What is missing -> names of the recipes that lack it."""
+    missing = {
         "No curves (no metrics.jsonl)": [
             r.name for r in groups if not any(x.history for x in r.runs)
         ],
         "Not finished": [r.name for r in groups if len(r.done) < len(r.runs)],
     }
-    return {what: names for what, names in bare.items() if names}
+    return {what: names for what, names in missing.items() if names}

@@ -1,4 +1,4 @@
-"""Runs that differ only in their seeds are one recipe: its name, and how recipes differ."""
+"""Groups runs that differ only in their seeds into recipes; names and compares recipes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from selfsup_jax.viz.report.files import finite, whole
+from selfsup_jax.run import identity
+from selfsup_jax.viz.report.files import whole
 from selfsup_jax.viz.report.records import Run
-
-# Fields that change nothing of what is learned, with all that lies below them. Where the data lies
-# is among them, as far as the data has a name.
-_FREE = (
-    *("seed", "found", "monitor", "profile", "data.dir", "data.download", "log_every_steps"),
-    *("checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"),
-)
+from selfsup_jax.viz.titles import finite
 
 METHODS = {"byol": "BYOL", "moco": "MoCo", "simclr": "SimCLR", "dino": "DINO"}
 METHODS |= {"simsiam": "SimSiam", "barlow_twins": "Barlow Twins", "vicreg": "VICReg"}
@@ -28,50 +23,50 @@ METHODS |= {"simsiam": "SimSiam", "barlow_twins": "Barlow Twins", "vicreg": "VIC
 
 @dataclasses.dataclass
 class Recipe:
-    """Runs whose configs differ only in the seed, one of each seed, in the order of seeds."""
+    """Runs whose configs differ only in the seed, one run per seed, ordered by seed."""
 
     runs: list[Run]
     name: str = ""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the first run, flat."""
+        """The flat config of the first run."""
         return self.runs[0].settings
 
     @property
     def done(self) -> list[Run]:
-        """Those of the runs that have results."""
+        """The runs that have results."""
         return [run for run in self.runs if run.results is not None]
 
     @property
     def method(self) -> str:
-        """As one writes it."""
+        """The method's name as the papers write it."""
         return method_name(self.settings.get("method"))
 
     @property
     def data(self) -> str:
-        """Name of its data set; of a folder of images, the folder's path too."""
+        """Name of the data set; for a folder of images, also its path."""
         name, where = str(self.settings.get("data.name", "")), self.settings.get("data.dir")
         return f"{name} {where}" if name == "folder" and where else name
 
 
 def method_name(method: Any) -> str:
-    """`"moco"` -> `"MoCo"`; one that is not known as it is."""
+    """`"moco"` -> `"MoCo"`; an unknown name is returned unchanged."""
     return METHODS.get(str(method), str(method)) if method is not None else ""
 
 
 def group(runs: Sequence[Run]) -> list[Recipe]:
-    """The recipes of some runs, named so that no two have the same name.
+    """Groups runs into recipes with unique names.
 
-    Two runs of the same recipe with the same seed are no two seeds: the second is a recipe apart.
+    A second run with the same config and the same seed belongs to a separate recipe.
     """
     recipes: dict[tuple[str, int], Recipe] = {}
     times: Counter[tuple[str, str]] = Counter()
     for run in runs:
-        identity = json.dumps(sorted(_bound(run.settings).items()), default=str)
-        again = times[identity, str(run.seed)]
-        times[identity, str(run.seed)] += 1
-        recipes.setdefault((identity, again), Recipe([])).runs.append(run)
+        key = json.dumps(sorted(_bound(run.settings).items()), default=str)
+        again = times[key, str(run.seed)]
+        times[key, str(run.seed)] += 1
+        recipes.setdefault((key, again), Recipe([])).runs.append(run)
     for recipe in recipes.values():
         recipe.runs.sort(key=lambda run: (whole(run.seed) or 0, str(run.seed)))
     _name(list(recipes.values()))
@@ -79,7 +74,7 @@ def group(runs: Sequence[Run]) -> list[Recipe]:
 
 
 def differences(recipes: Sequence[Recipe]) -> list[tuple[str, list[Any]]]:
-    """(field, its value in each recipe or None) of the fields in which some recipes differ."""
+    """(field, its value in each recipe or None), for the fields whose values differ."""
     configs = [_bound(recipe.settings) for recipe in recipes]
     fields = sorted({field for config in configs for field in config})
     rows = [(field, [config.get(field) for config in configs]) for field in fields]
@@ -87,7 +82,7 @@ def differences(recipes: Sequence[Recipe]) -> list[tuple[str, list[Any]]]:
 
 
 def shown(value: Any) -> str:
-    """A config's or a result's value: short, and as one reads it."""
+    """A value of a config or of results as short, readable text."""
     if value is None:
         return "–"  # noqa: RUF001
     if isinstance(value, bool):
@@ -100,8 +95,8 @@ def shown(value: Any) -> str:
 
 
 def duration(settings: dict[str, Any]) -> str:
-    """How long a config asks to train: `46 epochs`."""
-    for unit in ("steps", "examples", "epochs"):  # the order in which a run asks for them
+    """The training length of a config: `46 epochs`."""
+    for unit in ("steps", "examples", "epochs"):  # in the order that a run reads them
         value = finite(settings.get(unit))
         if value:
             return f"{value:,.6g} {unit}" if value < 1e6 else f"{int(value):,} {unit}"
@@ -109,9 +104,9 @@ def duration(settings: dict[str, Any]) -> str:
 
 
 def overview(recipe: Recipe) -> dict[str, str]:
-    """What the table of runs tells of a recipe: heading -> text."""
+    """A recipe's row in the table of runs: heading -> text."""
     settings, results = recipe.settings, [run.results or {} for run in recipe.done]
-    images = [whole(run.settings.get("found.train_images")) for run in recipe.runs]
+    images = [whole(run.settings.get("data_info.train_images")) for run in recipe.runs]
     size, speeds = settings.get("data.image_size"), [r.get("images_per_second") for r in results]
     rates = [rate for rate in map(finite, speeds) if rate is not None]
     ran = [r for r in results if "device_kind" in r]
@@ -132,19 +127,19 @@ def overview(recipe: Recipe) -> dict[str, str]:
 
 
 def collapsed_at(run: Run) -> int | None:
-    """The step at which a run says that it had collapsed, or None."""
+    """The step at which a run recorded a collapse, or None."""
     results = run.results or {}
     return whole(results.get("collapsed_at_step")) if results.get("collapsed") else None
 
 
 def _collapsed(recipe: Recipe) -> str:
-    looked = [run for run in recipe.done if "collapsed" in (run.results or {})]
-    bad = [run for run in looked if (run.results or {})["collapsed"]]
-    if not bad:
-        return "no" if looked else ""
-    steps = [collapsed_at(run) for run in bad]
+    checked = [run for run in recipe.done if "collapsed" in (run.results or {})]
+    collapsed = [run for run in checked if (run.results or {})["collapsed"]]
+    if not collapsed:
+        return "no" if checked else ""
+    steps = [collapsed_at(run) for run in collapsed]
     by = "; ".join(f"{step:,}" for step in steps if step is not None)
-    count = f"{len(bad)} of {len(looked)}" if len(looked) > 1 else "yes"
+    count = f"{len(collapsed)} of {len(checked)}" if len(checked) > 1 else "yes"
     return count + (f", by step {by}" if by else "")
 
 
@@ -166,10 +161,8 @@ def _all(texts: Any) -> str:
 
 
 def _bound(settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields that make a recipe what it is."""
-    kept = {
-        k: v for k, v in settings.items() if not any(f"{k}.".startswith(f"{f}.") for f in _FREE)
-    }
+    """The config fields that identify a recipe."""
+    kept = identity.bound(settings, identity.SAME_RECIPE)
     if settings.get("data.name") == "folder" and "data.dir" in settings:
         kept["data.dir"] = settings["data.dir"]
     return kept
@@ -178,14 +171,14 @@ def _bound(settings: dict[str, Any]) -> dict[str, Any]:
 def _name(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         recipe.name = _own_name(recipe)
-    for depth in (1, 2):  # with one folder above, with two
+    for depth in (1, 2):  # prefixed with one parent folder, then with two
         counts = Counter(recipe.name for recipe in recipes)
         for recipe in recipes:
             if counts[recipe.name] > 1:
-                above = os.path.dirname(recipe.runs[0].path)
+                parent = os.path.dirname(recipe.runs[0].path)
                 if os.path.basename(recipe.runs[0].path).startswith("seed_"):
-                    above = os.path.dirname(above)
-                parts = above.split(os.sep)[-depth:]
+                    parent = os.path.dirname(parent)
+                parts = parent.split(os.sep)[-depth:]
                 recipe.name = "/".join([*parts, _own_name(recipe)])
     counts = Counter()
     for recipe in recipes:
@@ -195,7 +188,7 @@ def _name(recipes: Sequence[Recipe]) -> None:
 
 
 def _own_name(recipe: Recipe) -> str:
-    """The study's name for it, or its folder's, without what tells the seeds apart."""
+    """The variant's name in a sweep, or the folder's name without the seed."""
     first = recipe.runs[0]
     if first.variant:
         return first.variant.replace("_", " ")

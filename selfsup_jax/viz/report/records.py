@@ -1,4 +1,4 @@
-"""Reads workdirs: pretraining runs, evaluation jobs, and the record of a study."""
+"""Reads workdirs: pretraining runs, evaluation jobs, and the record (`runs.json`) of a sweep."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from selfsup_jax.errors import UserError
+from selfsup_jax.run.identity import flat
 from selfsup_jax.viz.report.files import (
     Confusion,
     History,
-    flat,
     read_confusion,
     read_history,
     read_json,
@@ -21,8 +21,8 @@ from selfsup_jax.viz.report.files import (
     whole,
 )
 
-_APART = re.compile(r"checkpoints$|plots$|step_\d+$|\.")  # folders that hold no runs of their own
-_DEPTH = 5  # folders below a workdir that are looked into: PARENT/STUDY/VARIANT/seed_N/JOB
+_APART = re.compile(r"checkpoints$|plots$|step_\d+$|\.")  # folders that never contain runs
+_DEPTH = 5  # levels of folders that are searched below a workdir: PARENT/SWEEP/VARIANT/seed_N/JOB
 
 
 @dataclasses.dataclass
@@ -30,14 +30,14 @@ class Run:
     """A pretraining run.
 
     Attributes:
-        path: real path of its workdir; of a run that is only in a study's record, where it was.
-        config: as in `config.json`, nested; flat if it is from a study's record.
-        settings: the same, flat: `{"optimizer.name": ...}`.
-        results: of `results.json`; None while the run is not finished.
-        history: of `metrics.jsonl`.
-        variant: its name in a study, else empty.
-        ended: why it came to nothing, else empty.
-        versions: package -> version, as far as the run tells.
+        path: real path of its workdir; the former path if the run is only in a sweep's record.
+        config: as in `config.json`, nested; flat if it is from a sweep's record.
+        settings: the config, flat: `{"optimizer.name": ...}`.
+        results: from `results.json`; None while the run is not finished.
+        history: from `metrics.jsonl`.
+        variant: its name in a sweep, else empty.
+        ended: why the run failed, else empty.
+        versions: package -> version, as far as they are known.
     """
 
     path: str
@@ -51,12 +51,12 @@ class Run:
 
     @property
     def seed(self) -> Any:
-        """As in the config."""
+        """The seed in the config."""
         return self.settings.get("seed")
 
     @property
     def last_step(self) -> int:
-        """The last step that it has logged or ended with; 0 if it tells none."""
+        """The last step in the history or the results; 0 if neither has one."""
         logged = max((steps[-1] for steps, _ in self.history.values()), default=0)
         return max(logged, whole((self.results or {}).get("steps")) or 0)
 
@@ -67,9 +67,9 @@ class Job:
 
     Attributes:
         path: real path of its workdir.
-        config, settings, results: as of `Run`. Of a job that watches: those of the newest step.
-        by_step: of a job that watches: (step, results) of each checkpoint, in the order of steps.
-        confusion: of the newest step.
+        config, settings, results: as in `Run`; in follow mode, of the newest checkpoint.
+        by_step: in follow mode, (step, results) of each checkpoint, ordered by step.
+        confusion: of the newest checkpoint.
     """
 
     path: str
@@ -81,24 +81,24 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """Its name in the config: `linear_probe`, ..."""
+        """The kind in the config: `linear_probe`, ..."""
         return str(self.settings.get("job"))
 
     def tell(self, name: str) -> Any:
-        """A field of the results, or else of what the job found: `step`, `method`, `run`, ..."""
+        """A field of the results or else of `data_info`: `step`, `method`, `run`, ..."""
         value = (self.results or {}).get(name)
-        return self.settings.get(f"found.{name}") if value is None else value
+        return self.settings.get(f"data_info.{name}") if value is None else value
 
     @property
     def run(self) -> str | None:
-        """Real path of the pretraining run that it evaluates; None if there is none."""
+        """Real path of the evaluated pretraining run; None if there is none."""
         run = self.tell("run")
         return os.path.realpath(run) if isinstance(run, str) and run else None
 
 
 @dataclasses.dataclass
 class Found:
-    """All that was read, and notes on what could not be."""
+    """All records that were read, and notes on what could not be read."""
 
     runs: list[Run] = dataclasses.field(default_factory=list)
     jobs: list[Job] = dataclasses.field(default_factory=list)
@@ -106,33 +106,33 @@ class Found:
 
 
 def read(workdirs: Sequence[str]) -> Found:
-    """Reads the workdirs and all that lies below them, each folder once.
+    """Reads the workdirs and the folders below them, each folder once.
 
     Args:
-        workdirs: of runs, jobs or studies, or folders of these.
+        workdirs: of runs, jobs or sweeps, or folders that contain these.
 
     Returns:
-        Runs and jobs in the order of `workdirs`, below each by name.
+        Runs and jobs in the order of `workdirs`, then of folder names.
 
     Raises:
-        UserError: a workdir is no folder, or nothing of ours is in it.
+        UserError: a workdir is not a folder, or contains no run, job or sweep.
     """
-    found, seen = Found(), set[str]()
+    records, seen = Found(), set[str]()
     for workdir in workdirs:
         if not os.path.isdir(workdir):
             raise UserError(f"{workdir}: there is no such folder")
-        notes, any_here = len(found.notes), False
+        notes, any_here = len(records.notes), False
         for folder in _folders(os.path.realpath(workdir)):
-            again = folder in seen
+            known = folder in seen
             seen.add(folder)
-            any_here |= again or _read_folder(folder, found)
+            any_here |= known or _read_folder(folder, records)
         if not any_here:
-            broken = "; ".join(found.notes[notes:])
+            broken = "; ".join(records.notes[notes:])
             raise UserError(
                 f"{workdir}: holds no run: {broken or 'no config.json of one, there or below'}"
             )
-    _add_records(found, sorted(seen))
-    return found
+    _add_records(records, sorted(seen))
+    return records
 
 
 def _folders(top: str) -> Iterator[str]:
@@ -142,17 +142,17 @@ def _folders(top: str) -> Iterator[str]:
         names[:] = [] if deep else sorted(n for n in names if not _APART.match(n))
 
 
-def _read_folder(folder: str, found: Found) -> bool:
-    """Adds the run or the job that lies in a folder. Returns whether there is something of ours."""
+def _read_folder(folder: str, records: Found) -> bool:
+    """Adds the run or job of a folder. Returns whether the folder is a run, a job or a sweep."""
     if os.path.exists(os.path.join(folder, "runs.json")):
         return True
-    config = read_json(os.path.join(folder, "config.json"), found.notes)
+    config = read_json(os.path.join(folder, "config.json"), records.notes)
     if not isinstance(config, dict) or not {"job", "method"} & set(config):
         return False
     if config.get("job", "pretrain") == "pretrain":
-        found.runs.append(_read_run(folder, config, found.notes))
+        records.runs.append(_read_run(folder, config, records.notes))
     else:
-        found.jobs.append(_read_job(folder, config, found.notes))
+        records.jobs.append(_read_job(folder, config, records.notes))
     return True
 
 
@@ -179,35 +179,35 @@ def _read_job(folder: str, config: dict[str, Any], notes: list[str]) -> Job:
         results = by_step[-1][1]
     if results is None:
         notes.append(f"{folder}: the {config.get('job')} job is not finished")
-    places = [folder] + [os.path.join(folder, f"step_{step:08d}") for step, _ in by_step[-1:]]
-    found = (read_confusion(os.path.join(place, "confusion.npz"), notes) for place in places)
-    return Job(folder, config, flat(config), results, by_step, next(filter(None, found), None))
+    folders = [folder] + [os.path.join(folder, f"step_{step:08d}") for step, _ in by_step[-1:]]
+    matrices = (read_confusion(os.path.join(path, "confusion.npz"), notes) for path in folders)
+    return Job(folder, config, flat(config), results, by_step, next(filter(None, matrices), None))
 
 
-# ----------------------------------------------------------------------------- a study's record
+# ----------------------------------------------------------------------------- sweep records
 
 
-def _add_records(found: Found, folders: Sequence[str]) -> None:
-    """Adds what `runs.json` of studies tells: variants, endings, and runs that lie elsewhere."""
-    runs = {run.path: run for run in found.runs}
+def _add_records(records: Found, folders: Sequence[str]) -> None:
+    """Adds the records of `runs.json`: variants, reasons of failure, and runs not read so far."""
+    runs = {run.path: run for run in records.runs}
     for folder in folders:
         path = os.path.join(folder, "runs.json")
-        record = read_json(path, found.notes)
+        record = read_json(path, records.notes)
         if record is not None and not isinstance(record, dict):
-            found.notes.append(f"{path}: is no study's record, left out")
+            records.notes.append(f"{path}: is no study's record, left out")
             continue
         for name, entry in (record or {}).items():
             if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
-                found.notes.append(f"{path}: {name} is not a run's entry, left out")
+                records.notes.append(f"{path}: {name} is not a run's entry, left out")
                 continue
-            place = os.path.join(folder, name)
-            if place not in runs:
-                if any(run.results and run.results == entry.get("results") for run in found.runs):
-                    continue  # a published copy of a run that is here
+            run_path = os.path.join(folder, name)
+            if run_path not in runs:
+                if any(run.results and run.results == entry.get("results") for run in records.runs):
+                    continue  # a published copy of a run that was read
                 config = {**entry["config"], "seed": entry.get("seed")}
-                runs[place] = Run(place, config, flat(config))
-                found.runs.append(runs[place])
-            _add_record(runs[place], entry)
+                runs[run_path] = Run(run_path, config, flat(config))
+                records.runs.append(runs[run_path])
+            _add_record(runs[run_path], entry)
 
 
 def _add_record(run: Run, entry: dict[str, Any]) -> None:

@@ -1,11 +1,9 @@
-"""How runs end early: what is told, what is saved, and how they go on; with real processes too."""
+"""Runs that are told to stop: what is saved, and how they go on; with real processes too."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,85 +17,17 @@ import pytest
 import tiny_runs
 from conftest import REPOSITORY, assert_close, assert_same, process_env
 
-from selfsup_jax.devices import parallel
-from selfsup_jax.errors import Stopped, UserError
-from selfsup_jax.run import checkpoint, files, nan_guard
+from selfsup_jax.errors import Stopped
+from selfsup_jax.run import checkpoint
 from selfsup_jax.run.signals import StopSignals, stopped
 from selfsup_jax.training import pretrain
 
 PATIENCE = 600  # seconds: what takes longer hangs, on however busy a machine
 
-# --------------------------------------------------------------------- numbers that are none
 
-
-def metrics_of_step(**values: float) -> dict:
-    """What a step's metrics are like: replicated over the devices, not yet looked at."""
-    numbers = {"loss": 1.5, "grad_norm/encoder": 0.25} | values
-    finite = np.isfinite(list(numbers.values())).all()
-    arrays = {name: np.float32(value) for name, value in (numbers | {"finite": finite}).items()}
-    return parallel.replicate(lambda x: x, arrays)
-
-
-def names_of_step(step: int) -> np.ndarray:
-    return np.array([f"images/{step}_{i}.png" for i in range(4)])
-
-
-def test_finite_steps_pass(tmp_path):
-    watch = nan_guard.NanGuard(str(tmp_path))
-    for step in range(1, 6):
-        watch.add(step, metrics_of_step(), names_of_step(step))
-    watch.drain()
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize("lag", [0, 1, 2, 3])
-def test_the_step_that_is_not_finite_is_named_though_it_is_looked_at_later(tmp_path, lag):
-    watch = nan_guard.NanGuard(str(tmp_path), lag=lag)
-    broken = metrics_of_step(loss=np.nan, **{"grad_norm/encoder": np.inf, "tau": 0.5})
-    for step in range(1, 5):
-        watch.add(step, metrics_of_step(), names_of_step(step))
-
-    def add_later_steps():
-        watch.add(5, broken, names_of_step(5))
-        for step in range(6, 6 + lag):
-            assert step <= 5 + lag
-            watch.add(step, metrics_of_step(loss=np.nan), names_of_step(step))
-
-    with pytest.raises(UserError) as error:
-        add_later_steps()
-    path = tmp_path / "non_finite.json"
-    told = str(error.value)
-    assert "\n" not in told and "step 5 " in told and str(path) in told
-    assert "loss nan" in told and "grad_norm/encoder inf" in told and "tau" not in told
-    assert "config.optimizer.learning_rate" in told
-    assert json.loads(path.read_text()) == {
-        "step": 5,
-        "non_finite": ["grad_norm/encoder", "loss"],
-        "metrics": {"loss": "nan", "grad_norm/encoder": "inf", "tau": 0.5, "finite": 0.0},
-        "images": names_of_step(5).tolist(),
-    }
-
-
-def test_a_step_is_not_looked_at_before_its_time(tmp_path):
-    """Looking would make the host wait for the device."""
-    watch = nan_guard.NanGuard(str(tmp_path))
-    watch.add(1, metrics_of_step(loss=np.nan), names_of_step(1))
-    watch.add(2, metrics_of_step(), names_of_step(2))
-    assert not os.listdir(tmp_path)
-    with pytest.raises(UserError, match="step 1 is not finite"):
-        watch.add(3, metrics_of_step(), names_of_step(3))
-
-
-def test_a_drain_looks_at_all_steps(tmp_path):
-    watch = nan_guard.NanGuard(str(tmp_path))
-    watch.add(7, metrics_of_step(), names_of_step(7))
-    watch.drain()
-    watch.add(8, metrics_of_step(loss=-np.inf), names_of_step(8))
-    with pytest.raises(UserError, match="step 8 is not finite: loss -inf"):
-        watch.drain()
-
-
-# ------------------------------------------------------------------------------- signals
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny_runs.write_images(tmp_path_factory.mktemp("images"), 3, 60)
 
 
 @pytest.fixture
@@ -189,134 +119,6 @@ def test_a_stopped_process_tells_its_step_and_how_to_go_on():
     assert told.status == 130 and stopped(signal.SIGTERM, 1, "a").status == 143
     assert "SIGINT" in str(told) and "1,234" in str(told) and "runs/a" in str(told)
     assert "\n" not in str(told)
-
-
-# ---------------------------------------------------------------------------------- disks
-
-
-def fail_with(error: BaseException, saved: int | None = 12) -> None:
-    with files.disk_errors("runs/a", lambda: saved):
-        raise error
-
-
-@pytest.mark.parametrize(
-    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES]
-)
-def test_what_the_disk_does_is_told_in_one_line(number):
-    error = OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
-    with pytest.raises(UserError) as told:
-        fail_with(error)
-    assert told.value.__cause__ is error
-    for part in ("--workdir=runs/a", os.strerror(number), "step 12"):
-        assert part in str(told.value)
-    assert "\n" not in str(told.value)
-    with pytest.raises(UserError, match="no checkpoint"):
-        fail_with(error, saved=None)
-
-
-def test_a_full_disk_is_recognised_within_other_errors():
-    full = os.strerror(errno.ENOSPC)
-    for path in (os.path.abspath("runs/a/checkpoints/5"), "runs/a/events"):
-        with pytest.raises(UserError, match=full):
-            fail_with(ValueError(f"RESOURCE_EXHAUSTED: writing {path}: {full} [source ...]\n"))
-    with pytest.raises(ValueError, match="shm"):  # not the workdir's disk
-        fail_with(ValueError(f"Error while creating /dev/shm/nccl-1: {full}"))
-    wrapped = RuntimeError("saving failed")
-    wrapped.__cause__ = OSError(errno.ENOSPC, full)
-    with pytest.raises(UserError, match=full):
-        fail_with(wrapped)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("a bug"),
-        KeyError("a"),
-        OSError("without a number"),
-        ConnectionResetError(errno.ECONNRESET, "reset"),
-        UserError("config.a=1: must not be"),
-        Stopped("stopped", 143),
-        KeyboardInterrupt(),
-    ],
-)
-def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as raised:
-        fail_with(error)
-    assert raised.value is error
-
-
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES])
-@pytest.mark.parametrize("path", ["images/cat.png", "runs/b/config.json", "/etc/a"])
-def test_files_elsewhere_are_not_the_workdirs(number, path):
-    error = OSError(number, os.strerror(number), path)
-    with pytest.raises(OSError) as raised:
-        fail_with(error)
-    assert raised.value is error
-    inside = OSError(number, os.strerror(number), os.path.abspath("runs/a/plots/b.png"))
-    with pytest.raises(UserError, match=os.strerror(number)):
-        fail_with(inside)
-
-
-def test_a_neighbour_whose_name_begins_like_the_workdirs_is_elsewhere():
-    with pytest.raises(FileNotFoundError):
-        fail_with(OSError(errno.ENOENT, os.strerror(errno.ENOENT), "runs/a_images/cat.png"))
-
-
-def test_a_mistake_is_told_as_such_though_a_disk_error_came_before():
-    with pytest.raises(UserError, match=r"config\.a=1"):
-        try:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:
-            with files.disk_errors("runs/a", lambda: 12):
-                raise UserError("config.a=1: must not be") from e
-
-
-def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.json"
-    files.write_json(str(path), {"b": 1, "a": [1.5, None]})
-    assert json.loads(path.read_text()) == {"a": [1.5, None], "b": 1}
-    assert path.read_text().endswith("}\n")
-    assert os.listdir(tmp_path) == ["a.json"]
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        files.write_json(str(path), {"a": 1, "b": object()})
-    assert path.read_bytes() == before
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return tiny_runs.write_images(tmp_path_factory.mktemp("images"), 3, 60)
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypatch):
-    """Full for the metrics first, then too small for a checkpoint; in between the run goes on."""
-    flush, usage = pretrain.Recorder.flush, shutil.disk_usage
-    flushed, looks = [], []
-
-    def flush_to_a_full_disk(self):
-        flushed.append(True)
-        if len(flushed) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(self)
-
-    def disk_usage(path):
-        looks.append(path)
-        return usage(path)._replace(free=10**9 if len(looks) < 3 else 10)
-
-    def run():
-        settings = {"steps": 8, "checkpoint_every_steps": 2, "keep_every_steps": 2}
-        config = tiny_runs.tiny_config(images, **settings)
-        pretrain.pretrain(config, str(tmp_path), tiny_runs.build)
-
-    monkeypatch.setattr(pretrain.Recorder, "flush", flush_to_a_full_disk)
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    with pytest.raises(UserError, match=rf"^--workdir={tmp_path}: .*No space left.* step 2$"):
-        run()
-    assert tiny_runs.saved_steps(tmp_path) == [2]
-    with pytest.raises(UserError, match=rf"^{tmp_path}.* step 6: .*checkpoint is of step 4$"):
-        run()
-    assert tiny_runs.saved_steps(tmp_path) == [2, 4]
-    assert len(looks) == 3 and all(str(path).startswith(str(tmp_path)) for path in looks)
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(

@@ -19,7 +19,7 @@ from selfsup_jax import jobs
 from selfsup_jax.data import inputs
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.evaluation import encoder
-from selfsup_jax.jobs import runner, watch
+from selfsup_jax.jobs import follow, runner
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +71,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     time = types.SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep)
-    monkeypatch.setattr(watch, "time", time)
+    monkeypatch.setattr(follow, "time", time)
     return clock
 
 
@@ -79,7 +79,7 @@ def clock(monkeypatch):
 def evaluated(monkeypatch):
     """The steps that are evaluated from here on, an untrained encoder as -1."""
     found = []
-    prepare = runner.Prepared.__new__
+    prepare = runner.EvalJob.__new__
 
     def spy(cls, task, *args):
         def counted(frozen, folder):
@@ -88,12 +88,12 @@ def evaluated(monkeypatch):
 
         return prepare(cls, counted, *args)
 
-    monkeypatch.setattr(runner.Prepared, "__new__", spy)
+    monkeypatch.setattr(runner.EvalJob, "__new__", spy)
     return found
 
 
-def follow(run: pathlib.Path, workdir: pathlib.Path, name: str = "knn", **changes):
-    return jobs.run(make_config(name, run, watch=True, **changes), str(workdir))
+def follow_run(run: pathlib.Path, workdir: pathlib.Path, name: str = "knn", **changes):
+    return jobs.run(make_config(name, run, follow=True, **changes), str(workdir))
 
 
 def log_of(run, name):
@@ -138,7 +138,7 @@ def test_each_checkpoint_of_a_run_is_evaluated_once_until_it_ends(
         ]
     )
     job = tmp_path / "watched"
-    results = follow(going_on, job, random_init=True, watch_poll_seconds=7.0)
+    results = follow_run(going_on, job, random_init=True, follow_poll_seconds=7.0)
     assert evaluated == [1, -1, 2, 3, 4]
     assert clock.slept == [7.0] * 6
     assert results == read(job / "results.json") == read(job / "step_00000004" / "results.json")
@@ -154,7 +154,7 @@ def test_each_checkpoint_of_a_run_is_evaluated_once_until_it_ends(
     assert points(log_of(going_on, "watched")) == [1, 2, 3, 4]
     # Once more: nothing is left to be done.
     evaluated.clear()
-    assert follow(going_on, job, random_init=True) == results
+    assert follow_run(going_on, job, random_init=True) == results
     assert not evaluated and points(log_of(going_on, "watched")) == [1, 2, 3, 4]
 
 
@@ -167,7 +167,7 @@ def killed_watch(run, going_on, tmp_path, clock):
 
     clock.events = iter([lambda: add_checkpoint(run, going_on, 2), kill])
     with pytest.raises(Killed):
-        follow(going_on, tmp_path / "job")
+        follow_run(going_on, tmp_path / "job")
     return tmp_path / "job"
 
 
@@ -180,7 +180,7 @@ def end(run, going_on, steps=(3, 4)) -> None:
 def test_after_a_kill_only_what_is_left_is_evaluated(run, going_on, killed_watch, evaluated):
     assert read(killed_watch / "results.json")["step"] == 2
     end(run, going_on)
-    assert follow(going_on, killed_watch)["step"] == 4
+    assert follow_run(going_on, killed_watch)["step"] == 4
     assert evaluated == [3, 4]
     assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
 
@@ -190,9 +190,9 @@ def test_a_removed_checkpoint_stays_evaluated(run, going_on, killed_watch, evalu
     shutil.rmtree(going_on / "checkpoints" / "1")
     shutil.rmtree(going_on / "checkpoints" / "2")
     end(run, going_on)
-    assert follow(going_on, killed_watch)["step"] == 4
+    assert follow_run(going_on, killed_watch)["step"] == 4
     assert evaluated == [3, 4]
-    assert watch.done_steps(str(killed_watch)) == [1, 2, 3, 4]
+    assert follow.done_steps(str(killed_watch)) == [1, 2, 3, 4]
     assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
 
 
@@ -208,14 +208,14 @@ def test_a_kill_between_a_result_and_its_point_loses_none(
 
     with monkeypatch.context() as patch:
         if before_the_copy:
-            patch.setattr(watch, "write_json", kill)
+            patch.setattr(follow, "write_json", kill)
         else:
-            patch.setattr(watch._Log, "record", kill)
+            patch.setattr(follow._MeasureLog, "record", kill)
         with pytest.raises(Killed):
-            follow(going_on, killed_watch)
+            follow_run(going_on, killed_watch)
     assert evaluated == [3]
     assert points(log_of(going_on, "job")) == [1, 2]
-    assert follow(going_on, killed_watch)["step"] == 4
+    assert follow_run(going_on, killed_watch)["step"] == 4
     assert evaluated == [3, 4]
     assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
     assert read(killed_watch / "results.json")["step"] == 4
@@ -231,10 +231,10 @@ def test_a_kill_between_the_last_result_and_its_point(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(watch, "write_json", kill)
+        patch.setattr(follow, "write_json", kill)
         with pytest.raises(Killed):
-            follow(going_on, killed_watch)
-    assert follow(going_on, killed_watch)["step"] == 3
+            follow_run(going_on, killed_watch)
+    assert follow_run(going_on, killed_watch)["step"] == 3
     assert evaluated == [3] and points(log_of(going_on, "job")) == [1, 2, 3]
     assert read(killed_watch / "results.json")["step"] == 3
 
@@ -242,7 +242,7 @@ def test_a_kill_between_the_last_result_and_its_point(
 def test_a_job_without_measures_leaves_no_points(run, going_on, tmp_path, clock):
     end(run, going_on, steps=(2,))
     for _ in range(2):
-        follow(going_on, tmp_path / "job", "embed")
+        follow_run(going_on, tmp_path / "job", "embed")
         assert points(log_of(going_on, "job")) == []
     assert (tmp_path / "job" / "step_00000002" / "features.npz").exists()
 
@@ -264,12 +264,12 @@ def test_a_job_that_trains_goes_on_with_the_checkpoint_it_was_stopped_at(
 
     monkeypatch.setattr(inputs, "train_batches", batches)
     with pytest.raises(Stopped, match=r"after step 4,.*step_00000002"):
-        follow(going_on, job, "finetune:all", steps=9)
+        follow_run(going_on, job, "finetune:100pct", steps=9)
     assert points(log_of(going_on, "finetuned")) == [1]
-    results = follow(going_on, job, "finetune:all", steps=9)
+    results = follow_run(going_on, job, "finetune:100pct", steps=9)
     assert results["step"] == 2 and evaluated == [1, 2, 2] and len(trained) == 18
     assert points(log_of(going_on, "finetuned")) == [1, 2]
-    alone = make_config("finetune:all", going_on, steps=9)
+    alone = make_config("finetune:100pct", going_on, steps=9)
     assert jobs.run(alone, str(tmp_path / "alone")) == results
 
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_left_out(
         return load(path, step)
 
     monkeypatch.setattr(encoder, "load", removed)
-    assert follow(going_on, tmp_path / "job")["step"] == 3
+    assert follow_run(going_on, tmp_path / "job")["step"] == 3
     assert evaluated == [1, 3]
 
 
@@ -295,7 +295,7 @@ def test_a_broken_checkpoint_that_stays_is_told(run, going_on, tmp_path, clock):
             path.write_bytes(b"")
     clock.events = iter([lambda: None])  # it may be on its way out
     with pytest.raises(UserError, match="checkpoints/1 cannot be read"):
-        follow(going_on, tmp_path / "job")
+        follow_run(going_on, tmp_path / "job")
 
 
 def test_a_checkpoint_on_its_way_out_is_left_out(run, going_on, tmp_path, clock, evaluated):
@@ -304,42 +304,42 @@ def test_a_checkpoint_on_its_way_out_is_left_out(run, going_on, tmp_path, clock,
             path.write_bytes(b"")
     end(run, going_on, steps=(2,))
     clock.events = iter([lambda: shutil.rmtree(going_on / "checkpoints" / "1")])
-    assert follow(going_on, tmp_path / "job")["step"] == 2
+    assert follow_run(going_on, tmp_path / "job")["step"] == 2
     assert evaluated == [2]
 
 
 def test_another_job_in_a_watchs_workdir_is_refused(run, going_on, killed_watch, evaluated):
     end(run, going_on)
     with pytest.raises(UserError, match=r"config\.neighbours=\[3\]: the job there has \[5\]"):
-        follow(going_on, killed_watch, neighbours=(3,))
-    with pytest.raises(UserError, match=r"found\.run="):
-        follow(run, killed_watch)
+        follow_run(going_on, killed_watch, neighbours=(3,))
+    with pytest.raises(UserError, match=r"data_info\.run="):
+        follow_run(run, killed_watch)
     assert not evaluated
     # How often it looks, and how long it waits, is no matter.
-    follow(going_on, killed_watch, watch_poll_seconds=1.0, watch_patience_hours=1.0)
+    follow_run(going_on, killed_watch, follow_poll_seconds=1.0, follow_patience_hours=1.0)
 
 
 def test_a_mended_command_may_go_to_the_same_workdir(run, going_on, tmp_path, clock):
     end(run, going_on, steps=(2,))
     with pytest.raises(UserError, match="neighbours"):
-        follow(going_on, tmp_path / "job", neighbours=(200,))
-    assert follow(going_on, tmp_path / "job", neighbours=(20,))["knn_k"] == 20
+        follow_run(going_on, tmp_path / "job", neighbours=(200,))
+    assert follow_run(going_on, tmp_path / "job", neighbours=(20,))["knn_k"] == 20
 
 
 def test_patience_ends_and_begins_anew_with_each_checkpoint(run, going_on, tmp_path, clock):
     """An hour for each look: five hours after the last checkpoint is above four."""
     wait = [lambda: None]
     clock.events = iter(wait * 3 + [lambda: add_checkpoint(run, going_on, 2)] + wait * 9)
-    with pytest.raises(UserError, match=r"config\.watch_patience_hours=4: no new checkpoint"):
-        follow(going_on, tmp_path / "job", watch_patience_hours=4.0)
+    with pytest.raises(UserError, match=r"config\.follow_patience_hours=4: no new checkpoint"):
+        follow_run(going_on, tmp_path / "job", follow_patience_hours=4.0)
     assert len(clock.slept) == 4 + 5
-    assert watch.done_steps(str(tmp_path / "job")) == [1, 2]
+    assert follow.done_steps(str(tmp_path / "job")) == [1, 2]
 
 
 def test_a_run_without_a_checkpoint_yet_is_waited_for(run, going_on, tmp_path, clock):
     shutil.rmtree(going_on / "checkpoints")
     clock.events = iter([lambda: end(run, going_on, steps=(1,))])
-    assert follow(going_on, tmp_path / "job")["step"] == 1
+    assert follow_run(going_on, tmp_path / "job")["step"] == 1
 
 
 def test_what_is_no_run_cannot_be_watched(run, going_on, tmp_path, clock):
@@ -352,7 +352,7 @@ def test_what_is_no_run_cannot_be_watched(run, going_on, tmp_path, clock):
         run / "checkpoints" / "1",
     ):
         with pytest.raises(UserError, match=r"checkpoint=.*: must be a run's workdir, to be"):
-            follow(path, tmp_path / "job")
+            follow_run(path, tmp_path / "job")
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_when_a_run_has_ended(tmp_path, steps, saved, newer, ended):
     if steps:
         write_results(tmp_path, steps, newer)
     assert encoder.checkpoint_steps(str(tmp_path)) == list(saved)
-    assert watch.has_ended(str(tmp_path)) is ended
+    assert follow.has_ended(str(tmp_path)) is ended
 
 
 def test_a_run_that_may_not_be_written_to_has_its_points_beside_the_results(
@@ -382,13 +382,13 @@ def test_a_run_that_may_not_be_written_to_has_its_points_beside_the_results(
 ):
     (going_on / "evaluation").write_text("")  # no folder can be made there, even by root
     end(run, going_on, steps=(2,))
-    follow(going_on, tmp_path / "job")
+    follow_run(going_on, tmp_path / "job")
     assert points(tmp_path / "job") == [1, 2]
 
 
 def test_two_watches_of_one_name_keep_their_points_apart(run, going_on, tmp_path, clock):
     end(run, going_on, steps=(2,))
     for parent in ("a", "b"):
-        follow(going_on, tmp_path / parent / "same")
+        follow_run(going_on, tmp_path / parent / "same")
     logs = sorted((going_on / "evaluation").glob("same-*"))
     assert [points(log) for log in logs] == [[1, 2], [1, 2]]

@@ -1,4 +1,9 @@
-"""The command line of this package's docstring."""
+"""Writes one self-contained HTML page about runs and their results.
+
+    python -m selfsup_jax.report WORKDIR... [--output=report.html] [--title=TITLE]
+
+A WORKDIR belongs to a pretraining run, an evaluation job or a sweep, or is a folder of these.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,9 @@ from selfsup_jax.viz.report.page import write
 
 
 def main() -> int:
-    """Writes the page. Returns 0 or, after one line on stderr about a user's mistake, 2."""
+    """Writes the page. Returns 0, or prints a user's mistake as one line and returns 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m selfsup_jax.viz.report",
+        prog="python -m selfsup_jax.report",
         description="Writes one HTML page on pretraining runs, evaluation jobs and studies.",
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="or a folder of workdirs")

@@ -1,4 +1,4 @@
-"""Studies: which runs are begun and which are not, the record and the table, and mistakes."""
+"""Sweeps: which runs are begun and which are not, the record and the table, and mistakes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from selfsup_jax.state import Outputs, TrainState
 from selfsup_jax.training import sweep
 
 RATES = {"low": 0.1, "high": 0.5}
-MEASURES = ("linear_probe_top1", "loss", "projection_std")
+METRICS = ("linear_probe_top1", "loss", "projection_std")
 NAMES = ["low/seed_0", "high/seed_0", "low/seed_1", "high/seed_1"]
 
 
@@ -75,13 +75,13 @@ def images(tmp_path_factory):
 
 
 def make_config(folder, seeds=(0, 1), each=None, variants=None, **changes) -> ConfigDict:
-    """A study of two rates; `each` changes fields of every run, `variants` of single ones."""
+    """A sweep of two rates; `each` changes fields of every run, `variants` of single ones."""
     quick = {"steps": 4, "checkpoint_every_steps": 2, "log_every_steps": 1} | (each or {})
     variants = variants or {name: {"optimizer__learning_rate": r} for name, r in RATES.items()}
     runs = {name: tiny_runs.tiny_config(folder, **quick | v) for name, v in variants.items()}
-    config = common.study("Two rates", runs, seeds)
-    config.show = ("use_predictor", "tau_base")
-    config.measures = MEASURES
+    config = common.sweep("Two rates", runs, seeds)
+    config.columns = ("use_predictor", "tau_base")
+    config.metrics = METRICS
     config.update(changes)
     return config.lock()  # as one from the command line is
 
@@ -152,13 +152,13 @@ def steady(results: dict) -> dict:
     return {k: v for k, v in results.items() if k != "images_per_second"}
 
 
-# --------------------------------------------------------------------------- a whole study
+# --------------------------------------------------------------------------- a whole sweep
 
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """A study that nothing disturbs: (config, directory, what it returned, its runs in order)."""
-    directory = tmp_path_factory.mktemp("whole") / "study"
+    """A sweep that nothing disturbs: (config, directory, what it returned, its runs in order)."""
+    directory = tmp_path_factory.mktemp("whole") / "sweep"
     config = make_config(images, each=PROBED)
     with pytest.MonkeyPatch.context() as patch:
         begun = spy_on(patch, sweep)
@@ -183,7 +183,8 @@ def test_the_record_holds_every_run(whole):
     assert sorted(record) == sorted(NAMES)
     here = {"data.dir", "data.download", "log_every_steps"}
     here |= {"checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"}
-    here |= {"monitor.knn_every_steps", "monitor.plots_every_steps"}
+    here |= {"monitor.knn_every_steps", "monitor.plots_every_steps", "data.max_undecodable"}
+    here |= {"profile.first_step", "profile.num_steps"}
     for name, entry in record.items():
         variant, seed = entry["variant"], entry["seed"]
         assert name == f"{variant}/seed_{seed}"
@@ -202,7 +203,7 @@ def test_the_table_has_means_and_deviations(whole):
     assert results == returned and list(rows) == list(RATES)
     assert all(isinstance(value, int | float) for value in results.values())
     assert results["runs"] == results["of_runs"] == 4
-    columns = {"linear_probe_top1": "linear probe", "loss": "loss"}
+    columns = {"linear_probe_top1": "linear probe, top-1", "loss": "loss"}
     columns |= {"projection_std": "projection std"}
     for variant, row in rows.items():
         runs = [read(directory / variant / f"seed_{seed}" / "results.json") for seed in (0, 1)]
@@ -215,7 +216,7 @@ def test_the_table_has_means_and_deviations(whole):
                 assert row[heading] == f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
             else:
                 assert row[heading] == f"{mean:.2f} ± {deviation:.2f}"
-        assert (row["predictor"], row["tau_base"], row["collapsed"]) == ("yes", "0.99", "no")
+        assert (row["predictor"], row["tau base"], row["collapsed"]) == ("yes", "0.99", "no")
         speed = statistics.median(run["images_per_second"] for run in runs)
         assert row["images/s"] == f"{speed:,.0f}"
         assert results[f"{variant}_collapsed"] == 0
@@ -251,14 +252,14 @@ def at_step(monkeypatch):
 
 
 def copy_without(source: pathlib.Path, target: pathlib.Path, names: list[str]) -> pathlib.Path:
-    """A study's directory whose record does not have these runs."""
+    """A sweep's directory whose record does not have these runs."""
     shutil.copytree(source, target)
     record = {k: v for k, v in read(source / "runs.json").items() if k not in names}
     (target / "runs.json").write_text(json.dumps(record))
     return target
 
 
-def test_a_study_that_is_stopped_goes_on(whole, begun, at_step, tmp_path, capfd):
+def test_a_sweep_that_is_stopped_goes_on(whole, begun, at_step, tmp_path, capfd):
     """Told to stop in one run and broken off in another: all ends as if it had not been."""
     config, undisturbed, returned, _ = whole
     stopped_one, broken_one = NAMES[1:3]
@@ -335,8 +336,8 @@ def test_an_added_seed_or_variant_adds_its_own_runs(images, pretended, tmp_path)
     assert pretended.begun[4:] == ["none/seed_7", "none/seed_0"]
     assert list(read_table(tmp_path)) == ["low", "high", "none"]
 
-    # A study of a part of them shows that part; the record keeps the rest.
-    part = make_config(images, seeds=(7,), variants=rates, order=("none", "low"))
+    # A sweep of a part of them shows that part; the record keeps the rest.
+    part = make_config(images, seeds=(7,), variants=rates, only=("none", "low"))
     results = sweep.run(part, str(tmp_path), BUILDS)
     assert len(pretended.begun) == 6 == len(read(tmp_path / "runs.json"))
     assert list(read_table(tmp_path)) == ["none", "low"]
@@ -344,7 +345,7 @@ def test_an_added_seed_or_variant_adds_its_own_runs(images, pretended, tmp_path)
     assert "low_loss_mean" in results and "low_loss_std" not in results  # of one seed
 
 
-def test_another_study_in_the_same_directory_is_refused(images, pretended, tmp_path):
+def test_another_sweep_in_the_same_directory_is_refused(images, pretended, tmp_path):
     """Before anything is begun, and naming the field, both values and the run."""
     sweep.run(make_config(images, seeds=(0,)), str(tmp_path), BUILDS)
     before = (tmp_path / "runs.json").read_bytes()
@@ -357,10 +358,11 @@ def test_another_study_in_the_same_directory_is_refused(images, pretended, tmp_p
     assert "\n" not in told and "low" not in told
     assert len(pretended.begun) == 2 and (tmp_path / "runs.json").read_bytes() == before
 
-    each = {"tau_base": 0.9, "data__crop_area": (0.2, 0.9)}
+    each = {"tau_base": 0.9, "views__global__area": (0.2, 0.9)}
     with pytest.raises(UserError) as error:
         sweep.run(make_config(images, each=each), str(tmp_path), BUILDS)
-    for part in ("config.variants.low.tau_base=0.9: ", "0.99", "low.data.crop_area=[0.2, 0.9]: "):
+    area = "low.views.global.area=[0.2, 0.9]: "
+    for part in ("config.variants.low.tau_base=0.9: ", "0.99", area, "has [0.08, 1.0]"):
         assert part in str(error.value)
 
 
@@ -369,8 +371,42 @@ def test_where_the_data_lies_may_change(images, pretended, tmp_path):
     sweep.run(make_config(images), str(tmp_path), BUILDS)
     each = {"data__dir": "elsewhere", "data__download": True, "log_every_steps": 7}
     each |= {"checkpoint_every_steps": 5, "keep_checkpoints": 1, "keep_every_steps": 3}
+    each |= {"monitor__knn_every_steps": 2, "monitor__plots_every_steps": 2}
+    each |= {"data__max_undecodable": 0.5, "profile__first_step": 2}
     sweep.run(make_config(images, each=each), str(tmp_path), BUILDS)
     assert pretended.begun == NAMES
+
+
+@pytest.mark.parametrize(
+    "field", ["monitor__diagnostics_every_steps", "monitor__max_rows", "eval__knn_k"]
+)
+def test_what_is_measured_may_not(images, pretended, tmp_path, field):
+    """How often the spread is looked at decides whether, and when, a run has collapsed."""
+    sweep.run(make_config(images), str(tmp_path), BUILDS)
+    name = field.replace("__", ".")
+    with pytest.raises(UserError, match=rf"^config\.variants\.low\.{name}=3: "):
+        sweep.run(make_config(images, each={field: 3}), str(tmp_path), BUILDS)
+    assert pretended.begun == NAMES
+
+
+def test_a_record_of_an_earlier_version_counts(images, pretended, tmp_path):
+    sweep.run(make_config(images), str(tmp_path), BUILDS)
+    record = read(tmp_path / "runs.json")
+    old = {"views.global.area": "data.crop_area", "views.global.aspect": "data.crop_aspect"}
+    old |= {"views.mean": "augment.mean", "views.std": "augment.std"}
+    for entry in record.values():
+        fields, entry["config"] = entry["config"], {}
+        for name, value in fields.items():
+            if name not in ("views.global.count", "views.global.size"):
+                earlier = name.replace("views.global.view_", "augment.view_")
+                entry["config"][old.get(name, earlier)] = value
+    (tmp_path / "runs.json").write_text(json.dumps(record))
+    assert "views" not in (tmp_path / "runs.json").read_text()
+    sweep.run(make_config(images), str(tmp_path), BUILDS)
+    assert pretended.begun == NAMES
+    each = {"views__global__view_2__hue": 0.2}
+    with pytest.raises(UserError, match=r"low\.views\.global\.view_2\.hue=0\.2: .* has 0\.1;"):
+        sweep.run(make_config(images, each=each), str(tmp_path), BUILDS)
 
 
 # --------------------------------------------------------------------- runs that come to nothing
@@ -425,13 +461,13 @@ def test_the_table_counts_what_came_to_nothing(images, pretended, tmp_path):
 
 
 def test_fields_that_some_variants_have(images, pretended, tmp_path):
-    config = make_config(images, show=("optimizer.learning_rate", "queue_size"))
+    config = make_config(images, columns=("optimizer.learning_rate", "queue_size"))
     with config.unlocked():
         config.variants.high.queue_size = 64
     sweep.run(config, str(tmp_path), BUILDS)
     rows = read_table(tmp_path)
-    assert [row["optimizer.learning_rate"] for row in rows.values()] == ["0.1", "0.5"]
-    assert [row["queue_size"] for row in rows.values()] == ["", "64"]
+    assert [row["learning rate"] for row in rows.values()] == ["0.1", "0.5"]
+    assert [row["queue size"] for row in rows.values()] == ["", "64"]
 
 
 def test_each_variant_is_built_by_its_method(images, monkeypatch, tmp_path):
@@ -458,8 +494,8 @@ def test_published_numbers_stand_beside(images, pretended, tmp_path):
 
 
 def test_table_and_record_are_published(images, pretended, tmp_path):
-    """Once all is done, as in the study's own directory: what is there already may be whole."""
-    here, there = tmp_path / "study", tmp_path / "docs" / "study"
+    """Once all is done, as in the sweep's own directory: what is there already may be whole."""
+    here, there = tmp_path / "sweep", tmp_path / "docs" / "sweep"
     pretended["high/seed_1"] = Stopped("SIGTERM", 143)
     config = make_config(images, publish_dir=str(there))
     with pytest.raises(Stopped):
@@ -480,7 +516,7 @@ def test_table_and_record_are_published(images, pretended, tmp_path):
     ("field", "value", "named"),
     [
         ("optimizer__learning_rate", -1.0, r"optimizer\.learning_rate=-1\.0: "),
-        ("augment__view_2__blur_kernel", 4, r"augment\.view_2\.blur_kernel=4: "),
+        ("views__global__view_2__blur_kernel", 4, r"views\.global\.view_2\.blur_kernel=4: "),
         ("batch_size", 12, r"batch_size=12: "),  # on eight devices
         ("method", "simclrr", r"method='simclrr': there is no package .*byol.*simclr"),
     ],
@@ -490,9 +526,9 @@ def test_a_mistake_in_the_last_variant_is_told_first(
 ):
     config = make_config(images, variants={"good": {}, "bad": {field: value}})
     with pytest.raises(UserError, match=r"^config\.variants\.bad\." + named) as error:
-        sweep.run(config, str(tmp_path / "study"), BUILDS)
+        sweep.run(config, str(tmp_path / "sweep"), BUILDS)
     assert "\n" not in str(error.value)
-    assert pretended.begun == [] and not (tmp_path / "study").exists()
+    assert pretended.begun == [] and not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(
@@ -501,14 +537,14 @@ def test_a_mistake_in_the_last_variant_is_told_first(
         ({"seeds": ()}, r"config\.seeds=\(\): "),
         ({"seeds": (0, 1, 0)}, r"config\.seeds=\(0, 1, 0\): .*different"),
         ({"seeds": (0, -1)}, r"seed=-1: "),
-        ({"order": ()}, r"config\.order=\(\): .*high, low"),
-        ({"order": ("low", "hihg")}, r"config\.order=\('low', 'hihg'\): .*high, low"),
+        ({"only": ()}, r"config\.only=\(\): .*high, low"),
+        ({"only": ("low", "hihg")}, r"config\.only=\('low', 'hihg'\): .*high, low"),
     ],
 )
-def test_seeds_and_order_are_checked(images, pretended, tmp_path, changes, named):
+def test_seeds_and_variants_are_checked(images, pretended, tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
-        sweep.run(make_config(images, **changes), str(tmp_path / "study"), BUILDS)
-    assert pretended.begun == [] and not (tmp_path / "study").exists()
+        sweep.run(make_config(images, **changes), str(tmp_path / "sweep"), BUILDS)
+    assert pretended.begun == [] and not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"low/seed_0": {', b"\xff\xfe"])
@@ -523,18 +559,18 @@ def test_a_broken_record_is_named_and_kept(images, pretended, tmp_path, content)
 
 def test_a_folder_that_takes_no_files_is_named(images, begun, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"{tmp_path}/file/study.*: .*Not a directory") as error:
-        sweep.run(make_config(images), str(tmp_path / "file" / "study"), BUILDS)
+    with pytest.raises(UserError, match=f"{tmp_path}/file/sweep.*: .*Not a directory") as error:
+        sweep.run(make_config(images), str(tmp_path / "file" / "sweep"), BUILDS)
     assert begun in ([], NAMES[:1]) and "\n" not in str(error.value)
 
 
 def test_a_publish_dir_that_takes_no_files_is_named(images, pretended, tmp_path):
-    """What was done by then is in the study's own directory."""
+    """What was done by then is in the sweep's own directory."""
     (tmp_path / "file").write_text("")
     config = make_config(images, publish_dir=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=f"^{tmp_path}/file/below: .*Not a directory"):
-        sweep.run(config, str(tmp_path / "study"), BUILDS)
-    assert sorted(read(tmp_path / "study" / "runs.json")) == pretended.begun
+        sweep.run(config, str(tmp_path / "sweep"), BUILDS)
+    assert sorted(read(tmp_path / "sweep" / "runs.json")) == pretended.begun
 
 
 # ------------------------------------------------------------------------ from BYOL to SimCLR
@@ -542,12 +578,12 @@ def test_a_publish_dir_that_takes_no_files_is_named(images, pretended, tmp_path)
 
 @pytest.mark.parametrize("preset", ["demo", "cifar10", "imagenet"])
 def test_the_path_from_byol_to_simclr(preset):
-    """Every combination once; but for what the study is about, each has BYOL's recipe."""
+    """Every combination once; but for what the sweep is about, each has BYOL's recipe."""
     config = byol_to_simclr.get_config(preset)
     rows, recipes = set(), set()
-    for name in config.order:
+    for name in config.only:
         run = config.variants[name].copy_and_resolve_references()
-        config_lib.validate(run)
+        config_lib.validate(run, find(run.method))
         rows.add((run.use_predictor, run.use_target_network, run.negatives_weight))
         assert run.temperature == (0.3 if run.use_target_network else 0.1)
         assert (("no_predictor" in name), ("no_target" in name)) == (
@@ -558,7 +594,7 @@ def test_the_path_from_byol_to_simclr(preset):
         run.update(use_predictor=True, use_target_network=True, negatives_weight=0, temperature=0.3)
         recipes.add(run.to_json())
     assert rows == set(itertools.product((True, False), (True, False), (0.0, 1.0)))
-    assert len(recipes) == 1 and set(config.published) == set(config.order)
+    assert len(recipes) == 1 and set(config.published) == set(config.only)
 
 
 def test_a_field_after_the_preset_is_set_in_every_variant():
@@ -567,7 +603,7 @@ def test_a_field_after_the_preset_is_set_in_every_variant():
     for run in config.variants.values():
         assert run.epochs == 3 and run.optimizer.learning_rate == 0.25
     one = byol_to_simclr.get_config("variants.predictor_target_beta_0.epochs=3")
-    assert [name for name in one.order if one.variants[name].epochs == 3] == [one.order[0]]
+    assert [name for name in one.only if one.variants[name].epochs == 3] == [one.only[0]]
 
 
 @pytest.mark.parametrize(
@@ -586,7 +622,7 @@ def test_a_misspelt_field_names_the_nearest(arg, named, near):
     assert named in str(error.value) and near in str(error.value).partition(named)[2]
 
 
-def test_the_command_line_runs_a_study(images, tmp_path):
+def test_the_command_line_runs_a_sweep(images, tmp_path):
     """A process from the command to the table, with tiny networks."""
     fields = tiny_runs.fields(images, steps=2, data__name="folder", eval__max_test_images=6)
     arg = ",".join(f"{name}={value}" for name, value in fields.items())
@@ -595,7 +631,7 @@ def test_the_command_line_runs_a_study(images, tmp_path):
         [
             *(sys.executable, "tests/tiny_process.py", "--compilation_cache="),
             f"--config=configs/byol_to_simclr.py:demo,{arg}",
-            *(f"--config.order=('{name}',)", "--config.seeds=(3,)", f"--workdir={tmp_path}"),
+            *(f"--config.only=('{name}',)", "--config.seeds=(3,)", f"--workdir={tmp_path}"),
         ],
         cwd=REPOSITORY,
         env=process_env(),
@@ -615,39 +651,49 @@ def test_the_command_line_runs_a_study(images, tmp_path):
 # ------------------------------------------------------------------- what is told beforehand
 
 
-def test_a_stopped_run_of_a_study_does_not_send_to_another_workdir():
-    told = str(signals.stopped(15, 3, "runs/study/low/seed_0"))
-    assert "--workdir=" not in told and "runs/study/low/seed_0" in told
+def test_a_stopped_run_of_a_sweep_does_not_send_to_another_workdir():
+    told = str(signals.stopped(15, 3, "runs/sweep/low/seed_0"))
+    assert "--workdir=" not in told and "runs/sweep/low/seed_0" in told
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"order": ("low", "low")}, r"config\.order=\('low', 'low'\): .*different"),
+        ({"only": ("low", "low")}, r"config\.only=\('low', 'low'\): .*different"),
         ({"seeds": (0, 0.5)}, r"config\.seeds=\(0, 0\.5\): "),
         ({"seeds": ("a",)}, r"config\.seeds=\('a',\): "),
-        ({"show": ("use_predicter",)}, r"config\.show=\('use_predicter',\): .*use_predictor"),
+        ({"columns": ("use_predicter",)}, r"config\.columns=\('use_predicter',\): .*use_predictor"),
     ],
 )
-def test_more_of_a_study_is_checked(images, pretended, tmp_path, changes, named):
+def test_more_of_a_sweep_is_checked(images, pretended, tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
-        sweep.run(make_config(images, **changes), str(tmp_path / "study"), BUILDS)
+        sweep.run(make_config(images, **changes), str(tmp_path / "sweep"), BUILDS)
     assert pretended.begun == []
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"low/seed_0": 3}', '{"low/seed_0": {}}'])
-def test_a_record_of_another_kind_is_named(images, pretended, tmp_path, content):
-    (tmp_path / "runs.json").write_text(content)
-    with pytest.raises(UserError, match=r"runs\.json: cannot be read: "):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "cannot be read: "),
+        ("null", "cannot be read: "),
+        ('{"low/seed_0": 3}', "low/seed_0 is not a run's entry; move it away"),
+        ('{"low/seed_0": {}}', "low/seed_0 is not a run's entry; move it away"),
+    ],
+)
+def test_a_record_of_another_kind_is_named(images, pretended, tmp_path, content, told):
+    path = tmp_path / "runs.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
         sweep.run(make_config(images), str(tmp_path), BUILDS)
-    assert pretended.begun == []
+    assert str(error.value).startswith(f"{path}: {told}") and "\n" not in str(error.value)
+    assert pretended.begun == [] and path.read_text() == content
 
 
 def test_a_publish_dir_is_tried_first(images, pretended, tmp_path):
     (tmp_path / "file").write_text("")
     config = make_config(images, publish_dir=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=r"below: .*Not a directory"):
-        sweep.run(config, str(tmp_path / "study"), BUILDS)
+        sweep.run(config, str(tmp_path / "sweep"), BUILDS)
     assert pretended.begun == []
 
 
@@ -664,9 +710,9 @@ def test_a_seed_after_the_preset_is_refused():
             byol_to_simclr.get_config(arg)
 
 
-def test_a_misspelt_field_of_the_study_names_it():
-    with pytest.raises(ValueError, match=r"did you mean: .*measures"):
-        byol_to_simclr.get_config("demo,measurs=('a',)")
+def test_a_misspelt_field_of_the_sweep_names_it():
+    with pytest.raises(ValueError, match=r"did you mean: .*metrics"):
+        byol_to_simclr.get_config("demo,metrcs=('a',)")
 
 
 def test_a_field_that_some_variants_have_is_set_there():
@@ -687,6 +733,6 @@ def test_what_a_method_cannot_take_is_told_before_the_first_run(images, pretende
 
 
 def test_a_misspelt_measure_is_told(images, pretended, tmp_path):
-    config = make_config(images, measures=("linear_probe",))
-    with pytest.raises(UserError, match=r"config\.measures=.*linear_probe_top1"):
+    config = make_config(images, metrics=("linear_probe",))
+    with pytest.raises(UserError, match=r"config\.metrics=.*linear_probe_top1"):
         sweep.run(config, str(tmp_path), BUILDS)

@@ -1,0 +1,1 @@
+"""Benchmarks for a machine with one accelerator and without network and TensorFlow."""

@@ -1,0 +1,173 @@
+"""Compares two configs: do they give the same steps, results, curves, recipe or job?
+
+A config is compared as flat fields, `{"optimizer.name": ...}`; facts about its data are under
+`data_info.`. Configs of earlier versions are first converted to the current field names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+Flat = dict[str, Any]
+
+# Groups of fields, as patterns of `fnmatch`.
+_DATA_ACCESS = ("data.dir", "data.download", "data.max_undecodable")
+_INTERVALS = (
+    *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*"),
+    *("monitor.knn_every_steps", "monitor.plots_every_steps"),
+)
+_KEEP = ("keep_every_steps",)
+_RUN = ("seed", "data_info.*")
+_FOLLOWING = ("checkpoint", "follow", "follow_*")
+_MEMORY = ("feature_batch_size", "bank_rows", "query_rows")
+
+# Fields that may differ between two configs that give the same steps, results, ...
+SAME_STEPS = (*_DATA_ACCESS, *_INTERVALS, "eval.*", "monitor.*", "data.test_split")
+SAME_RESULTS = (*_DATA_ACCESS, *_INTERVALS, *_KEEP)
+SAME_CURVES = (
+    *(*_RUN, *_DATA_ACCESS, *_INTERVALS, *_KEEP),
+    *("eval.enabled", "eval.batch_size", "eval.max_*", "eval.linear.*", "eval.fewshot_*"),
+    *("eval.random_init", "eval.pixels"),
+    *("monitor.map_images", "monitor.view_pairs", "monitor.collapse_*", "monitor.reference"),
+    "monitor.diagnostics_every_steps",
+)
+SAME_RECIPE = (*_RUN, *_DATA_ACCESS, *_INTERVALS, *_KEEP, "monitor.*")
+SAME_JOB = (*SAME_RESULTS, *_FOLLOWING, *_MEMORY, "data.allow_unseen_classes")
+SAME_MEASURE = (*SAME_RESULTS, *_RUN, *_FOLLOWING, "encoder.*", "projector.*", "method")
+
+_LENGTHS = ("steps", "examples", "epochs")
+
+
+def flat(config: ConfigDict | Mapping[str, Any]) -> Flat:
+    """The flat fields of a config; a config of an earlier version is converted."""
+    if isinstance(config, ConfigDict):
+        config = json.loads(config.to_json())
+    return upgraded(flatten(config))
+
+
+def flatten(tree: Mapping[str, Any]) -> Flat:
+    """Nested dictionaries as `{"a.b": ...}`; empty dictionaries are left out."""
+    fields: Flat = {}
+    for name, value in dict(tree).items():
+        if isinstance(value, Mapping):
+            fields |= {f"{name}.{rest}": v for rest, v in flatten(value).items()}
+        else:
+            fields[name] = value
+    return fields
+
+
+def bound(fields: Flat, free: Sequence[str]) -> Flat:
+    """The fields that must not differ: all that match no pattern in `free`."""
+    view_2 = [name for name in fields if name.startswith("views.") and ".view_2." in name]
+    same_views = all(fields[name] == fields.get(name.replace("_2.", "_1.")) for name in view_2)
+    return {
+        name: value
+        for name, value in fields.items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in free)
+        and not (same_views and name in view_2)  # a second view equal to the first may be left out
+    }
+
+
+def differences(now: Flat, before: Flat, free: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Field -> (value now, value before), for the fields that differ but must not."""
+
+    def value(fields: Flat, name: str) -> Any:
+        return fields.get(name, fields.get(name.replace(".view_2.", ".view_1.")))
+
+    fields = sorted(bound(now, free).keys() | bound(before, free).keys())
+    pairs = {field: (value(now, field), value(before, field)) for field in fields}
+    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def described(different: Mapping[str, tuple[Any, Any]], owner: str, prefix: str = "config.") -> str:
+    """Every difference with both values: `config.seed=1: OWNER has 0; ...`."""
+    return "; ".join(
+        f"{'' if field.startswith('data_info.') else prefix}{field}={now!r}: {owner} has {before!r}"
+        for field, (now, before) in different.items()
+    )
+
+
+def steps_free(now: Flat, before: Flat) -> tuple[str, ...]:
+    """Fields that may differ on resume: `SAME_STEPS`, and the length if schedules are constant."""
+    free: tuple[str, ...] = SAME_STEPS
+    if not before.get("keep_every_steps"):  # otherwise checkpoints to keep would be deleted
+        free += _KEEP
+    schedules = {
+        fields.get(name, "constant")
+        for fields in (now, before)
+        for name in ("optimizer.schedule", "tau_schedule")
+    }
+    return free + _LENGTHS * (schedules == {"constant"})
+
+
+def is_length(field: str) -> bool:
+    """True if the field sets the length of a run."""
+    return field in _LENGTHS
+
+
+# ------------------------------------------------------------------- configs of earlier versions
+
+_RENAMED = {  # prefix of a field name -> its replacement
+    "found.": "data_info.",
+    "augment.view_": "views.global.view_",
+    "augment.": "views.",
+    "data.crop_area": "views.global.area",
+    "data.crop_aspect": "views.global.aspect",
+    "flip_prob": "views.global.view_1.flip_prob",
+    "inverse_penalties": "C",
+    "inverse_penalty": "C",
+    "watch": "follow",
+    "order": "only",
+}
+_STYLES = {
+    "byol": ("haiku", True, True, False, "none"),
+    "moco": ("torch", True, False, True, "none"),
+    "simclr": ("normal", False, True, False, "scale"),
+}
+_STYLE_FIELDS = ("linear_init", "hidden_bias", "hidden_norm", "output_bias", "output_norm")
+_ADDED: Flat = {
+    "optimizer.end_fraction": 0.0,
+    "optimizer.weight_decay_end": None,
+    "optimizer.excluded_rate": 1.0,
+    "optimizer.constant_rate": [],
+    "optimizer.clip_norm": 0.0,
+    "optimizer.beta_2": 0.999,
+    "optimizer.adam_epsilon": 1e-8,
+}
+
+
+def upgraded(fields: Flat) -> Flat:
+    """Flat fields under their current names; newer fields get the value of the old behaviour."""
+    new: Flat = {}
+    for name, value in fields.items():
+        old = next((old for old in _RENAMED if name.startswith(old)), None)
+        new[name.replace(old, _RENAMED[old], 1) if old else name] = value
+    for head in ("projector", "predictor"):
+        if f"{head}.hidden_size" in new:
+            style = _STYLES[new.pop(f"{head}.style", "byol")]
+            new |= {f"{head}.{f}": value for f, value in zip(_STYLE_FIELDS, style, strict=True)}
+            hidden = new.pop(f"{head}.hidden_size")
+            new[f"{head}.hidden_sizes"] = [hidden] if hidden else []
+    if "optimizer.name" in new:
+        new = _ADDED | new
+    if "views.global.area" in new:
+        new.setdefault("views.global.count", 2 if "views.global.view_2.flip_prob" in new else 1)
+        new.setdefault("views.global.size", new.get("data.image_size"))
+    return new
+
+
+def upgraded_tree(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`upgraded` for nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for name, value in upgraded(flatten(config)).items():
+        *sections, leaf = name.split(".")
+        holder = tree
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[leaf] = value
+    return tree
