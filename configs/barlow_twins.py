@@ -1,4 +1,4 @@
-"""Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230), pretraining with probes at the end.
+"""Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230): pretraining with probes at the end.
 
     python run_experiment.py --config=configs/barlow_twins.py --workdir=DIR  # the paper's recipe
 

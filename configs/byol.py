@@ -1,4 +1,4 @@
-"""BYOL (Grill et al. 2020, arXiv 2006.07733), pretraining with probes at the end.
+"""BYOL (Grill et al. 2020, arXiv 2006.07733): pretraining with probes at the end.
 
     python run_experiment.py --config=configs/byol.py --workdir=DIR          # the paper's recipe
     python run_experiment.py --config=configs/byol.py:imagenet,epochs=300 --workdir=DIR
@@ -77,7 +77,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
 def cifar10() -> ConfigDict:
     """CIFAR-10 on one accelerator, following lightly's benchmark: SGD, no warm-up, no blur.
 
-    lightly's loss is a quarter of ours, so we use 1/4 of its learning rate and 4 x its weight decay.
+    lightly's loss is 1/4 of ours, so we use 1/4 of its learning rate and 4 x its weight decay.
     """
     config = datasets.on_cifar10(_paper())
     config.epochs = 200.0

@@ -4,8 +4,8 @@
     python run_experiment.py "--config=configs/byol_to_simclr.py:cifar10,seeds=(1,)" --workdir=DIR
 
 A variant has the predictor or not, the target network or not, and negatives (beta = 1) or not:
-BYOL is (yes, yes, 0), SimCLR (no, no, 1). Without a target network the online projection is also the
-target, and gradients flow through both sides, as in SimCLR. The temperature of the negatives is 0.3
+BYOL is (yes, yes, 0), SimCLR (no, no, 1). Without a target network the online projection is also
+the target, and gradients flow through both sides, as in SimCLR. The negatives' temperature is 0.3
 with a target network and SimCLR's 0.1 without; everything else is BYOL's recipe for the data set.
 
 Published (table 5b; ResNet-50, ImageNet, 300 epochs, linear top-1): without negatives only BYOL

@@ -190,7 +190,7 @@ def pretrain_defaults() -> ConfigDict:
     config.monitor.map_images = 1000  # held-out images on the map
     config.monitor.view_pairs = 12
     config.monitor.collapse_std = 0.1  # below it the projections count as collapsed (1 is healthy)
-    config.monitor.collapse_rank = 1.5  # below it the representations do
+    config.monitor.collapse_rank = 1.5  # below it the representations count as collapsed
     config.monitor.reference = ""  # a curve in `selfsup_jax/training/references/` to compare with
 
     config.profile = ConfigDict()  # a trace for TensorBoard's profiler or Perfetto

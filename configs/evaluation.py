@@ -20,7 +20,7 @@ def job_defaults(job: str) -> ConfigDict:
     config.compute_dtype = ""  # of convolutions and matmuls; empty: the run's
     config.feature_batch_size = 256  # images per batch and host, for frozen encoders
 
-    config.follow = False  # wait for new checkpoints of a running run and evaluate each once
+    config.follow = False  # evaluate every checkpoint of an unfinished run, each once
     config.follow_poll_seconds = 30.0
     config.follow_patience_hours = 24.0  # stop after so long without a new checkpoint
 
@@ -37,7 +37,7 @@ def job_defaults(job: str) -> ConfigDict:
     config.data.shuffle_buffer = 16384  # images, for streamed splits
     config.data.max_undecodable = 0.01  # share of images that may be broken before the job stops
     config.data.max_train_images = 0  # maximum, evenly spread over the split; 0: all
-    config.data.allow_unseen_classes = False  # of test images
+    config.data.allow_unseen_classes = False  # in the test split; True: they count as wrong
     return config
 
 

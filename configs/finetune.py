@@ -11,9 +11,9 @@ have separate learning rates. Published top-1 is from BYOL's paper, table 2:
 - `10pct` (the default): 10 %, 30 epochs; 65.6 % and 68.8 %.
 - `100pct`: 100 %, 30 epochs.
 
-The labelled images are drawn with the seed, the same number for each class. SimCLR's published lists
-are in TFDS: `--config.data.name=imagenet2012_subset/1pct` with `--config.label_share=1.0`. Any other
-list of file names, one per line, can be given as `--config.label_list=FILE`.
+The labelled images are drawn with the seed, the same number for each class. TFDS has the lists that
+SimCLR published: `--config.data.name=imagenet2012_subset/1pct` with `--config.label_share=1.0`. Any
+other list of file names, one per line, can be given as `--config.label_list=FILE`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 Presets:
 
-- `fast` (the default): features are computed once, without augmentation; logistic regression for all
+- `fast` (the default): computes features once, without augmentation; logistic regression for all
   L2 strengths in `C` at once; the best is chosen on held-out training images, then fitted to all.
   12 seconds for 50,000 x 512 features on two CPU cores, after the features are computed.
 - `byol`: Grill et al. 2020, appendix C.1: 80 epochs of SGD with Nesterov momentum, batch 1024,
@@ -66,6 +66,6 @@ def moco() -> ConfigDict:
 
 
 def _optimizer(**changes) -> ConfigDict:
-    # The learning rate is a factor on `learning_rates`.
+    # Its learning rate is a factor on each of `learning_rates`.
     plain = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "exclude": ()}
     return common.optimizer(warmup_epochs=0.0, **(plain | changes))

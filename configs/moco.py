@@ -20,8 +20,8 @@ of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train
 - `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
 
 `view_1` gives the queries and `view_2` the keys; with `symmetric` each view gives both. The batch
-must be a multiple of `bn_groups` times the devices, so that the keys' images can be shuffled evenly;
-the queue must be a multiple of the number of keys per step.
+size must be a multiple of `bn_groups` times the devices, so that the keys' images can be shuffled
+evenly; the queue size must be a multiple of the number of keys per step.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def cifar10() -> ConfigDict:
 
 
 def imagenette() -> ConfigDict:
-    """Imagenette: v2 with a queue shorter than half of its 9,469 images, and a faster key encoder."""
+    """Imagenette: v2 with a queue of less than half of its 9,469 images, and a smaller tau."""
     config = datasets.on_imagenette(_v2())
     config.epochs = 800.0
     config.tau_base = 0.99

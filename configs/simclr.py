@@ -1,4 +1,4 @@
-"""SimCLR (Chen et al. 2020, arXiv 2002.05709), pretraining with probes at the end.
+"""SimCLR (Chen et al. 2020, arXiv 2002.05709): pretraining with probes at the end.
 
     python run_experiment.py --config=configs/simclr.py --workdir=DIR         # the paper's recipe
     python run_experiment.py --config=configs/simclr.py:imagenet,scaling=sqrt --workdir=DIR

@@ -1,4 +1,4 @@
-"""SimSiam (Chen and He 2020, arXiv 2011.10566), pretraining with probes at the end.
+"""SimSiam (Chen and He 2020, arXiv 2011.10566): pretraining with probes at the end.
 
     python run_experiment.py --config=configs/simsiam.py --workdir=DIR  # the paper's recipe
     python run_experiment.py --config=configs/simsiam.py:imagenet,epochs=800 --workdir=DIR

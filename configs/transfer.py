@@ -6,10 +6,10 @@
 The twelve sets of BYOL's paper (appendix D) and SimCLR's (appendix B.8), each with its metric. The
 L2 strength is chosen on the validation split from 45 log-spaced values; the classifier is then
 fitted to the training and validation images, and the test set is evaluated once. Sets that are not
-prepared in `data.dir` are logged and left out (`--config.data.download=True` lets TFDS download
-them). Birdsnap and Aircraft are not in TFDS: `--config.sets.aircraft.name=folder
---config.sets.aircraft.dir=DIR` uses a folder with sub-folders `train` and `test`. VOC's objects that
-are marked as difficult count like the others; VOC's own scoring leaves them out.
+prepared in `data.dir` are logged and left out (`--config.data.download=True` downloads them).
+Birdsnap and Aircraft are not in TFDS: `--config.sets.aircraft.name=folder` and
+`--config.sets.aircraft.dir=DIR` use a folder with sub-folders `train` and `test`. VOC's objects
+marked as difficult count like the others; VOC's own scoring leaves them out.
 
 Published for BYOL's ResNet-50: Food-101 75.3, CIFAR-10 91.3, CIFAR-100 78.4, Birdsnap 57.2,
 SUN397 62.2, Cars 67.8, Aircraft 60.6, VOC2007 82.5, DTD 75.5, Pets 90.4, Caltech-101 94.2,

@@ -1,4 +1,4 @@
-"""VICReg (Bardes et al. 2021, arXiv 2105.04906), pretraining with probes at the end.
+"""VICReg (Bardes et al. 2021, arXiv 2105.04906): pretraining with probes at the end.
 
     python run_experiment.py --config=configs/vicreg.py --workdir=DIR  # the paper's recipe
     python run_experiment.py --config=configs/vicreg.py:imagenet,epochs=100 --workdir=DIR

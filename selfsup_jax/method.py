@@ -134,7 +134,7 @@ class Method:
 def train_step(
     method: Method, state: TrainState, batch: Batch, *, axis_name: str | None = None
 ) -> tuple[TrainState, Metrics]:
-    """Updates the online network, then the target network and the other state.
+    """Updates the online network, the target network and the other state.
 
     Args:
         method, state: the method, and the state before the update.

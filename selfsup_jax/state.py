@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
         projection: `[V, b, D]`, of the online projector.
         prediction: `[P, b, D]`, what the loss compares with the targets (the projections if there
             is no predictor).
-        target: `[T, b, D]`; `Method.pairs` says which prediction is compared with which target.
+        target: `[T, b, D]`; `Method.pairs` defines which prediction is compared with which target.
     """
 
     representation: jax.Array

@@ -389,7 +389,7 @@ def test_an_earlier_run_goes_on(run, data, tmp_path, capfd):
     workdir = tiny_jobs.copy_run(run, tmp_path / "run", steps=2)
     age(workdir)
     tiny_jobs.make_run(data, workdir)
-    assert "going on from step 2" in capfd.readouterr().err
+    assert "resuming from step 2" in capfd.readouterr().err
     for step in (2, tiny_jobs.STEPS):
         here, there = (encoder.load(str(folder), step).variables for folder in (workdir, run))
         assert_same(here, there)

@@ -612,7 +612,7 @@ def test_a_job_that_was_stopped_ends_as_one_that_never_was(
     stop(0, kill)
     capfd.readouterr()
     run_job(name, run, workdir)
-    assert f"going on from step {saved} " in capfd.readouterr().err
+    assert f"resuming from step {saved} " in capfd.readouterr().err
 
     undisturbed = done(name)
     assert read(workdir / "results.json") == read(undisturbed / "results.json")
@@ -743,7 +743,7 @@ def test_a_checkpoint_that_is_gone_is_told(run, tmp_path):
         run_job("knn", going_on, tmp_path / "job")
     add_checkpoint(run, going_on, 4)
     shutil.rmtree(going_on / "checkpoints" / "3")
-    with pytest.raises(UserError, match=r"step 3, which is no more in .*; take another --workdir"):
+    with pytest.raises(UserError, match=r"step 3, which is no longer in .*; use another --workdir"):
         run_job("knn", going_on, tmp_path / "job")
 
 
@@ -855,7 +855,7 @@ def test_wrong_checkpoints_are_told(run, tmp_path):
             path.write_bytes(b"")
     for path, told in (
         ("", "config.checkpoint='': must name a run's workdir"),
-        (tmp_path / "nowhere", "is no directory"),
+        (tmp_path / "nowhere", "is not a directory"),
         (empty, "holds no checkpoint of a run, nor an exported encoder"),
         (run / "checkpoints" / "9", "there is no checkpoint of step 9: 1, 2, 3, 4"),
         (broken, "checkpoints/1 cannot be read"),
@@ -991,7 +991,7 @@ def test_real_processes(run, done, tmp_path):
         try:
             out, told = mistaken.communicate(timeout=120)
             assert mistaken.returncode == 2 and not out
-            assert told == "error: config.checkpoint='/nowhere': is no directory\n"
+            assert told == "error: config.checkpoint='/nowhere': is not a directory\n"
             for line in child.stderr:
                 if line.startswith("first step done"):
                     break
@@ -1008,7 +1008,7 @@ def test_real_processes(run, done, tmp_path):
     with begin(command, env=process_env(jax.device_count())) as child:
         _, printed = child.communicate(timeout=120)
     assert child.returncode == 0, printed
-    assert f"going on from step {saved}" in printed
+    assert f"resuming from step {saved}" in printed
     undisturbed = done("finetune:100pct")
     assert read(tmp_path / "job" / "results.json") == read(undisturbed / "results.json")
     assert_same(read_state(tmp_path / "job"), read_state(undisturbed))

@@ -414,7 +414,7 @@ def test_ticks_are_round(low, high, ticks):
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
     run = a_run(tmp_path / "run")
     put(tmp_path / "page.html", "old")
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="does not exist"):
         report.write([str(run), str(tmp_path / "none")], str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").read_text() == "old"
     with pytest.raises(UserError, match="cannot be written"):

@@ -254,7 +254,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
             assert before < saved < STEPS
         assert not (workdir / "results.json").exists()
     with start(workdir) as child:
-        assert f"going on from step {saved}" in to_the_end(child)
+        assert f"resuming from step {saved}" in to_the_end(child)
 
     undisturbed = request.getfixturevalue("undisturbed")  # which ran beside this one
     assert_same(state_of(workdir), state_of(undisturbed))
@@ -272,7 +272,7 @@ def test_a_run_goes_on_with_another_number_of_devices(start, undisturbed, tmp_pa
         if step > first:
             shutil.rmtree(workdir / "checkpoints" / str(step))
     with start(workdir, devices=1) as child:
-        assert f"going on from step {first}" in to_the_end(child)
+        assert f"resuming from step {first}" in to_the_end(child)
     assert results_of(workdir)["device_count"] == 1
 
     here, there = state_of(workdir), state_of(undisturbed)

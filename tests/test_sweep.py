@@ -278,7 +278,7 @@ def test_a_sweep_that_is_stopped_goes_on(whole, begun, at_step, tmp_path, capfd)
     assert tiny_runs.saved_steps(directory / stopped_one)[-1] == 3
     with pytest.raises(KeyboardInterrupt):
         sweep.run(config, str(directory), BUILDS)
-    assert "going on from step 3" in capfd.readouterr().err
+    assert "resuming from step 3" in capfd.readouterr().err
     assert sorted(read(directory / "runs.json")) == sorted({*NAMES} - {broken_one})
     assert steady(sweep.run(config, str(directory), BUILDS)) == steady(returned)
     assert begun == [stopped_one, stopped_one, broken_one, broken_one]

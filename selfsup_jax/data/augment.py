@@ -127,7 +127,7 @@ def _check_view(config: Any, path: str) -> None:
     probabilities = ("flip", "jitter", "grayscale", "blur", "solarize")
     checks.in_range(config, [f"{path}{name}_prob" for name in probabilities], 0, 1)
     checks.in_range(config, [path + name for name in ("brightness", "contrast", "saturation")], 0)
-    checks.in_range(config, [path + "hue"], 0, 0.5)  # 0.5 is half of the colour circle
+    checks.in_range(config, [path + "hue"], 0, 0.5)  # half a turn of the colour circle
     for field, taps in checks.present(config, [path + "blur_kernel"]):
         if taps < 1 or taps % 2 == 0:
             raise bad_field(field, taps, "must be odd and at least 1")
@@ -273,7 +273,7 @@ def _jitter_torchvision(planes: Planes, is_op: list, amounts: tuple, view: ViewA
 
 
 def adjust_hsv(planes: Planes, saturation: jax.Array, hue: jax.Array) -> Planes:
-    """Scales the saturation by `saturation` `[B]`, shifts the hue by `hue` `[B]` (1: a circle)."""
+    """Scales the saturation by `saturation` `[B]`, shifts the hue by `hue` `[B]` (1: a turn)."""
     r, g, b = planes
     value = jnp.maximum(jnp.maximum(r, g), b)
     chroma = value - jnp.minimum(jnp.minimum(r, g), b)
@@ -295,7 +295,7 @@ def adjust_hsv(planes: Planes, saturation: jax.Array, hue: jax.Array) -> Planes:
 
 
 def solarize(x: jax.Array, threshold: float) -> jax.Array:
-    """Inverts what is at or above `threshold`."""
+    """Inverts values at or above `threshold`."""
     return jnp.where(x < threshold, x, 1.0 - x)
 
 

@@ -120,7 +120,7 @@ def crop_encoded(
 ) -> list[tf.Tensor]:
     """The views of an encoded image, `[size, size, 3]` uint8 each.
 
-    A JPEG is decoded once, and only the window that contains all crops.
+    Of a JPEG only the window that contains all crops is decoded, once.
     """
 
     def jpeg() -> tuple[tf.Tensor, tf.Tensor]:

@@ -201,7 +201,7 @@ def _fill_gaps(
         for name in names[missing]:
             undecodable.add(str(name))
         if not len(batch["index"]):
-            raise UserError(f"config.data.dir: no image of the batch of step {step} decodes")
+            raise UserError(f"config.data.dir: no image of the batch of step {step} can be decoded")
         before: np.ndarray = np.cumsum(~missing) - (~missing)  # rows present before each position
         rows = before % len(batch["index"])
         batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
@@ -223,13 +223,13 @@ def eval_batches(
     host: int = 0,
     hosts: int = 1,
 ) -> Iterator[HostBatch]:
-    """This host's part of a split: each image once, not augmented; the last batch is smaller.
+    """This host's part of a split: each image once, not augmented; the last batch may be small.
 
     Args:
         source: the split.
         resize, size, method: see `crops.test_image`.
         batch_size: of this host.
-        limit: maximum of images over all hosts: evenly spread ones, or shuffled if streamed.
+        limit: maximum number of images over all hosts: evenly spread, or shuffled if streamed.
         undecodable: counts the broken images, which are left out.
         host, hosts: this host's index and the number of hosts.
 

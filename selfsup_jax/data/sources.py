@@ -349,7 +349,7 @@ def _tfds_builder(name: str, directory: str, download: bool = False) -> tfds.cor
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as e:
         known = [*tfds.list_builders(with_community_datasets=False), *EMBEDDED]
-        hint = f"is no known data set; did you mean: {nearest(name, known)}?"
+        hint = f"is not a known data set; did you mean: {nearest(name, known)}?"
         raise NoData(str(bad_field("data.name", name, hint))) from e
     if download:
         try:

@@ -156,13 +156,13 @@ def batch_unshuffle(x: jax.Array, order: jax.Array, axis_name: str | None) -> ja
 def _exchange(
     x: jax.Array, axis_name: str | None, *, split: int, join: int, parts: int | None = None
 ) -> jax.Array:
-    """All-to-all among all devices, or among one device of each group if devices share a group."""
+    """All-to-all among all devices or, if a group spans several devices, one device per group."""
     if axis_name is None:
         return x
     devices = lax.axis_size(axis_name)
     groups = parts or x.shape[split]
     span = max(1, devices // groups)  # devices that share a group
-    # If devices share a group, the m-th device of each group exchanges with those of the others.
+    # If groups span several devices, the m-th devices of all groups exchange with each other.
     index_groups = [[g * span + m for g in range(groups)] for m in range(span)]
     return lax.all_to_all(
         x, axis_name, split, join, axis_index_groups=index_groups if span > 1 else None, tiled=True

@@ -23,7 +23,7 @@ def wait_for_all(name: str) -> None:
 def reached_preemption(step: int) -> bool:
     """True if a host of the job received SIGTERM: at the same step on every host.
 
-    All hosts must call it at each step. With one host it is always False.
+    All hosts must call it at each step. `jax.distributed` handles the signal; with one host: False.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 

@@ -96,7 +96,7 @@ def replicate(make: Callable[..., Any], *args: Any) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """Copies the first local device's part of a replicated tree to the host.
+    """Copies a replicated tree from the first local device to the host.
 
     Reads the shard directly, because `x[0]` on such an array would gather it first, and starts all
     transfers before it waits for one. The copies stay valid when the tree is donated.
@@ -107,7 +107,7 @@ def unreplicate(tree: Any) -> Any:
 
 
 def local_copy(tree: Any) -> Any:
-    """The first local device's part of a replicated tree, on the device; leading axis of 1."""
+    """The first local device's copy of a replicated tree, on that device; leading axis of 1."""
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
 

@@ -22,7 +22,7 @@ def start(
 ) -> None:
     """Joins the other hosts of the job, given by the arguments or the environment, if any.
 
-    On TPU pods, under Slurm or Open MPI, and where `JAX_COORDINATOR_ADDRESS` is set,
+    On TPU pods, under Slurm or Open MPI, and if `JAX_COORDINATOR_ADDRESS` is set,
     `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
 
     Raises:
@@ -49,7 +49,7 @@ def start(
 
 
 def _environment_has_a_cluster() -> bool:
-    """True where `jax.distributed.initialize()` with no arguments would find more than one host."""
+    """True if `jax.distributed.initialize()` without arguments would find more than one host."""
     env = os.environ
     many_tpu_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
     many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env

@@ -91,7 +91,7 @@ def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
     if os.path.basename(parent) == "checkpoints" and name.isdigit():
         root, step = os.path.dirname(parent), int(name)
     if not os.path.isdir(root):
-        raise bad_field("checkpoint", path, "is no directory")
+        raise bad_field("checkpoint", path, "is not a directory")
     if os.path.exists(os.path.join(root, ABOUT)):
         return root, None
     if os.path.basename(root) == "checkpoints":
@@ -163,7 +163,7 @@ def check(frozen: FrozenEncoder) -> None:
     try:
         expected = jax.eval_shape(lambda: untrained(frozen.config, seed=0))
     except (TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{frozen.path}: no such architecture here: {e}") from e
+        raise UserError(f"{frozen.path}: unknown architecture: {e}") from e
     expected_shapes, actual = (
         {k: tuple(np.shape(v)) for k, v in flatten_dict(tree, sep="/").items()}
         for tree in (expected, frozen.variables)
@@ -171,7 +171,7 @@ def check(frozen: FrozenEncoder) -> None:
     for name in sorted(expected_shapes.keys() | actual.keys()):
         if expected_shapes.get(name) != actual.get(name):
             raise UserError(
-                f"{frozen.path}: is not the encoder that its config tells: {name} has the shape "
+                f"{frozen.path}: does not match its config: {name} has the shape "
                 f"{actual.get(name, 'nothing')}, expected {expected_shapes.get(name, 'nothing')}"
             )
 

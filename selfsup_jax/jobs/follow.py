@@ -49,7 +49,7 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
     run = os.path.abspath(os.path.expanduser(config.checkpoint))
     exported = os.path.exists(os.path.join(run, encoder.ABOUT))
     if not config.checkpoint or not os.path.isdir(run) or exported or _inside_a_run(run):
-        raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to be watched")
+        raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to follow it")
     if jax.process_count() > 1:
         raise bad_field("follow", True, "is for one host")
     with workdir.locked(directory), _MeasureLog(run, directory) as measure_log:
@@ -124,7 +124,7 @@ def _checkpoints(config: ConfigDict, run: str, directory: str) -> Iterator[Froze
         if time.monotonic() - last_new > patience:
             raise UserError(
                 f"config.follow_patience_hours={config.follow_patience_hours:g}: no new checkpoint "
-                f"in {run} for so long, and the run has not ended"
+                f"in {run} within that time, and the run has not ended"
             )
         if not waiting:
             log(f"waiting for the next checkpoint of {run}")

@@ -69,7 +69,7 @@ def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
     with workdir.locked(directory):
         step = _begun_step(config, directory)
         if step == _REMOVED:
-            log(f"{directory} is done, of a checkpoint that is removed since")
+            log(f"{directory} is done; its checkpoint was removed since")
             return read_json(os.path.join(directory, RESULTS))
         _, step = encoder.locate(config.checkpoint, step)
         # If the run is still training, hosts may see different newest steps: use the first host's.
@@ -151,8 +151,8 @@ def _begun_step(config: ConfigDict, directory: str) -> int | None:
         if os.path.exists(os.path.join(directory, RESULTS)):
             return _REMOVED
         raise UserError(
-            f"--workdir={directory}: was begun with the checkpoint of step {step}, which "
-            f"is no more in {root}; take another --workdir for step {newest}"
+            f"--workdir={directory}: was started with the checkpoint of step {step}, which "
+            f"is no longer in {root}; use another --workdir for step {newest}"
         )
     return int(step)
 
@@ -250,7 +250,9 @@ def check_same(description: dict[str, Any], directory: str, free: tuple[str, ...
     different = identity.differences(now, before, (*identity.SAME_JOB, *free))
     if different:
         changes = identity.described(different, "the job there")
-        raise UserError(f"--workdir={directory}: {changes}; take what it has, or another --workdir")
+        raise UserError(
+            f"--workdir={directory}: {changes}; use the same value, or another --workdir"
+        )
 
 
 # -------------------------------------------------------------------- helpers of the jobs

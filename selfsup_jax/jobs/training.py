@@ -51,7 +51,7 @@ def hold_out(
             raise bad_field(
                 "data.train_split",
                 name,
-                "of a split that is streamed only the whole can be divided; give its name alone, "
+                "a part of a streamed split cannot be divided further; give the whole split, "
                 "or --config.held_out_images=0 and a single learning rate",
             )
         field = "data.train_split"

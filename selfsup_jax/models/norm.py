@@ -130,7 +130,7 @@ def _batch_norm_backward(layout, epsilon, relu, saved, cotangents):
     d_scale = count * ((sums[1] - mean * sums[0]) * inverse_std).sum(0)
     d_bias = count * sums[0].sum(0)
     mean_dy, mean_dy_x = layout.mean(sums)
-    # d x = factor (dy - mean(dy) - x^ mean(dy x^)) with x^ = (x - mean) / std, sorted by x.
+    # d x = factor (dy - mean(dy) - x^ mean(dy x^)) with x^ = (x - mean) / std, linear in x.
     factor = scale * inverse_std
     slope = factor * (mean_dy_x - mean * mean_dy) * jnp.square(inverse_std)
     offset = slope * mean - factor * mean_dy

@@ -89,7 +89,7 @@ class Checkpoints:
         free = shutil.disk_usage(self._directory).free
         if free < needed:  # fail before the write, not during it
             raise UserError(
-                f"{self._directory}: no room for the checkpoint of step {step}: it takes "
+                f"{self._directory}: no space for the checkpoint of step {step}: it needs "
                 f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; the last good "
                 f"checkpoint is of step {self.committed_step() or 0}"
             )
@@ -151,7 +151,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as e:  # Orbax, TensorStore and the disk raise many types
             others = [s for s in self._manager.all_steps() if s != step]
-            hint = f"; move it away to go on from step {max(others)}" if others else ""
+            hint = f"; move it away to resume from step {max(others)}" if others else ""
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise UserError(
                 f"the checkpoint {os.path.join(self._directory, str(step))} cannot be read: "

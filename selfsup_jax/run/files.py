@@ -75,7 +75,7 @@ def read_json(path: str) -> dict[str, Any]:
             raise ValueError("no JSON object")
         return tree
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read: {e}; move it away to begin anew") from e
+        raise UserError(f"{path}: cannot be read: {e}; move it away to start again") from e
 
 
 def write_json(path: str, tree: dict[str, Any]) -> None:

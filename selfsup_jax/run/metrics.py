@@ -48,7 +48,7 @@ class Recorder:
         lines = _lines_up_to(path, first_step)
         if not first_step and _lines_up_to(path, sys.maxsize):
             aside = os.path.join(workdir, "metrics.before.jsonl")
-            log(f"no checkpoint to go on from: what was recorded before is moved to {aside}")
+            log(f"no checkpoint to resume from: earlier metrics are moved to {aside}")
             os.replace(path, aside)
         self.history = _history(lines)
         with whole_file(path) as f:
@@ -116,7 +116,9 @@ def _lines_up_to(path: str, last_step: int) -> list[dict]:
                 try:
                     line = json.loads(text)
                 except json.JSONDecodeError as e:
-                    raise UserError(f"{path}: line {number} is no JSON; move the file away") from e
+                    raise UserError(
+                        f"{path}: line {number} is not valid JSON; move the file away"
+                    ) from e
                 if line["step"] <= last_step:
                     lines.append(line)
     return lines

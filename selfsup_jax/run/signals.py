@@ -63,7 +63,7 @@ def stopped(number: int, step: int, workdir: str) -> Stopped:
     """The exception that ends the process after a signal, once step `step` is saved."""
     name = signal.Signals(number).name
     return Stopped(
-        f"{name}: stopped after step {step:,}, which is saved in {workdir}; the same command goes "
-        "on from there",
+        f"{name}: stopped after step {step:,}, which is saved in {workdir}; the same command "
+        "resumes from there",
         status=128 + number,
     )

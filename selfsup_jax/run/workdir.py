@@ -88,8 +88,8 @@ def _acquire(workdir: str, lock: TextIO) -> None:
     except BlockingIOError as e:
         lock.seek(0)
         raise UserError(
-            f"--workdir={workdir}: process {lock.read().strip()} is at work there; wait for it, "
-            "stop it, or take another"
+            f"--workdir={workdir}: process {lock.read().strip()} is running there; wait for it, "
+            "stop it, or use another"
         ) from e
     except OSError:  # a file system without locks: no other process is kept out
         pass
@@ -151,11 +151,11 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
         length = any(identity.is_length(field) for field in different)
         why = " (its schedules depend on its length)" if length else ""
         text = identity.described(different, f"the run in {workdir}")
-        raise UserError(f"{text}{why}; take what it has, or another --workdir")
+        raise UserError(f"{text}{why}; use the same value, or another --workdir")
     old, new = saved["versions"], checkpoint.versions()
     changed = [f"{k} {old[k]} -> {new.get(k)}" for k in old if old[k] != new.get(k)]
     if changed:
-        log(f"other versions than the run began with, so its last bits may differ: {changed}")
+        log(f"other package versions than at the start, so the last bits may differ: {changed}")
 
 
 def write_config(run: dict[str, Any], workdir: str) -> None:

@@ -142,6 +142,6 @@ def collapse_warning(step: int, history: History, *, min_std: float) -> str:
         f"the same (projection_std {std:.3f}, where 1 is healthy; effective_rank {rank:.1f}).\n"
         "  Likely causes: the learning rate is too high or its warm-up too short; tau is too low "
         "(the target follows at once); the predictor is missing or switched off; weight decay is "
-        "too strong; the batch (or a batch-norm group) is too small. A falling loss is no sign of "
-        "learning here."
+        "too strong; the batch (or a batch-norm group) is too small. A falling loss does not mean "
+        "that it learns."
     )

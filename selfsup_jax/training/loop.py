@@ -93,7 +93,7 @@ def fit(spec: TrainSpec) -> Trained:
     first_step = int(latest.step)
     spec.announce(latest)
     if first_step:
-        log(f"going on from step {first_step:,} in {spec.workdir}")
+        log(f"resuming from step {first_step:,} in {spec.workdir}")
     recorder = Recorder(spec.workdir, first_step)
     progress = Progress(spec.total_steps, first_step, spec.config.batch_size)
     try:

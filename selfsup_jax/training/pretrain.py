@@ -158,7 +158,7 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any
     """Probes the encoder of the last step; {} without labels, or if `config.eval` is disabled."""
     config, data = run.config, run.data
     if data.test is None:
-        why = "no labels to probe with" if config.eval.enabled else "config.eval.enabled=False"
+        why = "no labels for probes" if config.eval.enabled else "config.eval.enabled=False"
         log(f"{why}: no probes; the encoder is in the last checkpoint")
         return {}
     size, limits = (

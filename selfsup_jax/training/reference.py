@@ -64,7 +64,7 @@ def load(name: str) -> Reference | None:
     names = sorted(f.name.removesuffix(".json") for f in folder.iterdir())
     if name not in names:
         raise UserError(
-            f"config.monitor.reference={name!r}: there is none of that name; did you mean: "
+            f"config.monitor.reference={name!r}: there is no reference of that name; did you mean: "
             f"{nearest(name, names)}?"
         )
     saved = json.loads((folder / f"{name}.json").read_text())

@@ -150,7 +150,7 @@ def _read_record(directory: str) -> dict[str, Any]:
     record = files.read_json(path) if os.path.exists(path) else {}
     for name, entry in record.items():
         if not isinstance(entry, dict) or not {"config", "results", "seconds"} <= set(entry):
-            raise UserError(f"{path}: {name} is not a run's entry; move it away to begin anew")
+            raise UserError(f"{path}: {name} is not a run's entry; move it away to start again")
     return record
 
 
@@ -162,7 +162,7 @@ def _check_same(run: Run, record: Mapping[str, Any], directory: str) -> None:
     if different:
         prefix = f"config.variants.{run.variant}."
         raise UserError(
-            f"{identity.described(different, 'the run that is done', prefix)}; take what it has, "
+            f"{identity.described(different, 'the run that is done', prefix)}; use the same value, "
             f"move {run.name} and its entry in {os.path.join(directory, RECORD)} away, or take "
             "another --workdir"
         )

@@ -222,7 +222,7 @@ def _load(path: str, notes: list[str]) -> Picture | None:
         notes.append(f"{path}: cannot be read, left out: {e.strerror}")
         return None
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
-        notes.append(f"{path}: is no PNG picture, left out")
+        notes.append(f"{path}: is not a PNG file, left out")
         return None
     width, height = struct.unpack(">II", data[16:24])
     title = _PICTURES.get(name, name.replace("_", " ").capitalize())

@@ -120,7 +120,7 @@ def read(workdirs: Sequence[str]) -> Found:
     records, seen = Found(), set[str]()
     for workdir in workdirs:
         if not os.path.isdir(workdir):
-            raise UserError(f"{workdir}: there is no such folder")
+            raise UserError(f"{workdir}: does not exist")
         notes, any_here = len(records.notes), False
         for folder in _folders(os.path.realpath(workdir)):
             known = folder in seen
@@ -194,7 +194,7 @@ def _add_records(records: Found, folders: Sequence[str]) -> None:
         path = os.path.join(folder, "runs.json")
         record = read_json(path, records.notes)
         if record is not None and not isinstance(record, dict):
-            records.notes.append(f"{path}: is no study's record, left out")
+            records.notes.append(f"{path}: is not a sweep's record, left out")
             continue
         for name, entry in (record or {}).items():
             if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
