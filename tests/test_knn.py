@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_the_bank():
         part = parallel.RowsPart(
             jax.ShapeDtypeStruct((*shape, 16), np.float32), jax.ShapeDtypeStruct(shape, np.int32)
         )
-        compiled = knn._look(5).lower(part, queries).compile()
+        compiled = knn._search(5).lower(part, queries).compile()
         sizes.append(compiled.memory_analysis())
     small, large = sizes
     assert large.argument_size_in_bytes > 10 * small.argument_size_in_bytes

@@ -138,3 +138,18 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not calls & {"open", "print"}, path
+
+
+def test_one_step_of_a_method_is_four_files_and_500_lines():
+    """And `CONTRIBUTING.md` has the counts."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text().split("Lines in all: ")[1].split(".")[0]
+    written = dict(entry.rsplit(" ", 1) for entry in text.split(", "))
+    counted = {}
+    for name in METHODS:
+        own = REPOSITORY / name
+        last = own / "keys.py" if (own / "keys.py").exists() else "selfsup_jax/models/network.py"
+        files = (own / "losses.py", own / "method.py", "selfsup_jax/method.py", last)
+        lines = sum(len((REPOSITORY / file).read_text().splitlines()) for file in files)
+        counted[name.removesuffix("_jax")] = str(lines)
+        assert lines <= 500, name
+    assert {name.lower().replace(" ", "_"): lines for name, lines in written.items()} == counted

@@ -43,7 +43,7 @@ def nearest(
         bank_rows, query_rows: the block sizes.
     """
     parts = parallel.shard_rows(normalize(bank), bank_rows)
-    search = _look(k)
+    search = _search(k)
     cosines, indices = [], []
     for start in range(0, len(queries), query_rows):
         rows = normalize(queries[start : start + query_rows])
@@ -59,7 +59,7 @@ def nearest(
 
 
 @functools.cache  # each k is compiled only once
-def _look(k: int) -> Callable:
+def _search(k: int) -> Callable:
     return parallel.pmap_parts(functools.partial(_nearest_of_part, k=k))
 
 

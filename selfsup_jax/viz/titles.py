@@ -131,7 +131,7 @@ def heading(name: str) -> str:
         return f"{BASELINES[prefix]}: {heading(name.removeprefix(prefix))}"
     if name.endswith(tuple(SCORES)):
         return measure_title(name)
-    return name.removeprefix("use_").rpartition(".")[2].replace("_", " ")
+    return name.removeprefix("use_").replace(".", " ").replace("_", " ")
 
 
 def rank(name: str) -> tuple[int, int, int, str]:

@@ -151,7 +151,7 @@ def table(owners: Owners, jobs: Sequence[Job], notes: list[str]) -> Table:
 
 def _row_of_job(job: Job, owners: Owners) -> tuple[tuple[Any, ...], Row]:
     """The row of a job: (key, row)."""
-    owner, run, step = owners.number(job), owners.run(job), whole(job.tell("step"))
+    owner, run, step = owners.number(job), owners.run(job), whole(job.get("step"))
     at_step = f"step {step:,}" if step is not None else ""
     if run is not None:
         recipe = owners.recipes[owner]
@@ -160,7 +160,7 @@ def _row_of_job(job: Job, owners: Owners) -> tuple[tuple[Any, ...], Row]:
             return (owner, None), row
         return (owner, step), dataclasses.replace(row, about=at_step, last=False)
     what = "run not among those given" if job.run else "checkpoint of no run"
-    about = ", ".join(filter(None, (method_name(job.tell("method")), at_step, what)))
+    about = ", ".join(filter(None, (method_name(job.get("method")), at_step, what)))
     return (owner, step), Row(owners.names[owner], owner, "", 1, about)
 
 

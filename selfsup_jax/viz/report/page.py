@@ -23,7 +23,7 @@ from selfsup_jax.viz.report import charts, curves, measures, recipes
 from selfsup_jax.viz.report.confusion import mistakes
 from selfsup_jax.viz.report.files import whole
 from selfsup_jax.viz.report.recipes import Recipe
-from selfsup_jax.viz.report.records import Found, Job, read
+from selfsup_jax.viz.report.records import Job, Records, read
 from selfsup_jax.viz.report.series import Owners, run_name
 
 COLOURS = 10  # in the style sheet; further owners reuse them with dashed lines
@@ -75,25 +75,25 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
     return f"wrote {output} ({size:.1f} MB): {_count(records)}"
 
 
-def render(found: Found, workdirs: Sequence[str], title: str | None = None) -> str:
+def render(records: Records, workdirs: Sequence[str], title: str | None = None) -> str:
     """Returns the page as HTML text.
 
     Args:
-        found: the records that were read.
+        records: the records that were read.
         workdirs: as given; the page lists them.
         title: of the page; None for the runs' methods and data.
     """
-    notes = list(found.notes)
-    groups = recipes.group(found.runs)
-    owners = Owners(groups, found.jobs)
-    table = measures.table(owners, found.jobs, notes)
+    notes = list(records.notes)
+    groups = recipes.group(records.runs)
+    owners = Owners(groups, records.jobs)
+    table = measures.table(owners, records.jobs, notes)
     dots = _dots(table)
     first, others = curves.learning(groups)
-    watched = curves.watched(found.jobs, owners)
+    watched = curves.watched(records.jobs, owners)
     page = {
-        "title": title or _title(groups, found.jobs),
+        "title": title or _title(groups, records.jobs),
         "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
-        "count": _count(found),
+        "count": _count(records),
         "given": list(workdirs),
         "version": __version__,
         "recipes": groups,
@@ -108,12 +108,12 @@ def render(found: Found, workdirs: Sequence[str], title: str | None = None) -> s
         "curves": first,
         "more_curves": others,
         "watched": watched,
-        "mistakes": _mistakes(found.jobs, owners),
-        "pictures": _pictures(found, owners, notes),
+        "mistakes": _mistakes(records.jobs, owners),
+        "pictures": _pictures(records, owners, notes),
         "differences": recipes.differences(groups) if len(groups) > 1 else [],
-        "configs": _configs(found, owners),
+        "configs": _configs(records, owners),
         "runs": [(recipe, run) for recipe in groups for run in recipe.runs],
-        "jobs": found.jobs,
+        "jobs": records.jobs,
         "without": _without(groups),
         "notes": list(dict.fromkeys(notes)),
         "charts": charts,
@@ -136,8 +136,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _count(found: Found) -> str:
-    parts = [(len(found.runs), "run"), (len(found.jobs), "evaluation job")]
+def _count(records: Records) -> str:
+    parts = [(len(records.runs), "run"), (len(records.jobs), "evaluation job")]
     return ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in parts if n) or "no run"
 
 
@@ -148,7 +148,7 @@ def _drawn(panels: Sequence[charts.Panel]) -> set[int]:
 
 def _title(groups: Sequence[Recipe], jobs: Sequence[Job]) -> str:
     methods = dict.fromkeys(recipe.method for recipe in groups)
-    methods |= dict.fromkeys(recipes.method_name(job.tell("method")) for job in jobs)
+    methods |= dict.fromkeys(recipes.method_name(job.get("method")) for job in jobs)
     data = list(filter(None, dict.fromkeys(recipe.data for recipe in groups)))
     names = list(filter(None, methods)) or ["Self-supervised learning"]
     listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
@@ -180,8 +180,8 @@ def _mistakes(jobs: Sequence[Job], owners: Owners) -> list[dict[str, Any]]:
     entries = []
     for job in jobs:
         if job.confusion is not None and job.confusion.matrix.sum():
-            name, step = _job_name(job, owners), whole(job.tell("step"))
-            entries.append({"name": name, "step": step, "told": mistakes(job.confusion)})
+            name, step = _job_name(job, owners), whole(job.get("step"))
+            entries.append({"name": name, "step": step, "mistakes": mistakes(job.confusion)})
     return entries
 
 
@@ -192,10 +192,12 @@ def _job_name(job: Job, owners: Owners) -> str:
 # ----------------------------------------------------------------------------- pictures
 
 
-def _pictures(found: Found, owners: Owners, notes: list[str]) -> list[tuple[str, list[Picture]]]:
+def _pictures(
+    records: Records, owners: Owners, notes: list[str]
+) -> list[tuple[str, list[Picture]]]:
     """(name of a run or a job, its pictures), for those that have pictures."""
     named = [(run_name(recipe, run), run.path) for recipe in owners.recipes for run in recipe.runs]
-    named += [(_job_name(job, owners), job.path) for job in found.jobs]
+    named += [(_job_name(job, owners), job.path) for job in records.jobs]
     result = []
     for name, folder in named:
         paths = sorted(glob.glob(os.path.join(glob.escape(folder), "plots", "*.png")), key=_order)
@@ -232,13 +234,13 @@ def _load(path: str, notes: list[str]) -> Picture | None:
 # ----------------------------------------------------------------------------- configs
 
 
-def _configs(found: Found, owners: Owners) -> list[tuple[str, str, str]]:
+def _configs(records: Records, owners: Owners) -> list[tuple[str, str, str]]:
     """(name, config, results) of each run and job, as JSON."""
     entries: list[tuple[str, Any]] = []
     for recipe in owners.recipes:
         for run in recipe.runs:
             entries.append((f"{recipe.name}, seed {recipes.shown(run.seed)}", run))
-    for job in found.jobs:
+    for job in records.jobs:
         entries.append((f"{_job_name(job, owners)} ({os.path.basename(job.path)})", job))
     return [
         (name, _json(entry.config), _json(entry.results) if entry.results is not None else "")

@@ -84,7 +84,7 @@ class Job:
         """The kind in the config: `linear_probe`, ..."""
         return str(self.settings.get("job"))
 
-    def tell(self, name: str) -> Any:
+    def get(self, name: str) -> Any:
         """A field of the results or else of `data_info`: `step`, `method`, `run`, ..."""
         value = (self.results or {}).get(name)
         return self.settings.get(f"data_info.{name}") if value is None else value
@@ -92,12 +92,12 @@ class Job:
     @property
     def run(self) -> str | None:
         """Real path of the evaluated pretraining run; None if there is none."""
-        run = self.tell("run")
+        run = self.get("run")
         return os.path.realpath(run) if isinstance(run, str) and run else None
 
 
 @dataclasses.dataclass
-class Found:
+class Records:
     """All records that were read, and notes on what could not be read."""
 
     runs: list[Run] = dataclasses.field(default_factory=list)
@@ -105,7 +105,7 @@ class Found:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def read(workdirs: Sequence[str]) -> Found:
+def read(workdirs: Sequence[str]) -> Records:
     """Reads the workdirs and the folders below them, each folder once.
 
     Args:
@@ -117,7 +117,7 @@ def read(workdirs: Sequence[str]) -> Found:
     Raises:
         UserError: a workdir is not a folder, or contains no run, job or sweep.
     """
-    records, seen = Found(), set[str]()
+    records, seen = Records(), set[str]()
     for workdir in workdirs:
         if not os.path.isdir(workdir):
             raise UserError(f"{workdir}: does not exist")
@@ -142,7 +142,7 @@ def _folders(top: str) -> Iterator[str]:
         names[:] = [] if deep else sorted(n for n in names if not _APART.match(n))
 
 
-def _read_folder(folder: str, records: Found) -> bool:
+def _read_folder(folder: str, records: Records) -> bool:
     """Adds the run or job of a folder. Returns whether the folder is a run, a job or a sweep."""
     if os.path.exists(os.path.join(folder, "runs.json")):
         return True
@@ -187,7 +187,7 @@ def _read_job(folder: str, config: dict[str, Any], notes: list[str]) -> Job:
 # ----------------------------------------------------------------------------- sweep records
 
 
-def _add_records(records: Found, folders: Sequence[str]) -> None:
+def _add_records(records: Records, folders: Sequence[str]) -> None:
     """Adds the records of `runs.json`: variants, reasons of failure, and runs not read so far."""
     runs = {run.path: run for run in records.runs}
     for folder in folders:

@@ -60,7 +60,7 @@ def run_name(recipe: Recipe, run: Run) -> str:
 
 def evaluated(job: Job) -> str:
     """Path of the run that a job evaluated or, without a run, of the checkpoint."""
-    return job.run or str(job.tell("checkpoint") or job.path)
+    return job.run or str(job.get("checkpoint") or job.path)
 
 
 # ------------------------------------------------------------------- labels of jobs
