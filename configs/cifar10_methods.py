@@ -126,7 +126,8 @@ def tune() -> ConfigDict:
 
 def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
     """A run of one method: its own CIFAR-10 preset, with the settings that all methods share."""
-    config = _PRESETS.get(name, moco).get_config("cifar10")
+    preset = "cifar10_lars" if name == "simclr" else "cifar10"  # for the authors' head
+    config = _PRESETS.get(name, moco).get_config(preset)
     config.epochs = 3.0
     config.batch_size = 64
     config.encoder = common.encoder(depth=18, width=0.25, stem="cifar")
@@ -161,12 +162,13 @@ def _small_heads(name: str, config: ConfigDict) -> ConfigDict:
         config.projector.hidden_sizes = (256, 256)
         config.projector.output_size = config.predictor.output_size = 256
         config.predictor.hidden_sizes = (64,)
+    elif name == "byol":
+        config.projector = common.head(hidden_sizes=(256,), output_size=64)
+        config.predictor = common.head(hidden_sizes=(256,), output_size=64)
+        config.tau_schedule = "cosine"
     else:
         config.projector.hidden_sizes = (256,)
         config.projector.output_size = 64
-    if name == "byol":
-        config.predictor.hidden_sizes = (256,)
-        config.predictor.output_size = 64
     if config.method == "moco":
         config.queue_size = 4096
         config.symmetric = False

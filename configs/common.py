@@ -254,7 +254,7 @@ def encoder(**changes) -> ConfigDict:
         "stem": "imagenet",  # or `cifar`
         "padding": "same",  # BYOL's code; `torch`: MoCo's; `fixed`: SimCLR's
         "zero_init_gamma": True,  # the last norm of each residual branch starts at 0
-        "kernel_init": "lecun",  # BYOL's and SimCLR's code; `kaiming_fan_out`: MoCo's
+        "kernel_init": "lecun",  # BYOL's and SimCLR's code; or `kaiming_fan_out`: MoCo's, `torch`
         "bn_decay": 0.9,
         "bn_epsilon": 1e-5,
         "bn_unbiased_average": False,  # running variance times n / (n - 1), as PyTorch's

@@ -31,6 +31,42 @@ def on_cifar10(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def like_lightly(config: ConfigDict, loss_scale: float = 1.0) -> ConfigDict:
+    """CIFAR-10 as in lightly's benchmark: SGD, decay of all parameters, PyTorch's initialisation.
+
+    lightly's BYOL target starts as a copy of the online network; ours has its own random draw.
+
+    Args:
+        config: a method's recipe for any data.
+        loss_scale: our loss divided by lightly's. The rate is divided by it and the decay
+            multiplied, so that the updates are the same.
+    """
+    config = on_cifar10(config)
+    config.epochs = 200.0
+    config.batch_size = 128
+    config.data.resize_method = "bilinear"
+    config.views["global"].area = (0.08, 1.0)
+    config.views.mean = (0.485, 0.456, 0.406)
+    config.views.std = (0.229, 0.224, 0.225)
+    for view in common.sections_of_views(config):
+        view.update(
+            jitter_style="torchvision", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
+        )
+    config.encoder.update(padding="torch", kernel_init="torch", zero_init_gamma=False)
+    config.encoder.bn_unbiased_average = True
+    for head in ("projector", "predictor"):
+        if head in config:
+            config[head].linear_init = "torch"
+    config.optimizer = common.optimizer(
+        name="sgd",
+        learning_rate=0.12 / loss_scale,  # 0.06 x B / 128
+        weight_decay=5e-4 * loss_scale,
+        warmup_epochs=0.0,
+        exclude=(),
+    )
+    return config
+
+
 def on_imagenette(config: ConfigDict) -> ConfigDict:
     """Imagenette: ResNet-18 on 128 px crops of the 160 px set, batch 256."""
     config.batch_size = 256

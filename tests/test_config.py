@@ -140,7 +140,22 @@ def test_cifar10_is_lightlys_recipe():
         "data.image_size": 32,
         "epochs": 200,
         "batch_size": 128,
+        "data.resize_method": "bilinear",
+        "views.global.area": (0.08, 1.0),
+        "views.mean": (0.485, 0.456, 0.406),
+        "views.std": (0.229, 0.224, 0.225),
+        "encoder.kernel_init": "torch",
+        "encoder.zero_init_gamma": False,
+        "encoder.bn_unbiased_average": True,
+        "projector.linear_init": "torch",
+        "optimizer.exclude": (),
         "tau_base": 0.99,
+        "tau_schedule": "constant",
+        "projector.output_bias": True,
+        "predictor.linear_init": "torch",
+        "views.global.view_1.saturation": 0.2,
+        "views.global.view_1.solarize_prob": 0.0,
+        "views.global.view_2.solarize_prob": 0.2,
         "encoder.depth": 18,
         "encoder.stem": "cifar",
         "projector.hidden_sizes": (1024,),
@@ -638,7 +653,9 @@ def test_a_workdir_is_one_processs(tmp_path):
         try:
             assert holder.stdout.readline() == "opened\n"
             with (
-                pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} is at work"),
+                pytest.raises(
+                    UserError, match=f"{tmp_path}: process {holder.pid} is running there"
+                ),
                 workdir.opened(config, str(tmp_path)),
             ):
                 raise AssertionError

@@ -127,8 +127,8 @@ def test_an_earlier_config_is_read_as_that_of_todays_preset():
 @pytest.mark.parametrize(
     ("config", "style", "hidden", "output"),
     [
-        (byol.get_config("cifar10"), None, 1024, 256),
-        (byol.get_config("cifar10"), "byol", 1024, 256),
+        (byol.get_config("folder"), None, 1024, 256),
+        (byol.get_config("folder"), "byol", 1024, 256),
         (moco.get_config("v1"), "moco", 0, 128),
         (moco.get_config("imagenet"), "moco", 2048, 128),
         (moco.get_config("demo"), "moco", 128, 64),

@@ -204,14 +204,21 @@ def test_gammas_can_start_at_1():
 
 @pytest.mark.parametrize(
     ("init", "deviation"),
-    [("lecun", 1 / math.sqrt(9 * 32)), ("kaiming_fan_out", math.sqrt(2 / (9 * 128)))],
+    [
+        ("lecun", 1 / math.sqrt(9 * 32)),
+        ("kaiming_fan_out", math.sqrt(2 / (9 * 128))),
+        ("torch", math.sqrt(1 / (3 * 9 * 32))),
+    ],
 )
 def test_kernel_initialisations(init, deviation):
     x = jnp.zeros((1, 8, 8, 32))
     kernel = Conv(128, 3, kernel_init=init).init(jax.random.PRNGKey(0), x)["params"]["kernel"]
     assert float(jnp.std(kernel)) == pytest.approx(deviation, rel=0.02)
-    # The truncated normal ends at two deviations of the normal that is cut.
-    assert (float(jnp.abs(kernel).max()) < 2.3 * deviation) == (init == "lecun")
+    # The truncated normal ends at two deviations of the normal before truncation, PyTorch's uniform
+    # at 1 / sqrt(fan in).
+    largest = float(jnp.abs(kernel).max()) / deviation
+    assert (largest < 2.3) == (init != "kaiming_fan_out")
+    assert (largest < math.sqrt(3) + 1e-6) == (init == "torch")
 
 
 # --------------------------------------------------------------------------------- types

@@ -556,7 +556,7 @@ def test_a_run_is_watched_without_a_target(tmp_path):
 
 # ------------------------------------------------------------------------------- configs
 
-PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
+PRESETS = ("imagenet", "cifar10", "cifar10_lars", "imagenette", "demo", "folder")
 
 
 def assert_fields(config: ConfigDict, expected: dict) -> None:
@@ -574,7 +574,9 @@ def test_every_preset_is_valid(preset):
     config = simclr.get_config(preset)
     config_lib.validate(config, method.build)
     assert config.method == "simclr"
-    assert config.projector.output_norm == "scale" and config.encoder.padding == "fixed"
+    authors = preset != "cifar10"  # which is lightly's recipe
+    assert config.projector.output_norm == ("scale" if authors else "affine")
+    assert config.encoder.padding == ("fixed" if authors else "torch")
     assert config.views["global"].count == 2 and "view_2" not in config.views["global"]
     config.views["global"].view_1.hue = 0.05
     built = method.build(config, 10, total_steps=100, warmup_steps=10)
@@ -638,7 +640,35 @@ def test_imagenet_is_the_papers_recipe():
         assert built.loss.keywords["temperature"] == 0.1
 
 
-def test_cifar10_is_the_authors_recipe():
+def test_cifar10_is_lightlys_recipe():
+    """Its loss is the mean of both views: for their sum half the rate and twice the decay."""
+    expected = {
+        "epochs": 200,
+        "batch_size": 128,
+        "data.resize_method": "bilinear",
+        "views.global.area": (0.08, 1.0),
+        "views.mean": (0.485, 0.456, 0.406),
+        "views.std": (0.229, 0.224, 0.225),
+        "encoder.kernel_init": "torch",
+        "encoder.zero_init_gamma": False,
+        "encoder.bn_unbiased_average": True,
+        "projector.linear_init": "torch",
+        "optimizer.exclude": (),
+        "temperature": 0.5,
+        "projector.hidden_sizes": (512,),
+        "projector.output_size": 128,
+        "projector.output_norm": "affine",
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 0.12 / 2,
+        "optimizer.weight_decay": 2 * 5e-4,
+    }
+    view = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "blur_prob": 0.0}
+    config = simclr.get_config("cifar10")
+    assert_fields(config, expected)
+    assert_fields(config.views["global"].view_1, view | {"jitter_style": "torchvision"})
+
+
+def test_cifar10_lars_is_the_authors_recipe():
     expected = {
         "data.name": "cifar10",
         "data.image_size": 32,
@@ -657,7 +687,7 @@ def test_cifar10_is_the_authors_recipe():
         "views.std": (1, 1, 1),
     }
     view = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "blur_prob": 0.0}
-    config = simclr.get_config("cifar10")
+    config = simclr.get_config("cifar10_lars")
     assert_fields(config, expected)
     assert_fields(config.views["global"].view_1, view)
     assert config.views["global"].count == 2 and "view_2" not in config.views["global"]

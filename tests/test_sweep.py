@@ -466,7 +466,7 @@ def test_fields_that_some_variants_have(images, pretended, tmp_path):
         config.variants.high.queue_size = 64
     sweep.run(config, str(tmp_path), BUILDS)
     rows = read_table(tmp_path)
-    assert [row["learning rate"] for row in rows.values()] == ["0.1", "0.5"]
+    assert [row["optimizer learning rate"] for row in rows.values()] == ["0.1", "0.5"]
     assert [row["queue size"] for row in rows.values()] == ["", "64"]
 
 

@@ -474,7 +474,7 @@ def test_a_broken_checkpoint_is_named_and_the_next_older_one(initial_state, tmp_
     checkpoints.close()
     message = str(error.value)
     assert message.startswith(f"the checkpoint {newest} cannot be read: ") and "\n" not in message
-    assert message.endswith("move it away to go on from step 2")
+    assert message.endswith("move it away to resume from step 2")
 
     newest.rename(tmp_path / "away")
     checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)

@@ -56,29 +56,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def lightly(args: argparse.Namespace) -> Any:
-    """lightly's CIFAR-10 recipe: SGD, lr 0.06 x B / 128, decay 5e-4, cosine, no warm-up, no blur.
-
-    The presets of BYOL and MoCo have it, with lr and decay for losses 4 and 2 times as large,
-    except view 2's solarisation (BYOL) and crops from 0.08 on (MoCo).
-    """
+def config_of(args: argparse.Namespace) -> Any:
+    """The method's `cifar10` preset, which is lightly's recipe, with the command line's fields."""
     config = importlib.import_module(f"configs.{args.method}").get_config("cifar10")
     config.batch_size, config.epochs = args.batch, float(args.epochs)
     config.compute_dtype, config.encoder.width = args.dtype, args.width
-    config.views["global"].area, config.data.resize_method = (0.08, 1.0), "bilinear"
-    config.views.mean, config.views.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    if args.method == "byol":
-        config.views["global"].view_2.solarize_prob, config.tau_schedule = 0.2, "constant"
     if args.method == "moco" and args.batch >= 512:
         config.queue_size = 8192
-    if args.method == "simclr":
-        config.optimizer = common.optimizer(
-            name="sgd", learning_rate=0.12, weight_decay=5e-4, warmup_epochs=0.0, exclude=()
-        )
-        config.projector.hidden_sizes, config.projector.output_size = (512,), 128
-        config.temperature = 0.5
-        view = {"jitter_style": "torchvision", "saturation": 0.4, "blur_prob": 0.0}
-        config.views["global"].view_1 = common.view(**view)
     for item in args.set:
         field, _, text = item.partition("=")
         try:
@@ -162,7 +146,7 @@ def main() -> None:
     """Trains, evaluates with kNN, and prints the results."""
     start = time.time()
     args = arguments()
-    config = lightly(args)
+    config = config_of(args)
     train = tfree_cifar.load(args.data, "train", args.limit)
     test = tfree_cifar.load(args.data, "test", args.test_limit)
     steps = len(train[0]) // args.batch

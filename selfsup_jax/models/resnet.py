@@ -24,10 +24,11 @@ STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
 }
 STEMS = ("imagenet", "cifar")
 PADDINGS = ("same", "torch", "fixed")
-# The authors' initialisations: Haiku's (BYOL) and PyTorch's for ResNets (MoCo).
+# Initialisations: Haiku's (BYOL), torchvision's for ResNets (MoCo), PyTorch's for convolutions.
 KERNEL_INITS: dict[str, Callable] = {
     "lecun": nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
     "kaiming_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    "torch": nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),
 }
 
 
