@@ -106,6 +106,7 @@ def pil_op(image: np.ndarray, op: int, amount: float) -> np.ndarray:
 ORACLES = {"tensorflow": tensorflow_op, "torchvision": torchvision_op}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ORACLES)
 @pytest.mark.parametrize("op", range(4))
 def test_each_colour_operation_is_the_librarys(style, op):
@@ -153,6 +154,7 @@ def test_colour_operations_run_in_the_given_order(style):
     assert distinct == {"tensorflow": 18, "torchvision": 24}[style]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ORACLES)
 def test_operations_of_strength_zero_are_left_out(style):
     view = ViewAugmentation(
@@ -213,6 +215,7 @@ def blur_oracle(image: np.ndarray, sigma: float, kernel: int, padding: str) -> n
     return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", augment.BLUR_PADDINGS)
 @pytest.mark.parametrize("kernel", [1, 5, 23])
 def test_blur_is_a_separable_convolution(padding, kernel):
@@ -238,6 +241,7 @@ def test_blur_sigma_is_uniform_between_its_bounds():
 # --------------------------------------------------------------------------- the draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field", ["flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"]
 )
@@ -304,6 +308,7 @@ FULL = ViewAugmentation(
 )
 
 
+@pytest.mark.slow
 def test_an_images_draws_depend_on_the_key_and_its_index_only():
     images, index = random_images(16), np.arange(100, 116, dtype=np.int32)
     rng = jax.random.PRNGKey(3)
@@ -359,6 +364,7 @@ def five_views(five_crops) -> dict[str, jax.Array]:
     return views_of(five_crops, GROUPS)
 
 
+@pytest.mark.slow
 def test_groups_have_views_of_their_own_sizes(five_crops, five_views):
     """View i over all groups, in their order, is crop i augmented by the key with i folded in."""
     assert list(five_views) == ["global", "local"]
@@ -373,6 +379,7 @@ def test_groups_have_views_of_their_own_sizes(five_crops, five_views):
         assert np.abs(got - five_crops[f"view_{i}"] / np.float32(255)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_further_groups_leave_the_first_as_it_was(five_crops, five_views):
     """The global views are those of a batch that has no others."""
     pair = {name: five_crops[name] for name in ("view_1", "view_2", "index")}
@@ -381,6 +388,7 @@ def test_further_groups_leave_the_first_as_it_was(five_crops, five_views):
     np.testing.assert_array_equal(five_views["global"], alone["global"])
 
 
+@pytest.mark.slow
 def test_views_of_the_same_crop_are_drawn_apart(five_crops):
     """Within a group and between groups."""
     same = {f"view_{i}": five_crops["view_1"] for i in range(1, 6)}
@@ -391,6 +399,7 @@ def test_views_of_the_same_crop_are_drawn_apart(five_crops):
         assert (np.abs(a - b).max((1, 2, 3)) > 1e-3).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_normalized_is_every_group_normalised(five_crops, five_views):
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
     made = augment.Augmentation(GROUPS, mean, std)

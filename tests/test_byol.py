@@ -274,6 +274,7 @@ def gradients(losses_and_gradients):
     return {setting: gradients for setting, (_, gradients) in losses_and_gradients.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "parts"), [("labels", ONLINE), ("no labels", ONLINE), ("no predictor", TARGET)]
 )
@@ -312,6 +313,7 @@ def test_outputs_are_what_the_loss_compares(
     np.testing.assert_allclose(total, expected_total, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "parts"), [("labels", ONLINE), ("no predictor", TARGET)])
 def test_gradient_is_that_of_finite_differences(
     gradients, initial_state, views, labels, setting, parts
@@ -340,6 +342,7 @@ def test_probe_passes_no_gradient_to_the_encoder(gradients):
 # -------------------------------------------------------------------------- whole updates
 
 
+@pytest.mark.slow
 def test_updates_are_the_papers(cosine_run):
     """Parameters, target, averages and every metric after each of four steps."""
     states, metrics, _ = cosine_run
@@ -411,6 +414,7 @@ def test_updates_are_the_papers(cosine_run):
     assert norm_of(grads) > 0.1 and norm_of(change(online, before)) > 0.1
 
 
+@pytest.mark.slow
 def test_first_step_of_a_warmup_moves_only_the_target(cosine_run):
     states, _, _ = cosine_run
     assert_same(states[0].online_params, states[1].online_params)
@@ -429,6 +433,7 @@ def test_rng_stays_and_keys_differ(cosine_run):
         np.testing.assert_array_equal(state.rng, states[0].rng)
 
 
+@pytest.mark.slow
 def test_without_labels(step_with_tau, initial_state):
     """A batch without labels trains the same encoder, and reports no probe."""
     step, optimizer = tiny_step(tiny_networks(classes=None))
@@ -443,6 +448,7 @@ def test_without_labels(step_with_tau, initial_state):
     assert_close(after.online_params, {k: with_labels.online_params[k] for k in ONLINE}, floor=0.1)
 
 
+@pytest.mark.slow
 def test_without_a_predictor(networks, initial_state):
     """The ablation: a step trains the other parts, and nothing of a predictor is left."""
     config = byol.get_config("demo,use_predictor=False")
@@ -481,6 +487,7 @@ class Showing(nn.Module):
         return x.reshape(len(x), -1)
 
 
+@pytest.mark.slow
 def test_augment_views_are_what_a_step_sees():
     """With the step's key, before the normalisation: bit by bit, and other ones at other steps."""
     size = IMAGE_SHAPE[0]
@@ -581,6 +588,7 @@ def test_online_and_target_read_the_views_apart(networks, initial_state, views):
     np.testing.assert_allclose(apart[:BATCH], project(views)[:BATCH], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pmap_step_is_traced_once(networks, initial_state):
     """Over all devices, with a donated state that is first a host's and then the devices'."""
     traces = []

@@ -173,6 +173,7 @@ def losses_and_gradients(full_state, views):
 # ---------------------------------------------------------------------- loss and gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("predictor", "target", "beta"), VARIANTS)
 def test_a_variant_is_the_papers(losses_and_gradients, views, predictor, target, beta):
     """Loss and gradient; without a target network the gradient passes through both sides."""
@@ -193,6 +194,7 @@ def test_a_variant_is_the_papers(losses_and_gradients, views, predictor, target,
     np.testing.assert_allclose(outputs.target, projections, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("predictor", "beta"), [(True, 0.0), (True, 1.0), (False, 1.0)])
 def test_both_sides_carry_gradient_without_a_target_network(
     losses_and_gradients, views, predictor, beta
@@ -295,6 +297,7 @@ def two_updates(start_of):
     return after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("predictor", "target", "devices"),
     [*itertools.product([False], [False], [1, 2, 4, 8]), (True, True, 4)],
@@ -331,6 +334,7 @@ def test_a_config_binds_its_variant(start_of):
     assert metrics["finite"] == 1.0 and metrics["loss"] < expected - 0.1
 
 
+@pytest.mark.slow
 def test_a_run_without_a_target_network(tmp_path):
     """From the images to a checkpoint; there is no target to be far from."""
     folder = tiny_runs.write_images(tmp_path / "images", classes=3, count=32)

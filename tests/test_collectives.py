@@ -67,6 +67,7 @@ every_layout = pytest.mark.parametrize("devices", [0, 1, 2, 4, 8])
 every_cut = pytest.mark.parametrize("groups", [2, 4, 8])
 
 
+@pytest.mark.slow
 @every_layout
 @every_cut
 def test_what_is_dealt_out_can_be_collected(devices, groups):
@@ -79,6 +80,7 @@ def test_what_is_dealt_out_can_be_collected(devices, groups):
     assert (rows != back).mean() > 0.5
 
 
+@pytest.mark.slow
 @every_layout
 @every_cut
 def test_a_group_gets_the_same_rows_on_any_devices(devices, groups):

@@ -638,6 +638,7 @@ with workdir.opened(byol.get_config("demo"), sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_workdir_is_one_processs(tmp_path):
     """Another is told whose it is, and takes it once that one has ended, however it ended."""
     config = byol.get_config("demo")
@@ -684,6 +685,7 @@ def test_a_workdir_is_let_go_after_an_error(tmp_path):
 DEMO = "--config=configs/byol.py:demo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "named", "hint"),
     [

@@ -40,6 +40,7 @@ def test_stem(margins, height, width):
     same_with_gradients(lambda x, k: convolve(x, k, 2, margins), reference, x, kernel, atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margins", POOL_MARGINS)
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (12, 6), (7, 9)])
 def test_max_pool(margins, height, width):

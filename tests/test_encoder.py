@@ -93,6 +93,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------- a run's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "step", "expected"),
     [
@@ -123,6 +124,7 @@ def test_the_online_encoder_of_a_step(run, path, step, expected):
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_a_home_folder_and_a_relative_path(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     monkeypatch.setenv("HOME", str(run.parent))
@@ -147,6 +149,7 @@ def test_a_checkpoint_that_is_being_written_is_not_there(copy):
 # ---------------------------------------------------------------------- carrying it away
 
 
+@pytest.mark.slow
 def test_an_exported_encoder_is_the_one_it_came_from(run, tmp_path):
     """Its arrays bit for bit, what is needed to use it, and nothing of the run's paths."""
     frozen = encoder.load(str(run), 40)
@@ -205,6 +208,7 @@ def of_earlier_version(config):
     return older | {"data": config["data"] | crops, "augment": augment} | found
 
 
+@pytest.mark.slow
 def test_an_encoder_that_an_earlier_version_exported_is_read(tmp_path):
     """As if this version had written it; its own export has the names of today."""
     run = write_run(tmp_path / "run", steps=(5,), config=NEWER)
@@ -223,6 +227,7 @@ def test_an_encoder_that_an_earlier_version_exported_is_read(tmp_path):
     assert json.loads((again / "encoder.json").read_text()) == json.loads(written)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
     older = of_earlier_version(NEWER)
     run = write_run(tmp_path / "run", steps=(5,), config=older, data_info="found")
@@ -277,6 +282,7 @@ def test_a_broken_checkpoint_is_told(copy, damage):
     assert_same(encoder.load(str(copy), 40).variables, variables_of(40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 3, 100, -100])
 def test_a_truncated_export_is_told(run, tmp_path, size):
     encoder.export(encoder.load(str(run)), str(tmp_path))
@@ -285,6 +291,7 @@ def test_a_truncated_export_is_told(run, tmp_path, size):
     assert str(tmp_path) in refused(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", '{"config": null}', '{"step": 3}', '{"config": {}, "step": "x"}']
 )
@@ -296,6 +303,7 @@ def test_an_export_with_another_description_is_told(run, tmp_path, text):
     assert str(tmp_path) in refused(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -316,6 +324,7 @@ def test_a_config_of_another_architecture_is_told(run, tmp_path, changes, named)
     assert str(tmp_path) in line and named in line
 
 
+@pytest.mark.slow
 def test_a_run_of_another_architecture_is_told(tmp_path):
     """A run of other networks: a config without an encoder's section, and one of other shapes."""
     for name, config in (
@@ -329,6 +338,7 @@ def test_a_run_of_another_architecture_is_told(tmp_path):
 # ---------------------------------------------------------------------------- using it
 
 
+@pytest.mark.slow
 def test_an_untrained_encoder_has_the_shapes_and_no_more(run):
     """The same from the same seed, another from another, and nothing of the run's numbers."""
     frozen = encoder.load(str(run))
@@ -346,6 +356,7 @@ def test_an_untrained_encoder_has_the_shapes_and_no_more(run):
     encoder.check(frozen._replace(variables=first))
 
 
+@pytest.mark.slow
 def test_represent_is_the_runs_network(run):
     """In the run's type of number unless another is asked for."""
     frozen = encoder.load(str(run))

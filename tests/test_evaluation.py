@@ -130,6 +130,7 @@ def linear_probe(train, test, classes, **changes):
     return probes.linear(train, test, classes, **options).results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 7])
 def test_linear_probe_on_separable_classes(classes):
     results = linear_probe(blobs(140, classes, 0), blobs(70, classes, 1), classes)
@@ -138,6 +139,7 @@ def test_linear_probe_on_separable_classes(classes):
     assert results == {f"linear_probe_{name}": 1.0 for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 10])
 def test_linear_probe_on_random_labels_is_chance(classes):
     train, test = noise(400, classes, 0), noise(1000, classes, 1)
@@ -147,6 +149,7 @@ def test_linear_probe_on_random_labels_is_chance(classes):
         assert results["linear_probe_top5"] == pytest.approx(5 / classes, abs=0.08)
 
 
+@pytest.mark.slow
 def test_top5_counts_the_first_five():
     """Ten classes, five to a place: one of the five is right, and the five hold it."""
     train, test = blobs(300, 2, 0), blobs(300, 2, 1)
@@ -157,6 +160,7 @@ def test_top5_counts_the_first_five():
     assert results["linear_probe_top1"] == pytest.approx(0.2, abs=0.08)
 
 
+@pytest.mark.slow
 def test_linear_probe_with_a_class_of_one_image():
     train = blobs(61, 3, 0)
     labels = np.where(np.arange(61) == 60, 3, train.labels).astype(np.int32)
@@ -164,6 +168,7 @@ def test_linear_probe_with_a_class_of_one_image():
     assert results["linear_probe_top1"] > 0.9
 
 
+@pytest.mark.slow
 def test_linear_probe_never_fits_on_the_test_set():
     """With its labels permuted the same predictions are only scored anew."""
     train, test = blobs(60, 3, 0), blobs(30, 3, 1)
@@ -171,6 +176,7 @@ def test_linear_probe_never_fits_on_the_test_set():
     assert linear_probe(train, wrong, 3)["linear_probe_top1"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_strength_is_the_best_on_held_out_rows_by_scikit_learn():
     """Features of which most tell nothing: neither the strongest penalty nor the weakest."""
     rng = np.random.default_rng(0)
@@ -279,6 +285,7 @@ def variables(initial_state):
     return encoder_variables(dataclasses.replace(initial_state, online_stats=moved))
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_batches_or_devices(networks, variables, images):
     """Every row once and in order, on eight devices, whatever the batches; nothing is trained."""
     traces = []
@@ -312,6 +319,7 @@ def test_pixels_are_the_images(images):
 # ------------------------------------------------------------------------- all the probes
 
 
+@pytest.mark.slow
 def test_evaluate_measures_each_encoder_by_itself():
     """An encoder that shows the class against one that shows nothing, and the pixels."""
     rng = np.random.default_rng(0)

@@ -105,6 +105,7 @@ def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     """Full for the metrics first, then too small for a checkpoint; in between the run goes on."""
     images = tiny_runs.write_images(tmp_path / "images", 3, 60)

@@ -114,6 +114,7 @@ def points(folder: pathlib.Path) -> list[int]:
     return [line["step"] for line in lines]
 
 
+@pytest.mark.slow
 def test_each_checkpoint_of_a_run_is_evaluated_once_until_it_ends(
     run, going_on, tmp_path, clock, evaluated
 ):
@@ -177,6 +178,7 @@ def end(run, going_on, steps=(3, 4)) -> None:
     write_results(going_on, max(steps))
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_what_is_left_is_evaluated(run, going_on, killed_watch, evaluated):
     assert read(killed_watch / "results.json")["step"] == 2
     end(run, going_on)
@@ -185,6 +187,7 @@ def test_after_a_kill_only_what_is_left_is_evaluated(run, going_on, killed_watch
     assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_removed_checkpoint_stays_evaluated(run, going_on, killed_watch, evaluated):
     """The run keeps only its newest."""
     shutil.rmtree(going_on / "checkpoints" / "1")
@@ -196,6 +199,7 @@ def test_a_removed_checkpoint_stays_evaluated(run, going_on, killed_watch, evalu
     assert points(log_of(going_on, "job")) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before_the_copy", [True, False])
 def test_a_kill_between_a_result_and_its_point_loses_none(
     run, going_on, killed_watch, evaluated, monkeypatch, before_the_copy
@@ -221,6 +225,7 @@ def test_a_kill_between_a_result_and_its_point_loses_none(
     assert read(killed_watch / "results.json")["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_last_result_and_its_point(
     run, going_on, killed_watch, evaluated, monkeypatch
 ):
@@ -239,6 +244,7 @@ def test_a_kill_between_the_last_result_and_its_point(
     assert read(killed_watch / "results.json")["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_job_without_measures_leaves_no_points(run, going_on, tmp_path, clock):
     end(run, going_on, steps=(2,))
     for _ in range(2):
@@ -247,6 +253,7 @@ def test_a_job_without_measures_leaves_no_points(run, going_on, tmp_path, clock)
     assert (tmp_path / "job" / "step_00000002" / "features.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_trains_goes_on_with_the_checkpoint_it_was_stopped_at(
     run, going_on, tmp_path, clock, evaluated, monkeypatch
 ):
@@ -273,6 +280,7 @@ def test_a_job_that_trains_goes_on_with_the_checkpoint_it_was_stopped_at(
     assert jobs.run(alone, str(tmp_path / "alone")) == results
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_left_out(
     run, going_on, tmp_path, evaluated, monkeypatch, clock
 ):
@@ -289,6 +297,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_left_out(
     assert evaluated == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_that_stays_is_told(run, going_on, tmp_path, clock):
     for path in (going_on / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
@@ -298,6 +307,7 @@ def test_a_broken_checkpoint_that_stays_is_told(run, going_on, tmp_path, clock):
         follow_run(going_on, tmp_path / "job")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_its_way_out_is_left_out(run, going_on, tmp_path, clock, evaluated):
     for path in (going_on / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
@@ -308,6 +318,7 @@ def test_a_checkpoint_on_its_way_out_is_left_out(run, going_on, tmp_path, clock,
     assert evaluated == [2]
 
 
+@pytest.mark.slow
 def test_another_job_in_a_watchs_workdir_is_refused(run, going_on, killed_watch, evaluated):
     end(run, going_on)
     with pytest.raises(UserError, match=r"config\.neighbours=\[3\]: the job there has \[5\]"):
@@ -319,6 +330,7 @@ def test_another_job_in_a_watchs_workdir_is_refused(run, going_on, killed_watch,
     follow_run(going_on, killed_watch, follow_poll_seconds=1.0, follow_patience_hours=1.0)
 
 
+@pytest.mark.slow
 def test_a_mended_command_may_go_to_the_same_workdir(run, going_on, tmp_path, clock):
     end(run, going_on, steps=(2,))
     with pytest.raises(UserError, match="neighbours"):
@@ -326,6 +338,7 @@ def test_a_mended_command_may_go_to_the_same_workdir(run, going_on, tmp_path, cl
     assert follow_run(going_on, tmp_path / "job", neighbours=(20,))["knn_k"] == 20
 
 
+@pytest.mark.slow
 def test_patience_ends_and_begins_anew_with_each_checkpoint(run, going_on, tmp_path, clock):
     """An hour for each look: five hours after the last checkpoint is above four."""
     wait = [lambda: None]
@@ -336,12 +349,14 @@ def test_patience_ends_and_begins_anew_with_each_checkpoint(run, going_on, tmp_p
     assert follow.done_steps(str(tmp_path / "job")) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_yet_is_waited_for(run, going_on, tmp_path, clock):
     shutil.rmtree(going_on / "checkpoints")
     clock.events = iter([lambda: end(run, going_on, steps=(1,))])
     assert follow_run(going_on, tmp_path / "job")["step"] == 1
 
 
+@pytest.mark.slow
 def test_what_is_no_run_cannot_be_watched(run, going_on, tmp_path, clock):
     encoder.export(encoder.load(str(run)), str(tmp_path / "exported"))
     for path in (
@@ -351,7 +366,7 @@ def test_what_is_no_run_cannot_be_watched(run, going_on, tmp_path, clock):
         run / "checkpoints",
         run / "checkpoints" / "1",
     ):
-        with pytest.raises(UserError, match=r"checkpoint=.*: must be a run's workdir, to be"):
+        with pytest.raises(UserError, match=r"checkpoint=.*: must be a run's workdir, to follow"):
             follow_run(path, tmp_path / "job")
 
 
@@ -377,6 +392,7 @@ def test_when_a_run_has_ended(tmp_path, steps, saved, newer, ended):
     assert follow.has_ended(str(tmp_path)) is ended
 
 
+@pytest.mark.slow
 def test_a_run_that_may_not_be_written_to_has_its_points_beside_the_results(
     run, going_on, tmp_path, clock
 ):
@@ -386,6 +402,7 @@ def test_a_run_that_may_not_be_written_to_has_its_points_beside_the_results(
     assert points(tmp_path / "job") == [1, 2]
 
 
+@pytest.mark.slow
 def test_two_watches_of_one_name_keep_their_points_apart(run, going_on, tmp_path, clock):
     end(run, going_on, steps=(2,))
     for parent in ("a", "b"):

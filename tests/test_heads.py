@@ -108,6 +108,7 @@ def test_a_style_has_its_parameters(style, hidden):
     assert not hidden or shapes["hidden/kernel"] == (FEATURES, HIDDEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("style", "hidden"), BOTH)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_head_is_numpys(style, hidden, training):
@@ -137,6 +138,7 @@ def test_simclrs_output_is_centred():
     np.testing.assert_allclose(np.std(y, 0), variables["params"]["output_bn"]["scale"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", PARAMETERS)
 @pytest.mark.parametrize("hidden", [128, 0])
 def test_initialisation(style, hidden):
@@ -174,6 +176,7 @@ def test_moco_draws_kernels_and_biases_apart():
     assert len({tuple(np.asarray(leaf)) for leaf in leaves}) == 4
 
 
+@pytest.mark.slow
 def test_a_heads_norms_are_the_encoders():
     """Decay, epsilon and the kind of average of a config reach every norm of the head."""
     config = simclr.get_config("demo,encoder.bn_decay=0.5,encoder.bn_epsilon=2.0")
@@ -203,6 +206,7 @@ def test_byols_heads_are_byols_unless_told():
         assert made == head_of("byol", *section.hidden_sizes, section.output_size)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_the_matmuls_only():
     for style in PARAMETERS:
         head = head_of(style, HIDDEN, dtype=jnp.bfloat16)
@@ -224,6 +228,7 @@ def test_rows_come_to_unit_length():
     np.testing.assert_allclose(l2_normalize(x.astype(np.float32)), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_of_zeros_stays_one_and_has_a_finite_gradient():
     x = np.array([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], np.float32)
     weights = np.array([1.0, 2.0, 3.0], np.float32)
@@ -237,6 +242,7 @@ def test_a_row_of_zeros_stays_one_and_has_a_finite_gradient():
 # ---------------------------------------------------------------------------- batch norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(16, 3), (16, 2, 3, 3)])
 @pytest.mark.parametrize(("devices", "groups"), [(0, 1), (0, 4), (4, 1), (4, 2), (4, 4), (2, 4)])
 def test_unbiased_averages(shape, devices, groups):
@@ -342,6 +348,7 @@ def _maps(model, x):
     return params["stem"]["kernel"], found
 
 
+@pytest.mark.slow
 def test_fixed_padding_is_symmetric_in_convolutions(maps):
     """At stride 2 on even maps, where TensorFlow's `same` begins a pixel later."""
     x, kernel, found = maps
@@ -373,6 +380,7 @@ def test_the_max_pool_pads_at_the_end_but_for_torch(maps, padding, before):
     np.testing.assert_allclose(seen["stage1_block1_conv1"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hidden_layers_one_after_the_other():
     """Three layers, the output normalised without scale or offset: SimSiam's projector."""
     head = MLPHead((HIDDEN, 4), OUTPUT, hidden_bias=False, output_norm="plain")

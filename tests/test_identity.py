@@ -319,6 +319,7 @@ def may_change(now: identity.Flat, before: identity.Flat) -> set[str]:
     return {name for name in now if not differences(now | {name: "another"}, now, free)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("now", "before", "free"),
     [
@@ -385,6 +386,7 @@ def age(workdir: pathlib.Path) -> None:
         (workdir / "config.json").write_text(json.dumps(earlier(config)))
 
 
+@pytest.mark.slow
 def test_an_earlier_run_goes_on(run, data, tmp_path, capfd):
     workdir = tiny_jobs.copy_run(run, tmp_path / "run", steps=2)
     age(workdir)
@@ -398,6 +400,7 @@ def test_an_earlier_run_goes_on(run, data, tmp_path, capfd):
     assert read(workdir / "config.json") == read(run / "config.json")
 
 
+@pytest.mark.slow
 def test_an_earlier_run_goes_on_as_itself_only(run, data, tmp_path):
     workdir = tiny_jobs.copy_run(run, tmp_path / "run", steps=2)
     age(workdir)
@@ -406,6 +409,7 @@ def test_an_earlier_run_goes_on_as_itself_only(run, data, tmp_path):
         tiny_jobs.make_run(data, workdir, views__global__view_2__solarize_prob=0.75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["knn", "linear_probe:byol"])
 def test_an_earlier_run_is_evaluated(run, tmp_path, job):
     """With its own normalisation, crops and flips: the numbers are those of the run of today."""

@@ -146,6 +146,7 @@ def relabelled(monkeypatch, change, splits=("test",)):
 # ------------------------------------------------------------------------------ features
 
 
+@pytest.mark.slow
 def test_embedded_features_are_the_encoders_of_these_very_images(run, data, embedded):
     """Each image once, with the label of its folder: by Pillow and Flax, one image at a time."""
     found = embedded("test")
@@ -162,6 +163,7 @@ def test_embedded_features_are_the_encoders_of_these_very_images(run, data, embe
         assert pathlib.Path(name).parent.name == f"class_{label}"
 
 
+@pytest.mark.slow
 def test_features_in_several_files_are_the_same(done, embedded):
     whole = embedded("test")
     folder = done("embed", split="test", format="npy", rows_per_file=7)
@@ -175,6 +177,7 @@ def test_features_in_several_files_are_the_same(done, embedded):
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_embed_takes_the_runs_test_split_or_all_of_other_data(run, data, tmp_path):
     results = run_job("embed", run, tmp_path / "own")
     assert results["split"] == "test" and results["embedded_images"] == TEST
@@ -212,6 +215,7 @@ def test_embed_takes_all_images_of_a_run_without_labels(run, tmp_path):
     assert results["embedded_images"] == 6 and results["classes"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_each_image_counts_once_whatever_the_batch(run, embedded, tmp_path, size):
     results = run_job("embed", run, tmp_path / "embed", split="test", feature_batch_size=size)
@@ -228,6 +232,7 @@ def test_each_image_counts_once_whatever_the_batch(run, embedded, tmp_path, size
 # ------------------------------------------------------------------------------- results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CLASSIFIED, "fewshot", "transfer", "embed"])
 def test_results_are_flat_and_say_where_they_come_from(name, done, run, transfer_sets):
     changes = transfer_sets if name == "transfer" else {}
@@ -245,6 +250,7 @@ def test_results_are_flat_and_say_where_they_come_from(name, done, run, transfer
     assert not list(workdir.rglob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIED)
 def test_the_confusion_matrix_holds_every_test_image_once(name, done):
     results, matrix = read(done(name) / "results.json"), confusion(done(name))
@@ -260,6 +266,7 @@ def test_the_confusion_matrix_holds_every_test_image_once(name, done):
     assert (done(name) / "plots" / "confusion_matrix.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_data_and_architecture_are_the_runs(done, run):
     ours = read(run / "config.json")
     for name in CLASSIFIED:
@@ -402,6 +409,7 @@ def test_a_finetuned_encoder_moved_and_can_be_evaluated_itself(done, run, tmp_pa
         assert np.any(x != flatten(after["params"])[path]), path
 
 
+@pytest.mark.slow
 def test_a_share_of_the_labels_is_drawn_evenly(done, data, monkeypatch, run, tmp_path):
     assert read(done("finetune") / "results.json")["train_images"] == 9  # 9.6 of 96, in 3 classes
     assert read(done("finetune:100pct") / "results.json")["train_images"] == TRAIN
@@ -431,6 +439,7 @@ def test_a_share_of_the_labels_is_drawn_evenly(done, data, monkeypatch, run, tmp
     assert results["train_images"] == len(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear_probe", "knn", "fewshot", "finetune"])
 def test_an_untrained_encoder_of_the_seed_is_measured_beside(name, run, done, tmp_path):
     changes = {"random_init": True}
@@ -454,6 +463,7 @@ def test_an_untrained_encoder_of_the_seed_is_measured_beside(name, run, done, tm
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 70])
 def test_the_closing_evaluation_of_a_run_and_the_jobs_on_it_agree(limit, data, tmp_path):
     """To the last bit, at the defaults of both; of a part of the images too."""
@@ -504,6 +514,7 @@ def transfer_sets(data, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_transfer_is_scikit_learns_on_each_set_that_is_there(
     done, embedded, run, transfer_sets, tmp_path
 ):
@@ -550,6 +561,7 @@ PICKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICKED)
 def test_nothing_is_picked_by_the_test_set(name, done, run, tmp_path, monkeypatch):
     """Other test labels change the accuracy and nothing else."""
@@ -567,6 +579,7 @@ def test_nothing_is_picked_by_the_test_set(name, done, run, tmp_path, monkeypatc
         assert_same(dict(heads[0]), dict(heads[1]))
 
 
+@pytest.mark.slow
 def test_transfer_picks_nothing_by_the_test_set(done, run, transfer_sets, tmp_path, monkeypatch):
     straight = read(done("transfer", **transfer_sets) / "results.json")
     relabelled(monkeypatch, lambda labels: labels[::-1].copy())
@@ -585,6 +598,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ending", "at"),
     [
@@ -626,6 +640,7 @@ def test_a_job_that_was_stopped_ends_as_one_that_never_was(
         assert not (workdir / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear_probe", "knn", "linear_probe:byol", "finetune:100pct"])
 def test_a_job_killed_before_its_results_comes_to_the_same(name, done, run, tmp_path, monkeypatch):
     def kill(*_):
@@ -681,6 +696,7 @@ EARLIER_NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear_probe", "knn", "transfer"])
 def test_a_job_that_an_earlier_version_did_is_not_repeated(
     name, done, run, transfer_sets, looks, tmp_path
@@ -695,7 +711,7 @@ def test_a_job_that_an_earlier_version_did_is_not_repeated(
     assert not {"data_info", "views", "C", "only", "follow"} & read(path).keys()
     results = run_job(name, run, tmp_path / "job", **changes)
     assert results == read(done(name, **changes) / "results.json") and not looks
-    with pytest.raises(UserError, match=r"job: config\.seed=1: the job there has 0; take"):
+    with pytest.raises(UserError, match=r"job: config\.seed=1: the job there has 0; use"):
         run_job(name, run, tmp_path / "job", seed=1, **changes)
 
 
@@ -718,6 +734,7 @@ def killed_before_results():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["run", "7"])
 def test_a_job_keeps_to_the_checkpoint_that_it_began_with(run, tmp_path, folder):
     """Though the run has gone on since."""
@@ -750,6 +767,7 @@ def test_a_checkpoint_that_is_gone_is_told(run, tmp_path):
 # ------------------------------------------------------------------------- exported encoders
 
 
+@pytest.mark.slow
 def test_an_exported_encoder_is_worth_the_same(run, done, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "exported"
     monkeypatch.setattr(sys, "argv", ["export", str(run), str(folder)])
@@ -766,6 +784,7 @@ def test_an_exported_encoder_is_worth_the_same(run, done, tmp_path, monkeypatch,
     assert run_job("linear_probe", folder, tmp_path / "job") == results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["knn", "finetune"])
 def test_an_encoder_that_an_earlier_version_exported_is_worth_the_same(name, run, done, tmp_path):
     """Its crops, flips and normalisation lay elsewhere in the config."""
@@ -833,6 +852,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes", "told"), MISTAKES)
 def test_mistakes_are_told_before_anything_is_done(
     name, changes, told, run, tmp_path, looks, transfer_sets
@@ -874,6 +894,7 @@ def all_but_one_class(data, tmp_path):
     return {"data__dir": str(folder)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["linear_probe", "knn", "fewshot", "finetune:100pct", "linear_probe:byol"]
 )
@@ -891,6 +912,7 @@ def test_test_classes_without_training_images(name, run, all_but_one_class, tmp_
         assert results[f"{PREFIX[name]}_top1"] == pytest.approx(np.trace(matrix) / TEST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["knn", "linear_probe", "fewshot", "finetune:100pct", "linear_probe:byol"]
 )
@@ -970,6 +992,7 @@ def test_a_handful_of_training_images_leaves_nothing_to_pick_on(run, tmp_path):
 # ---------------------------------------------------------------------------- real processes
 
 
+@pytest.mark.slow
 def test_real_processes(run, done, tmp_path):
     """SIGTERM while it trains, then the same command again; and a mistake, in one line."""
     fields = ["--config.batch_size=8", "--config.epochs=2.0", "--config.checkpoint_every_steps=2"]
@@ -1032,6 +1055,7 @@ def test_parts_of_a_stopped_embedding_do_not_stay(run, tmp_path):
     assert parts and parts == [f"features-{i:05d}.npy" for i in range(len(parts))]
 
 
+@pytest.mark.slow
 def test_transfer_of_images_of_several_classes(run, tmp_path):
     """A problem for each class, and VOC's metric."""
     TinyScenes(data_dir=str(tmp_path / "sets")).download_and_prepare()

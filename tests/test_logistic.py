@@ -66,6 +66,7 @@ def heads(features):
 # --------------------------------------------------------------------------- one label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardize", [True, False])
 def test_heads_are_scikit_learns(features, heads, standardize):
     if not standardize:
@@ -81,6 +82,7 @@ def test_heads_are_scikit_learns(features, heads, standardize):
     assert (np.diff(lengths) > 0.05 * lengths[:-1]).all() and lengths[-1] > 5 * lengths[0]
 
 
+@pytest.mark.slow
 def test_what_comes_of_the_default_tolerance(features):
     """Tens of passes, and the predictions of the exact solution but for rows on the border."""
     found = logistic.fit(features, CLASSES, PENALTIES)
@@ -92,6 +94,7 @@ def test_what_comes_of_the_default_tolerance(features):
         np.testing.assert_allclose(*centred, atol=0.01 * np.abs(centred[1]).max())
 
 
+@pytest.mark.slow
 def test_two_classes_have_two_columns(features):
     """scikit-learn has one for both, and yet the same strength means the same."""
     two = features._replace(labels=(features.labels == 0).astype(np.int32))
@@ -112,6 +115,7 @@ def test_logits_are_of_each_strength(features, heads):
 # -------------------------------------------------------------------------- rows, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardize", [True, False])
 def test_rows_of_weight_zero_take_no_part(features, standardize):
     """Not in the loss, nor in the mean and deviation, wherever they lie and whatever they hold."""
@@ -132,6 +136,7 @@ def test_weights_are_those_of_the_losses(features):
     assert_heads(found, expected, features.x)
 
 
+@pytest.mark.slow
 def test_rows_in_many_blocks(features, heads, monkeypatch):
     """15 rows to a device in blocks of 4, the last of the table only filled up."""
     monkeypatch.setattr(logistic, "_BLOCK", 4)
@@ -139,6 +144,7 @@ def test_rows_in_many_blocks(features, heads, monkeypatch):
     assert_heads(found, list(zip(heads.kernel, heads.bias, strict=True)), features.x)
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_devices():
     few = problem(5, dimensions=2)
     few = few._replace(labels=(np.arange(5) % CLASSES).astype(np.int32))
@@ -146,6 +152,7 @@ def test_fewer_rows_than_devices():
     assert_heads(found, [of_scikit_learn(*few, 0.5, True)], few.x)
 
 
+@pytest.mark.slow
 def test_strengths_in_turn_are_those_at_once(features, heads):
     """Where memory is short one after the other, in their order."""
     found = logistic.fit(features, CLASSES, PENALTIES, memory_gib=1e-9, **EXACT)
@@ -160,6 +167,7 @@ def test_strengths_in_turn_are_those_at_once(features, heads):
 # ------------------------------------------------------------------- features, labels
 
 
+@pytest.mark.slow
 def test_more_features_than_rows_and_some_that_tell_nothing_new():
     """31 of 20 rows, one that never changes and one that is the sum of two others.
 
@@ -173,6 +181,7 @@ def test_more_features_than_rows_and_some_that_tell_nothing_new():
     assert_heads(found, [of_scikit_learn(*wide, c, True) for c in (0.01, 1.0)], wide.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardize", [True, False])
 def test_several_labels_are_a_problem_for_each_class(features, standardize):
     """Some images have none, some have several; one against the rest, each by scikit-learn."""

@@ -251,6 +251,7 @@ def run(request):
     return states, metrics, keys
 
 
+@pytest.mark.slow
 def test_updates_are_the_papers(run):
     """Both encoders, queue, averages and every metric after each of five steps."""
     states, metrics, num_keys = run
@@ -477,6 +478,7 @@ def updates(devices, bn_groups=8, symmetric=False, accumulate_steps=1, batch_siz
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
@@ -503,6 +505,7 @@ def test_devices_do_not_change_the_update(devices, changes):
     assert a.step == b.step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [(0, {}), (8, {}), (8, {"bn_groups": 2, "symmetric": True}), (4, {"accumulate_steps": 2})],
@@ -514,6 +517,7 @@ def test_keys_are_enqueued_in_the_order_of_the_global_batch(devices, changes):
     np.testing.assert_array_equal(found, np.concatenate(keys))
 
 
+@pytest.mark.slow
 def test_microbatches_see_the_queue_as_it_was():
     """Two microbatches of four groups are two passes over the halves, and then one update."""
     state, metrics, outputs = updates(0, accumulate_steps=2)[0]
@@ -643,6 +647,7 @@ def test_shuffled_statistics_tell_nothing(devices):
         assert found_by_statistics(query, view) == 1 / 8
 
 
+@pytest.mark.slow
 def test_each_view_and_each_step_is_dealt_anew():
     """Which images share a group, by their keys: never two of a cell, and other ones each time."""
     partners = []
@@ -661,6 +666,7 @@ def test_each_view_and_each_step_is_dealt_anew():
 # --------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_a_step_holds_no_second_queue():
     """With the state donated, a queue of the paper's size is written where it lies."""
     networks, local, size = moco_networks(output_size=128), 8, 65536
@@ -685,6 +691,7 @@ def test_a_step_holds_no_second_queue():
 # ------------------------------------------------------------------------- initialisation
 
 
+@pytest.mark.slow
 def test_both_encoders_start_equal_in_buffers_of_their_own():
     state = init_of(moco_networks(hidden_sizes=()), optax.trace(0.9))(jax.random.PRNGKey(0))
     assert set(state.target_params) == {*KEY_PARTS}
@@ -944,6 +951,7 @@ def test_one_group_is_warned_of(fields):
     assert warning.startswith(f"WARNING: config.bn_groups={config.bn_groups} leaves")
 
 
+@pytest.mark.slow
 def test_a_queue_of_more_keys_than_images_is_warned_of(caplog, tmp_path):
     """Before a run trains anything."""
 
@@ -965,6 +973,7 @@ def test_a_queue_of_more_keys_than_images_is_warned_of(caplog, tmp_path):
     assert "config.queue_size=1024" in told and "1000" in told
 
 
+@pytest.mark.slow
 def test_a_tie_is_no_find():
     """All vectors alike: the own key is not told from the queue's."""
     same = np.ones((4, 3), np.float32) / np.sqrt(3, dtype=np.float32)

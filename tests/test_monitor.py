@@ -118,6 +118,7 @@ def weighted_vote(bank: Features, queries: Features, k: int, temperature: float)
     return float(np.mean(right))
 
 
+@pytest.mark.slow
 def test_knn_is_that_of_the_steps_encoder(labelled):
     config, data, directory, _ = labelled
     lines = {line["step"]: line for line in tiny_runs.recorded(directory)}
@@ -131,12 +132,14 @@ def test_knn_is_that_of_the_steps_encoder(labelled):
     assert len(set(expected.values())) == 2  # else it could be any step's
 
 
+@pytest.mark.slow
 def test_a_look_is_recorded_though_no_line_is_due(labelled):
     lines = tiny_runs.recorded(labelled[2])
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 8]
     assert [line["step"] for line in lines if "projection_std" in line] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_pictures_are_there(labelled):
     folder = labelled[2] / "plots"
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in PICTURES]
@@ -145,6 +148,7 @@ def test_pictures_are_there(labelled):
         assert min(picture.shape[:2]) > 100 and picture.std() > 5, name
 
 
+@pytest.mark.slow
 def test_view_pairs_are_what_the_step_saw(labelled, tmp_path):
     config, data, directory, _ = labelled
     batch = next(inputs.train_batches(config, data, STEPS - 1))
@@ -173,6 +177,7 @@ def test_view_pairs_are_what_the_step_saw(labelled, tmp_path):
     np.testing.assert_allclose(loss, recorded["loss"] + recorded["probe_loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_neighbours_are_the_nearest_and_carry_their_classes(labelled):
     config, data, directory, drawn = labelled
     bank, queries = features_at(config, data, directory, STEPS)
@@ -204,6 +209,7 @@ def test_neighbours_are_the_nearest_and_carry_their_classes(labelled):
             np.testing.assert_allclose(cosine[i, place], value, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_map_shows_held_out_images(labelled):
     config, data, directory, drawn = labelled
     _, queries = features_at(config, data, directory, STEPS)
@@ -212,12 +218,14 @@ def test_the_map_shows_held_out_images(labelled):
     np.testing.assert_array_equal(labels, queries.labels[:11])
 
 
+@pytest.mark.slow
 def test_curves_are_those_of_the_whole_run(labelled):
     (history,), told = labelled[3].learning_curves
     assert history == metrics.read_history(str(labelled[2]))
     assert told["reference"] is None and "byol" in told["title"]
 
 
+@pytest.mark.slow
 def test_a_run_without_labels(tmp_path, monkeypatch):
     """No kNN accuracy; all pictures nevertheless, of the training images alone."""
     folder = tiny_runs.write_images(tmp_path / "images", 0, 40)
@@ -274,6 +282,7 @@ def separable(tmp_path_factory):
     return tiny_runs.write_images(tmp_path_factory.mktemp("separable"), 3, 60)
 
 
+@pytest.mark.slow
 def test_a_run_that_collapses_is_told_of_once(separable, tmp_path, capfd):
     """Also when it goes on in another process; and what it ends with says so."""
     config = collapse_config(separable, use_predictor=False)
@@ -302,6 +311,7 @@ def test_a_run_that_collapses_is_told_of_once(separable, tmp_path, capfd):
     assert results["collapsed"] is True and results["collapsed_at_step"] == step
 
 
+@pytest.mark.slow
 def test_a_run_that_recovers_is_told_of(separable, tmp_path, capfd, monkeypatch):
     """A collapse that is over is news, and none is left in the results."""
     seen = iter([0.01, 0.01, 0.5, 0.5])
@@ -338,6 +348,7 @@ def far_reference(monkeypatch):
     return use
 
 
+@pytest.mark.slow
 def test_a_healthy_run_far_from_its_reference_is_told_that_once(
     separable, tmp_path, capfd, far_reference
 ):

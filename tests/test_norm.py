@@ -109,6 +109,7 @@ def test_bfloat16_input_keeps_float32_statistics():
     np.testing.assert_allclose(np.asarray(y, np.float32), outputs, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("views", "groups"), [(1, 1), (2, 4)])
 @pytest.mark.parametrize("shape", [(2 * BATCH, CHANNELS), (2 * BATCH, 2, 3, CHANNELS)])
@@ -172,6 +173,7 @@ def expected_for(groups):
     return by_hand(x, v, 2, groups), jax.device_get(grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 def test_groups_are_the_same_on_any_number_of_devices(groups, devices):

@@ -107,6 +107,7 @@ def assert_states_agree(got, expected, stats=True):
     assert a.step == b.step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("bn_groups", [1, 4])
 def test_devices_do_not_change_the_update(networks, devices, bn_groups):
@@ -116,6 +117,7 @@ def test_devices_do_not_change_the_update(networks, devices, bn_groups):
     )
 
 
+@pytest.mark.slow
 def test_groups_do_change_the_update(networks):
     """So that the test above compares two different computations."""
     one, four = (two_updates(networks, 0, groups)[0].online_params for groups in (1, 4))
@@ -123,6 +125,7 @@ def test_groups_do_change_the_update(networks):
     assert np.abs(difference).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [0, 2, 4])
 def test_microbatches_do_not_change_the_update(networks, devices):
     """Two microbatches of two groups each are one batch of four groups.
@@ -133,6 +136,7 @@ def test_microbatches_do_not_change_the_update(networks, devices):
     assert_states_agree(accumulated, two_updates(networks, 0, bn_groups=4), stats=False)
 
 
+@pytest.mark.slow
 def test_microbatches_on_any_devices_leave_the_same_averages(networks):
     expected = two_updates(networks, 0, bn_groups=4, accumulate_steps=2)
     for devices in (2, 4):
@@ -140,6 +144,7 @@ def test_microbatches_on_any_devices_leave_the_same_averages(networks):
         assert_states_agree(got, expected)
 
 
+@pytest.mark.slow
 def test_microbatches_move_the_averages_in_turn(networks, initial_state):
     """As two passes over the two halves of the batch would."""
     step, optimizer = tiny_step(networks, bn_groups=2, accumulate_steps=2)
@@ -395,6 +400,7 @@ def logged_losses(workdir):
     return {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["byol", "moco", "simclr"])
 def test_two_processes_are_one_run(name, tmp_path):
     """Two processes of one device each do what one process does, from flags to checkpoint."""
@@ -444,6 +450,7 @@ def test_two_processes_are_one_run(name, tmp_path):
     assert results["device_count"] == 2 and results["steps"] == 3
 
 
+@pytest.mark.slow
 def test_shard_maps_default_sums_gradients_of_replicated_parameters():
     """Why a step is mapped with `check_vma=False`: with the default its mean is a sum."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("d",))

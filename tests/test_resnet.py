@@ -29,6 +29,7 @@ def count(params):
 # --------------------------------------------------------------------------------- sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "parameters", "features"),
     [
@@ -49,6 +50,7 @@ def test_parameters_and_features(depth, parameters, features):
     assert model.num_features == features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "features"), [(2.0, 4096), (0.5, 1024), (1 / 16, 128)])
 def test_width_multiplies_the_channels(width, features):
     model = ResNet(50, width=width)
@@ -69,6 +71,7 @@ def map_sizes(stem, size):
     return [seen[name]["__call__"][0].shape[1] for name in names]
 
 
+@pytest.mark.slow
 def test_stems():
     # A stride-2 stem and a max-pool before stage 1, or neither; then halves from stage 2 on.
     assert map_sizes("imagenet", 64) == [32, 16, 8, 4, 2]
@@ -100,6 +103,7 @@ def conv_by_hand(x, kernel, stride, padding):
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["same", "torch"])
 @pytest.mark.parametrize(
     ("height", "width", "size", "stride"),
@@ -140,6 +144,7 @@ def test_paddings_differ_at_stride_2():
     np.testing.assert_array_equal(symmetric[0, :, :, 0], x[0, ::2, ::2, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("map_size", "size", "stride"), [(2, 3, 1), (4, 3, 2), (4, 1, 1), (5, 1, 2)]
 )
@@ -174,6 +179,7 @@ def initialised(depth, zero):
     return model, init(jax.random.PRNGKey(0), jnp.zeros((1, 8, 8, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "last"), [(18, "conv2_bn"), (50, "conv3_bn")])
 def test_each_block_starts_as_its_shortcut(depth, last):
     """With the last gammas at 0: relu of the shortcut, block after block, by hand."""
@@ -195,6 +201,7 @@ def test_each_block_starts_as_its_shortcut(depth, last):
     np.testing.assert_allclose(model.apply(variables, x), y.mean((1, 2)), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gammas_can_start_at_1():
     _, variables = initialised(18, False)
     scales = {k: v["scale"] for k, v in variables["params"].items() if k.endswith("_bn")}

@@ -245,6 +245,7 @@ def run(request):
     return request.param, tiny_config(request.param), states, metrics
 
 
+@pytest.mark.slow
 def test_each_update_is_the_papers(run):
     """From each state that a step found: loss, new parameters and averages, in three steps."""
     name, config, states, metrics = run
@@ -294,6 +295,7 @@ def test_outputs_are_what_the_loss_compares(run):
     assert states[0].target_params == {} and "tau" not in metrics[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_devices_do_not_change_the_update(name):
     """Moments, the matrices and the norms are those of the global batch: all agree to 1e-5."""
@@ -359,6 +361,7 @@ def both_engines(request):
     return after("pmap"), after("shard_map")
 
 
+@pytest.mark.slow
 def test_both_engines_give_the_same(both_engines):
     (state, metrics), (other_state, other_metrics) = both_engines
     assert_close(metrics, other_metrics, 1e-6, floor=0.1)
@@ -379,6 +382,7 @@ def vectors(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+@pytest.mark.slow
 def test_losses_are_the_papers():
     p, z = vectors(2, 7, 4), 2 * vectors(2, 7, 4, seed=1) + 1
     p32, z32 = p.astype(np.float32), z.astype(np.float32)
@@ -403,6 +407,7 @@ def test_losses_at_their_ends():
     np.testing.assert_allclose(terms, (0, 2 * (1 - 0.01), 0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_simsiam_takes_projections_as_constants():
     """The gradient is that of constant targets even where they depend on the same variable."""
     p = vectors(6, 5).astype(np.float32)
@@ -418,6 +423,7 @@ def test_simsiam_takes_projections_as_constants():
 # -------------------------------------------------------------------------------- recipes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("arg", ["imagenet", "cifar10", "imagenette", "folder", "demo"])
 def test_every_preset_is_valid(name, arg):
@@ -533,6 +539,7 @@ def test_what_is_no_method(name):
         find(name)
 
 
+@pytest.mark.slow
 def test_methods_are_found_from_anywhere(tmp_path):
     """Also where the packages are installed as editable, which no listing of the path shows."""
     command = "from selfsup_jax.build import find, names; find('byol'); print(*names())"

@@ -121,6 +121,7 @@ def test_a_stopped_process_tells_its_step_and_how_to_go_on():
     assert "\n" not in str(told)
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(
     images, tmp_path, monkeypatch, handlers
 ):
@@ -228,6 +229,7 @@ def results_of(workdir) -> dict:
     return results
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
     start, begun, request, tmp_path
 ):
@@ -264,6 +266,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
     assert results_of(workdir) == results_of(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(start, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
@@ -288,6 +291,7 @@ def test_a_run_goes_on_with_another_number_of_devices(start, undisturbed, tmp_pa
             np.testing.assert_allclose(value, other[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be_is_told_before_anything_is_compiled(tmp_path):
     """By `run_experiment.py` itself: its large networks would take a minute."""
     (tmp_path / "file").write_text("")

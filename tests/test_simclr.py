@@ -260,6 +260,7 @@ def test_batch_offset_is_the_devices_place_in_the_batch():
     assert abs(wrong - blocks[1][0]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_on_devices_the_loss_is_the_plain_forms(devices):
     """Loss, accuracy and the gradient by every projection: of one call without any axis."""
@@ -307,6 +308,7 @@ def test_gradients_reach_both_views_and_all_rows():
 # ----------------------------------------------------------------------------- gradients
 
 
+@pytest.mark.slow
 def test_outputs_are_what_the_loss_compares(built, loss_and_gradient, first_state, images):
     ((total, out), _), labels = loss_and_gradient
     metrics, outputs = out.metrics, out.outputs
@@ -333,6 +335,7 @@ def test_outputs_are_what_the_loss_compares(built, loss_and_gradient, first_stat
     np.testing.assert_allclose(total, 2 * loss + probe_loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_finite_differences(loss_and_gradient, first_state, images):
     (_, gradient), labels = loss_and_gradient
     flat = images.astype(np.float64).reshape(-1, *IMAGE_SHAPE)
@@ -344,6 +347,7 @@ def test_gradient_is_that_of_finite_differences(loss_and_gradient, first_state, 
 # -------------------------------------------------------------------------- whole updates
 
 
+@pytest.mark.slow
 def test_updates_are_the_papers(four_steps):
     """Parameters, averages and every metric after each of four steps, from a config on."""
     states, metrics = four_steps
@@ -474,6 +478,7 @@ def two_updates(first_state):
     return on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_devices_do_not_change_the_update(two_updates, devices):
     """The negatives are those of the global batch, and its norms: all is the same to 1e-5."""
@@ -486,6 +491,7 @@ def test_devices_do_not_change_the_update(two_updates, devices):
     assert a.target_params == {} and a.step == b.step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 8])
 def test_gradients_flow_through_gathered_rows(devices):
     """The mean of the devices' gradients is one device's; it isn't if the rows were constants."""
@@ -519,6 +525,7 @@ def test_gradients_flow_through_gathered_rows(devices):
 # --------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.slow
 def test_a_saved_state_goes_on_as_if_it_had_not_been(four_steps, step, tmp_path):
     states, _ = four_steps
     checkpoints = Checkpoints(str(tmp_path))
@@ -533,6 +540,7 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(four_steps, step, tmp_path)
     assert_same(after, states[3])
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_without_a_target(tmp_path):
     """What is measured of a run's outputs is, and a distance of the target is not."""
     folder = tiny_runs.write_images(tmp_path / "images", classes=3, count=32)
@@ -569,6 +577,7 @@ def get(config, field):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid(preset):
     config = simclr.get_config(preset)

@@ -136,6 +136,7 @@ def trained(source: sources.Source, batch_size: int, count: int, num_views: int 
 # -------------------------------------------------------------------------------- subset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["array", "path", "encoded", "streamed"])
 @pytest.mark.parametrize("numbers", [[2, 3, 11, 20, 22], [20, 3, 22, 2]], ids=str)
 def test_a_subset_is_the_examples_that_were_chosen(source_of, kind, numbers):
@@ -164,6 +165,7 @@ def test_a_subset_is_the_examples_that_were_chosen(source_of, kind, numbers):
     np.testing.assert_array_equal(evaluated(whole)["name"], everything["name"])
 
 
+@pytest.mark.slow
 def test_a_streamed_split_gives_what_it_does_in_memory(source_of):
     """The same batches of the same crops: how much fits in memory is no matter of results."""
     by_label = lambda labels, names: np.flatnonzero(labels != 1)  # noqa: E731
@@ -217,6 +219,7 @@ def test_several_labels_are_rows_of_zeros_and_ones(tfds_dir, options):
         np.testing.assert_array_equal(part[key], everything[key][kept], err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
 def test_where_they_are_not_asked_for_the_images_count_as_unlabelled(tfds_dir, options):
     """As pretraining reads them: no class, no label in a batch."""

@@ -182,6 +182,7 @@ def test_the_encoder_stays_as_it_was(variables, probe_steps):
         assert state.online_params.keys() == {"classifier"} and state.online_stats == {}
 
 
+@pytest.mark.slow
 def test_no_gradient_passes_back_to_the_encoder(probe_steps):
     params = probe_steps[-1][0].online_params
     rng = np.random.default_rng(0)
@@ -218,6 +219,7 @@ def flipped_probe(variables, batches):
     return step, state, run_steps(step, state, batches[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_probes_are_the_same_on_any_number_of_devices(flipped_probe, probe_steps, batches, devices):
     """With flips, which are drawn for each example wherever it lies."""
@@ -325,6 +327,7 @@ def test_finetuning_is_sgd_of_both_parts(variables, batches, finetune_steps, tra
         assert metrics["finite"] and state.target_params == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["encoder", "classifier"])
 def test_the_two_rates_are_apart(variables, batches, frozen):
     """With a rate of 0 a part stays as it was, bit by bit, while the other learns."""
@@ -348,6 +351,7 @@ def flipped_finetune(variables, batches):
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "train_batch_norm"), [(1, True), (2, True), (4, True), (8, True), (8, False)]
 )
@@ -382,6 +386,7 @@ def test_each_step_and_each_seed_draws_flips_of_its_own(flipped_finetune, batche
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
+@pytest.mark.slow
 def test_every_image_is_flipped_where_that_is_sure(variables, batches):
     """As if the images had been mirrored before, for heads and for finetuning."""
     mirrored = batches[0] | {"view_1": batches[0]["view_1"][:, :, ::-1]}

@@ -166,6 +166,7 @@ def whole(images, tmp_path_factory):
     return config, directory, returned, begun
 
 
+@pytest.mark.slow
 def test_each_variant_is_run_once_with_each_seed(whole):
     """Seed by seed, so that a table of the first is there early."""
     _, directory, _, begun = whole
@@ -177,6 +178,7 @@ def test_each_variant_is_run_once_with_each_seed(whole):
         assert read(directory / variant / f"seed_{seed}" / "results.json")["seed"] == seed
 
 
+@pytest.mark.slow
 def test_the_record_holds_every_run(whole):
     config, directory, _, _ = whole
     record = read(directory / "runs.json")
@@ -195,6 +197,7 @@ def test_the_record_holds_every_run(whole):
         assert entry["seconds"] > 0 and entry["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 def test_the_table_has_means_and_deviations(whole):
     """Of the results that the runs wrote themselves; fractions as percentages."""
     _, directory, returned, _ = whole
@@ -225,6 +228,7 @@ def test_the_table_has_means_and_deviations(whole):
     assert text.startswith("Two rates\n") and "to come" not in text
 
 
+@pytest.mark.slow
 def test_a_second_call_repeats_nothing(whole, begun):
     config, directory, returned, _ = whole
     table, before = (directory / "table.md").read_bytes(), files_of(directory)
@@ -259,6 +263,7 @@ def copy_without(source: pathlib.Path, target: pathlib.Path, names: list[str]) -
     return target
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on(whole, begun, at_step, tmp_path, capfd):
     """Told to stop in one run and broken off in another: all ends as if it had not been."""
     config, undisturbed, returned, _ = whole
@@ -292,6 +297,7 @@ def test_a_sweep_that_is_stopped_goes_on(whole, begun, at_step, tmp_path, capfd)
         assert lines == tiny_runs.recorded(undisturbed / name) and len(lines) == 4
 
 
+@pytest.mark.slow
 def test_a_run_without_its_entry_is_not_trained_again(whole, begun, tmp_path):
     """As after a process that ended between the run's results and the record."""
     config, undisturbed, returned, _ = whole
@@ -326,6 +332,7 @@ def test_what_is_done_is_told_while_the_rest_is_to_come(images, pretended, tmp_p
 # --------------------------------------------------------------- what is done, and what is new
 
 
+@pytest.mark.slow
 def test_an_added_seed_or_variant_adds_its_own_runs(images, pretended, tmp_path):
     sweep.run(make_config(images, seeds=(0,)), str(tmp_path), BUILDS)
     assert pretended.begun == ["low/seed_0", "high/seed_0"]
@@ -377,6 +384,7 @@ def test_where_the_data_lies_may_change(images, pretended, tmp_path):
     assert pretended.begun == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field", ["monitor__diagnostics_every_steps", "monitor__max_rows", "eval__knn_k"]
 )
@@ -412,6 +420,7 @@ def test_a_record_of_an_earlier_version_counts(images, pretended, tmp_path):
 # --------------------------------------------------------------------- runs that come to nothing
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_told_and_not_repeated(images, begun, tmp_path):
     """The others are run; what it would have measured is left out."""
     rates = {"wild": {"optimizer__learning_rate": 1e30}, "low": {"optimizer__learning_rate": 0.1}}
@@ -432,6 +441,7 @@ def test_a_run_that_diverges_is_told_and_not_repeated(images, begun, tmp_path):
     assert len(begun) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_collapses_is_told(images, tmp_path):
     each = {"monitor__diagnostics_every_steps": 1}
     variants = {"flat": {"monitor__collapse_std": 1e9}, "fine": {"monitor__collapse_rank": 0.0}}
@@ -493,6 +503,7 @@ def test_published_numbers_stand_beside(images, pretended, tmp_path):
     assert list(rows["low"])[-1] == "paper"
 
 
+@pytest.mark.slow
 def test_table_and_record_are_published(images, pretended, tmp_path):
     """Once all is done, as in the sweep's own directory: what is there already may be whole."""
     here, there = tmp_path / "sweep", tmp_path / "docs" / "sweep"
@@ -622,6 +633,7 @@ def test_a_misspelt_field_names_the_nearest(arg, named, near):
     assert named in str(error.value) and near in str(error.value).partition(named)[2]
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_a_sweep(images, tmp_path):
     """A process from the command to the table, with tiny networks."""
     fields = tiny_runs.fields(images, steps=2, data__name="folder", eval__max_test_images=6)

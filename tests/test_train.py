@@ -199,6 +199,7 @@ def unhandled_signals():
     assert set(after.values()) == {fail}
 
 
+@pytest.mark.slow
 def test_stopping_and_going_on_changes_nothing(
     whole_run, folders, tmp_path, monkeypatch, interrupt, unhandled_signals
 ):
@@ -269,6 +270,7 @@ def test_a_checkpoint_counts_its_updates(whole_run):
         assert counts and all(c == step for c in counts)
 
 
+@pytest.mark.slow
 def test_a_finished_run_only_evaluates_again(whole_run, tmp_path, monkeypatch):
     config, workdir, results, _ = whole_run
     copy = tmp_path / "copy"
@@ -378,6 +380,7 @@ def save(checkpoints, state, step=None):
     checkpoints.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "keep_every", "left"),
     [(2, 0, [4, 5]), (1, 2, [2, 4, 5]), (2, 3, [3, 4, 5]), (9, 2, [1, 2, 3, 4, 5])],
@@ -457,6 +460,7 @@ def damage_files(folder, how):
         os.truncate(largest, largest.stat().st_size - 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["deleted", "cut", "emptied", "largest cut"])
 @pytest.mark.parametrize("item", ["state", "meta"])
 def test_a_broken_checkpoint_is_named_and_the_next_older_one(initial_state, tmp_path, item, how):
@@ -486,6 +490,7 @@ def test_a_broken_checkpoint_is_named_and_the_next_older_one(initial_state, tmp_
 PICTURES = ("learning_curves", "nearest_neighbours", "representation_map", "view_pairs")
 
 
+@pytest.mark.slow
 def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
     """kNN and pictures on the way change nothing; what looks like a collapse is told once."""
     changes = {"monitor.knn_every_steps": 3, "monitor.plots_every_steps": 3}
@@ -534,6 +539,7 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
     assert "WARNING" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_without_labels(folders, tmp_path):
     changes = {"steps": 2, "monitor.knn_every_steps": 1, "monitor.plots_every_steps": 2}
     config = tiny_config(folders["no labels"], **changes)
@@ -559,6 +565,7 @@ def files_of_step(config, step):
 RATE = {"optimizer.learning_rate": 1e38, "optimizer.schedule": "constant"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken_build", "changes", "step", "broken", "whole"),
     [
@@ -656,6 +663,7 @@ def test_a_checkpoint_waits_while_another_is_being_written(folders, tmp_path, mo
     assert saved == {4, 5, 8}
 
 
+@pytest.mark.slow
 def test_a_run_becomes_longer(folders, tmp_path):
     """Where no schedule depends on its length; a finished run that is longer already stays."""
     constant = {"optimizer.schedule": "constant", "tau_schedule": "constant"}
@@ -690,6 +698,7 @@ def test_without_a_checkpoint_there_is_no_run_to_keep_to(folders, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 8
 
 
+@pytest.mark.slow
 def test_some_steps_are_profiled(folders, tmp_path):
     profile = {"profile.first_step": 3, "profile.num_steps": 2}
     config = counting_config(folders["labels"], **profile)
@@ -703,6 +712,7 @@ def test_some_steps_are_profiled(folders, tmp_path):
     assert not (tmp_path / "another").exists()
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_good_is_not_given_up(folders, tmp_path):
     """Another multiple, or none, would delete the checkpoints that were to stay."""
     kept = {"keep_checkpoints": 1, "keep_every_steps": 2, "eval.enabled": False}
@@ -714,6 +724,7 @@ def test_what_is_kept_for_good_is_not_given_up(folders, tmp_path):
     assert steps == {2, 4, 6}
 
 
+@pytest.mark.slow
 def test_broken_images_are_counted_over_the_whole_run(tmp_path, monkeypatch):
     """A run that goes on knows of those that it found before it was stopped."""
     images = write_images(tmp_path / "images", 3, 60)
@@ -726,6 +737,7 @@ def test_broken_images_are_counted_over_the_whole_run(tmp_path, monkeypatch):
     assert again["undecodable_images"] == 1  # though nothing was read this time
 
 
+@pytest.mark.slow
 def test_no_picture_is_worth_a_run(folders, tmp_path, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise RuntimeError("no such font")
