@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from configs import common
+from configs import parsing
 from selfsup_jax.errors import Stopped, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -132,7 +132,7 @@ def _given_config(argv: list[str]) -> str:
 
 
 def _unreadable(config: str) -> str:
-    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation")}
+    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
     there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
     return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
 
@@ -147,7 +147,7 @@ def _unknown_field(argv: list[str]) -> str | None:
         key = arg.lstrip("-").partition("=")[0]
         if key.startswith("config."):
             try:
-                common.check_field(config, key.removeprefix("config."))
+                parsing.check_field(config, key.removeprefix("config."))
             except ValueError as e:
                 return str(e)
     return None

@@ -27,7 +27,7 @@ import itertools
 
 from ml_collections import ConfigDict
 
-from configs import byol, common
+from configs import byol, common, parsing
 
 # (predictor, target network, beta) -> the paper's top-1, %
 _PUBLISHED = {
@@ -44,7 +44,7 @@ _PUBLISHED = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return common.parse(arg, demo, cifar10, imagenet)
+    return parsing.parse(arg, demo, cifar10, imagenet)
 
 
 def demo() -> ConfigDict:

@@ -29,7 +29,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import barlow_twins, byol, common, moco, simclr, simsiam, vicreg
+from configs import barlow_twins, byol, common, moco, parsing, simclr, simsiam, vicreg
 
 _NAMES = {
     "moco_v1": "MoCo_v1",
@@ -96,7 +96,7 @@ _BEST = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return common.parse(arg, table, tune)
+    return parsing.parse(arg, table, tune)
 
 
 def table() -> ConfigDict:
@@ -150,7 +150,7 @@ def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
     config.checkpoint_every_steps = 400
     config = _small_heads(name, config)
     for field, value in tuned.items():
-        common.set_field(config, field, value)
+        parsing.set_field(config, field, value)
     return config
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, evaluation
+from configs import evaluation, parsing
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `field=value,...`."""
-    return common.parse(arg, fewshot)
+    return parsing.parse(arg, fewshot)
 
 
 def fewshot() -> ConfigDict:

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, evaluation
+from configs import common, evaluation, parsing
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
     presets = {"10pct": ten_percent, "1pct": one_percent, "100pct": all_labels}
-    return common.parse(arg, **presets)
+    return parsing.parse(arg, **presets)
 
 
 def one_percent() -> ConfigDict:

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, evaluation
+from configs import common, evaluation, parsing
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return common.parse(arg, fast, byol, moco)
+    return parsing.parse(arg, fast, byol, moco)
 
 
 def _probe(protocol: str) -> ConfigDict:

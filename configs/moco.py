@@ -27,12 +27,12 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets
+from configs import common, datasets, parsing
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return common.parse(arg, imagenet, v1, cifar10, imagenette, demo, folder)
+    return parsing.parse(arg, imagenet, v1, cifar10, imagenette, demo, folder)
 
 
 def imagenet() -> ConfigDict:

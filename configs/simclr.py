@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets
+from configs import common, datasets, parsing
 
 # Scaling of the learning rate with the batch -> base learning rate (appendix B.1).
 _BASE_RATES = {"linear": 0.3, "sqrt": 0.075}
@@ -32,7 +32,7 @@ _BASE_RATES = {"linear": 0.3, "sqrt": 0.075}
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return common.parse(arg, imagenet, cifar10, cifar10_lars, imagenette, demo, folder)
+    return parsing.parse(arg, imagenet, cifar10, cifar10_lars, imagenette, demo, folder)
 
 
 def imagenet(scaling: str = "linear") -> ConfigDict:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, evaluation
+from configs import evaluation, parsing
 
 _FIELDS = ("name", "train_split", "validation_split", "test_split", "metric")
 # Name -> (TFDS name, training, validation and test split, metric): BYOL's paper, appendix D. An
@@ -43,7 +43,7 @@ SETS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `field=value,...`."""
-    return common.parse(arg, transfer)
+    return parsing.parse(arg, transfer)
 
 
 def transfer() -> ConfigDict:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import checks, optim
 from selfsup_jax.build import Build
-from selfsup_jax.data import augment
+from selfsup_jax.data import views
 from selfsup_jax.data.crops import RESIZE_METHODS
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import bad_field
@@ -74,4 +74,4 @@ def check_values(config: ConfigDict) -> None:
     heads.check(config)
     optim.check(config)
     if "views" in config:
-        augment.check(config)
+        views.check(config)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
 from selfsup_jax.data import augment
+from selfsup_jax.data import views as view_groups
 from selfsup_jax.data.augment import ViewAugmentation
 from selfsup_jax.errors import UserError
 
@@ -216,7 +217,7 @@ def blur_oracle(image: np.ndarray, sigma: float, kernel: int, padding: str) -> n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding", augment.BLUR_PADDINGS)
+@pytest.mark.parametrize("padding", view_groups.BLUR_PADDINGS)
 @pytest.mark.parametrize("kernel", [1, 5, 23])
 def test_blur_is_a_separable_convolution(padding, kernel):
     images = random_images(4, 14, 12).astype(np.float32) / 255  # not square
@@ -450,10 +451,10 @@ def test_the_last_section_is_that_of_all_further_views():
 )
 def test_a_bad_value_of_any_group_is_named(field, value, valid):
     config = ConfigDict({"views": section(local=(3, FULL), **{"global": (2, FULL, FULL)})})
-    augment.check(config)
+    view_groups.check(config)
     config.update_from_flattened_dict({f"views.{field}": value})
     with pytest.raises(UserError) as error:
-        augment.check(config)
+        view_groups.check(config)
     message = str(error.value)
     assert message.startswith(f"config.views.{field}={value!r}: {valid}") and "\n" not in message
 

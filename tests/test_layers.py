@@ -124,7 +124,8 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
     named = {path.name for path in pure}
     assert {"losses.py", "keys.py", "negatives.py", "augment.py", "heads.py"} <= named
     # A `check(config)` takes the config that it is given, by `checks` alone.
-    ours = ("checks", "errors", "state", "method", "data.augment", "devices.collectives", "models")
+    ours = ("checks", "errors", "state", "method", "data.augment", "data.views")
+    ours += ("devices.collectives", "models")
     for path in pure:
         names = imports(SOURCES[path])
         packages = {name.split(".")[0] for name in names}

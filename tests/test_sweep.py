@@ -21,7 +21,7 @@ import tiny_runs
 from conftest import REPOSITORY, StandIn, process_env
 from ml_collections import ConfigDict
 
-from configs import byol_to_simclr, cifar10_methods, common
+from configs import byol_to_simclr, cifar10_methods, common, parsing
 from selfsup_jax import config as config_lib
 from selfsup_jax.build import find
 from selfsup_jax.data import inputs
@@ -190,7 +190,7 @@ def test_the_record_holds_every_run(whole):
     for name, entry in record.items():
         variant, seed = entry["variant"], entry["seed"]
         assert name == f"{variant}/seed_{seed}"
-        assert set(entry["config"]) == set(common.field_names(config.variants[variant])) - here
+        assert set(entry["config"]) == set(parsing.field_names(config.variants[variant])) - here
         assert entry["config"]["optimizer.learning_rate"] == RATES[variant]
         assert entry["config"]["seed"] == seed
         assert entry["results"] == read(directory / name / "results.json")

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu import device_crops, tfree_cifar
-from configs import common
+from configs import parsing
 from selfsup_jax.state import encoder_variables
 
 CLASSES = 10
@@ -69,7 +69,7 @@ def config_of(args: argparse.Namespace) -> Any:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        common.set_field(config, field, value)
+        parsing.set_field(config, field, value)
     return config.copy_and_resolve_references()
 
 

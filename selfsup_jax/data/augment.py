@@ -15,15 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from selfsup_jax import checks
-from selfsup_jax.errors import bad_field
+from selfsup_jax.data.views import groups_of, views_of
 
 Planes = tuple[jax.Array, jax.Array, jax.Array]  # red, green, blue: [B, H, W] each, in [0, 1]
 
 # ITU-R 601 luma: the channel weights of PIL, torchvision and BYOL's code.
 _LUMA = (0.2989, 0.5870, 0.1140)
-JITTER_STYLES = ("tensorflow", "torchvision")
-BLUR_PADDINGS = ("zero", "reflect")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,53 +85,6 @@ class Augmentation:
         """The networks' input: `augment_views`, then normalisation."""
         views = augment_views(rng, batch, self.groups)
         return {name: normalize(x, self.mean, self.std) for name, x in views.items()}
-
-
-def groups_of(config: Any) -> list[tuple[str, Any]]:
-    """(name, section) of each group in a section `views`; the global views come first."""
-    names = [name for name in ("global", "local") if name in config and config[name].count]
-    return [(name, config[name]) for name in names]
-
-
-def views_of(group: Any) -> list[Any]:
-    """The section of each view of a group; further views use the last section `view_N`."""
-    sections = [group[f"view_{i}"] for i in range(1, group.count + 1) if f"view_{i}" in group]
-    return sections + sections[-1:] * (group.count - len(sections))
-
-
-def check(config: Any) -> None:
-    """Checks the section `views` of a pretraining config.
-
-    Raises:
-        UserError: a field is invalid.
-    """
-    checks.in_range(config, ["views.global.count"], 1)
-    for name, group in groups_of(config.views):
-        path = f"views.{name}."
-        checks.in_range(config, [path + "count", path + "size"], 1)
-        checks.low_high(config, path + "area", top=1.0)
-        checks.low_high(config, path + "aspect")
-        for view in (key for key in group if key.startswith("view_")):
-            _check_view(config, f"{path}{view}.")
-    for field, triple in checks.present(config, ("views.mean", "views.std")):
-        if len(triple) != 3 or (field.endswith("std") and not min(triple) > 0):
-            raise bad_field(field, tuple(triple), "must be three numbers, deviations above 0")
-
-
-def _check_view(config: Any, path: str) -> None:
-    checks.one_of(config, path + "jitter_style", JITTER_STYLES)
-    checks.one_of(config, path + "blur_padding", BLUR_PADDINGS)
-    probabilities = ("flip", "jitter", "grayscale", "blur", "solarize")
-    checks.in_range(config, [f"{path}{name}_prob" for name in probabilities], 0, 1)
-    checks.in_range(config, [path + name for name in ("brightness", "contrast", "saturation")], 0)
-    checks.in_range(config, [path + "hue"], 0, 0.5)  # half a turn of the colour circle
-    for field, taps in checks.present(config, [path + "blur_kernel"]):
-        if taps < 1 or taps % 2 == 0:
-            raise bad_field(field, taps, "must be odd and at least 1")
-    sigmas = checks.present(config, [path + "blur_sigma_min", path + "blur_sigma_max"])
-    (field, low), (_, high) = sigmas
-    if not 0 < low <= high:
-        raise bad_field(field, low, "must be above 0 and at most sigma_max")
 
 
 def augment_view(

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from selfsup_jax.data import augment, crops, pipeline, sources
+from selfsup_jax.data import crops, pipeline, sources, views
 from selfsup_jax.devices import hosts, parallel
 
 
@@ -72,7 +72,7 @@ def load_split(
 def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[pipeline.HostBatch]:
     """This host's part of each global batch, from `first_step` on, endlessly."""
     specs: list[crops.CropSpec] = []
-    for _, group in augment.groups_of(config.views):
+    for _, group in views.groups_of(config.views):
         crop = (group.size, tuple(group.area), tuple(group.aspect), config.data.resize_method)
         specs += [crops.CropSpec(*crop)] * group.count
     return pipeline.train_batches(
