@@ -83,7 +83,8 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
             "that of the projector, which it is compared with",
         )
     if config.negatives_weight:
-        checks.equals(config, "accumulate_steps", 1, "the negatives are those of one global batch")
+        why = f"with negatives_weight={config.negatives_weight} all are of one global batch"
+        checks.equals(config, "accumulate_steps", 1, why)
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
     predictor = parts.predictor if config.use_predictor else None
     target_parts = TARGET_PARTS if config.use_target_network else ()

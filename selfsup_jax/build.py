@@ -64,7 +64,7 @@ def parts_from_config(
         count = given.get(name, 0)
         if count != wanted.get(name, 0):
             raise bad_field(
-                f"views.{name}.count", count, f"{config.method} takes {wanted.get(name, 0)}"
+                f"views.{name}.count", count, f"must be {wanted.get(name, 0)} for {config.method}"
             )
     image_shape = (config.views["global"].size, config.views["global"].size, 3)
     shared = {

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from selfsup_jax import checks, optim
 from selfsup_jax.build import Build
 from selfsup_jax.data import views
-from selfsup_jax.data.crops import RESIZE_METHODS
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import bad_field
 from selfsup_jax.models import encoders, heads
@@ -62,7 +61,7 @@ def check_values(config: ConfigDict) -> None:
         UserError: as `validate`.
     """
     checks.one_of(config, "compute_dtype", ("float32", "bfloat16"))
-    checks.one_of(config, "data.resize_method", RESIZE_METHODS)
+    checks.one_of(config, "data.resize_method", views.RESIZE_METHODS)
     checks.in_range(config, _AT_LEAST_ONE, 1)
     checks.in_range(config, _ABOVE_ZERO, 0, above=True)
     checks.in_range(config, _NOT_NEGATIVE, 0)

@@ -476,3 +476,14 @@ def test_normalize_is_per_channel():
     got = augment.normalize(jnp.asarray(x), mean, std)
     np.testing.assert_allclose(got, (x - np.array(mean)) / np.array(std), atol=1e-5)
     assert got.dtype == jnp.float32
+
+
+def test_groups_without_views_or_of_other_names_are_refused():
+    config = ConfigDict({"views": section(**{"global": (2, FULL, FULL)})})
+    del config.views["global"].view_1
+    with pytest.raises(UserError, match=r"^config\.views\.global: needs a section view_1"):
+        view_groups.check(config)
+    config = ConfigDict({"views": section(**{"global": (2, FULL, FULL)})})
+    config.views.medium = config.views["global"]
+    with pytest.raises(UserError, match=r"^config\.views\.medium: the groups .* global and local$"):
+        view_groups.check(config)

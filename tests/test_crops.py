@@ -7,6 +7,7 @@ from PIL import Image
 
 from selfsup_jax.data import crops, pipeline, sources
 from selfsup_jax.data.crops import CropSpec
+from selfsup_jax.data.views import RESIZE_METHODS
 
 # On a square image every box of these ranges fits, so that none is drawn again: the boxes have the
 # very distribution that is asked for.
@@ -148,7 +149,7 @@ def test_a_crop_is_the_box_resized():
         assert np.any(views[0].numpy() != views[1].numpy())
 
 
-@pytest.mark.parametrize("method", crops.RESIZE_METHODS)
+@pytest.mark.parametrize("method", RESIZE_METHODS)
 def test_a_crop_of_the_size_wanted_is_left_as_it_is(method):
     image = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
     box = tf.constant([[3, 5, 10, 10]])

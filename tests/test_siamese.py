@@ -485,7 +485,7 @@ def test_a_method_of_two_views_takes_no_other_number(name, count):
     for make in (parts_from_config, find(name)):
         with pytest.raises(UserError) as error:
             make(config, None, 4, 0)
-        assert str(error.value) == f"config.views.global.count={count}: {name} takes 2"
+        assert str(error.value) == f"config.views.global.count={count}: must be 2 for {name}"
     with pytest.raises(UserError, match=rf"^config\.views\.global\.count={count}: .*[^\n]$"):
         config_lib.validate(config, find(name))
 
@@ -494,7 +494,7 @@ def test_a_method_of_two_views_takes_no_other_number(name, count):
 def test_a_method_of_one_group_takes_no_local_views(name):
     with pytest.raises(UserError) as error:
         find(name)(with_local_views(preset(name, "demo"), 3), None, 4, 0)
-    assert str(error.value) == f"config.views.local.count=3: {name} takes 0"
+    assert str(error.value) == f"config.views.local.count=3: must be 0 for {name}"
     assert find(name)(with_local_views(preset(name, "demo"), 0), None, 4, 0)  # the same as none
 
 
@@ -505,7 +505,7 @@ def test_a_method_of_more_views_says_how_many():
         other = config if count is None else with_local_views(tiny_config("simsiam"), count)
         with pytest.raises(UserError) as error:
             parts_from_config(other, None, 4, 0, views=wanted)
-        assert str(error.value) == f"config.views.local.count={count or 0}: simsiam takes 3"
+        assert str(error.value) == f"config.views.local.count={count or 0}: must be 3 for simsiam"
     parts = parts_from_config(with_local_views(config, 3), None, 4, 0, views=wanted)
     assert {k: len(v) for k, v in parts.shared["augment"].groups.items()} == wanted
     assert list(parts.shared["augment"].groups) == ["global", "local"]

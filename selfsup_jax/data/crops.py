@@ -10,7 +10,6 @@ import numpy as np
 
 from selfsup_jax.data.host_tensorflow import tf
 
-RESIZE_METHODS = ("bicubic", "bilinear", "area", "lanczos3")
 _ATTEMPTS = 10  # as torchvision and the authors' code; after them a centre crop
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from selfsup_jax import checks
-from selfsup_jax.errors import bad_field
+from selfsup_jax.errors import UserError, bad_field
 
 JITTER_STYLES = ("tensorflow", "torchvision")
 BLUR_PADDINGS = ("zero", "reflect")
+RESIZE_METHODS = ("bicubic", "bilinear", "area", "lanczos3")
 
 
 def groups_of(config: Any) -> list[tuple[str, Any]]:
@@ -30,8 +31,13 @@ def check(config: Any) -> None:
         UserError: a field is invalid.
     """
     checks.in_range(config, ["views.global.count"], 1)
+    for name in config.views:
+        if name not in ("global", "local", "mean", "std"):
+            raise UserError(f"config.views.{name}: the groups of views are global and local")
     for name, group in groups_of(config.views):
         path = f"views.{name}."
+        if "view_1" not in group:
+            raise UserError(f"config.views.{name}: needs a section view_1, the views' augmentation")
         checks.in_range(config, [path + "count", path + "size"], 1)
         checks.low_high(config, path + "area", top=1.0)
         checks.low_high(config, path + "aspect")
@@ -53,6 +59,5 @@ def _check_view(config: Any, path: str) -> None:
         if taps < 1 or taps % 2 == 0:
             raise bad_field(field, taps, "must be odd and at least 1")
     sigmas = checks.present(config, [path + "blur_sigma_min", path + "blur_sigma_max"])
-    (field, low), (_, high) = sigmas
-    if not 0 < low <= high:
-        raise bad_field(field, low, "must be above 0 and at most sigma_max")
+    if len(sigmas) == 2 and not 0 < sigmas[0][1] <= sigmas[1][1]:
+        raise bad_field(*sigmas[0], "must be above 0 and at most blur_sigma_max")

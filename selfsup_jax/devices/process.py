@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from clu import periodic_actions
 
 from selfsup_jax.devices.collectives import groups_of_microbatch
 from selfsup_jax.errors import UserError
@@ -140,6 +139,8 @@ def profiler(workdir: str, first_step: int, num_steps: int) -> Callable[[int], A
     """A function of the step that traces `num_steps` steps from `first_step` on (0: none)."""
     if not first_step:
         return lambda step: None
+    from clu import periodic_actions  # imports TensorFlow
+
     return periodic_actions.Profile(
         logdir=workdir,
         num_profile_steps=num_steps,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import durations, optim
+from selfsup_jax import checks, durations, optim
 from selfsup_jax.data import sources
 from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.devices import hosts, parallel
@@ -24,6 +24,7 @@ from selfsup_jax.run.progress import log
 
 def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     """Prepares the job of `configs/finetune.py`."""
+    checks.equals(config, "views.global.count", 1, "the job trains on one view of each image")
     if not config.label_share > 0:
         raise bad_field("label_share", config.label_share, "must be above 0, at most 1")
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)

@@ -161,6 +161,7 @@ def _knn(train: Features, test: Features, num_classes: int, config: ConfigDict) 
 def _check_fewshot(config: ConfigDict, train_images: int) -> None:
     del train_images
     checks.numbers(config, "labels_per_class", whole=True)
+    checks.in_range(config, ["C"], 0, above=True)
     if config.draws < 2:
         raise bad_field("draws", config.draws, "must be at least 2, for an interval")
 

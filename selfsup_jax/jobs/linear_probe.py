@@ -36,6 +36,7 @@ def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
 
 def _prepare_sgd(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     checks.numbers(config, "learning_rates")
+    checks.equals(config, "views.global.count", 1, "the job trains on one view of each image")
     frozen_features.check_held_out(config, len(config.learning_rates), "learning_rates")
     parallel.check_batch(config.batch_size, config.accumulate_steps, bn_groups=1)
     if config.optimizer.name != "sgd":

@@ -103,7 +103,7 @@ def resolve_config(config: ConfigDict, frozen: FrozenEncoder) -> ConfigDict:
         config.views = config.get("views", ConfigDict())
         config.views.mean, config.views.std = (tuple(run["views"][k]) for k in ("mean", "std"))
         if "global" in config.views:
-            _fill_in_views(config.views["global"], run["views"]["global"], data.image_size)
+            _fill_in_views(config.views["global"], run["views"].get("global", {}), data.image_size)
         config.method = run.get("method", "")
         # A job's kNN then equals the one of the run. Imported encoders have no such fields.
         knn = {"neighbours": ("knn_k", 200), "temperatures": ("knn_temperature", 0.1)}
@@ -117,9 +117,9 @@ def _fill_in_views(group: ConfigDict, of_run: dict[str, Any], size: int) -> None
     """Fills empty crop and flip fields of the job with those of the run's first view."""
     group.size = group.size or size
     for field in ("area", "aspect"):
-        group[field] = tuple(group[field] or of_run[field])
+        group[field] = tuple(group[field] or of_run.get(field, ()))
     if group.view_1.flip_prob is None:
-        group.view_1.flip_prob = of_run["view_1"]["flip_prob"]
+        group.view_1.flip_prob = of_run.get("view_1", {}).get("flip_prob", 0.5)
 
 
 def _is_the_runs_data(data: ConfigDict, run_data: dict[str, Any]) -> bool:

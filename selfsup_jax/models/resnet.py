@@ -70,7 +70,7 @@ class ResNet(nn.Module):
             convolutions like `torch`, max-pooling like `same`).
         zero_init_gamma: the last norm of each residual branch starts at 0, so that a block starts
             as the identity.
-        kernel_init: `lecun` (BYOL's and SimCLR's code) or `kaiming_fan_out` (MoCo's).
+        kernel_init: `lecun` (BYOL's, SimCLR's code), `kaiming_fan_out` (MoCo's), `torch`.
         bn_decay, bn_epsilon, bn_unbiased_average: see `BatchNorm`.
         dtype: of convolutions and activations; parameters and statistics are float32.
     """

@@ -102,7 +102,8 @@ def steps_free(now: Flat, before: Flat) -> tuple[str, ...]:
         for fields in (now, before)
         for name in ("optimizer.schedule", "tau_schedule")
     }
-    return free + _LENGTHS * (schedules == {"constant"})
+    constant_decay = not any(fields.get("optimizer.weight_decay_end") for fields in (now, before))
+    return free + _LENGTHS * (schedules == {"constant"} and constant_decay)
 
 
 def is_length(field: str) -> bool:
@@ -141,6 +142,14 @@ _ADDED: Flat = {
 }
 
 
+_FLIPS: Flat = {
+    **{f"{name}_prob": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")},
+    **{"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
+    **{"jitter_style": "tensorflow", "blur_padding": "zero", "blur_kernel": 23},
+    **{"blur_sigma_min": 0.1, "blur_sigma_max": 2.0, "solarize_threshold": 0.5},
+}
+
+
 def upgraded(fields: Flat) -> Flat:
     """Flat fields under their current names; newer fields get the value of the old behaviour."""
     new: Flat = {}
@@ -155,6 +164,8 @@ def upgraded(fields: Flat) -> Flat:
             new[f"{head}.hidden_sizes"] = [hidden] if hidden else []
     if "optimizer.name" in new:
         new = _ADDED | new
+    if "flip_prob" in fields:  # a job that trained on flipped crops
+        new = {f"views.global.view_1.{name}": value for name, value in _FLIPS.items()} | new
     if "views.global.area" in new:
         new.setdefault("views.global.count", 2 if "views.global.view_2.flip_prob" in new else 1)
         new.setdefault("views.global.size", new.get("data.image_size"))

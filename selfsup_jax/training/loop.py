@@ -101,7 +101,9 @@ def fit(spec: TrainSpec) -> Trained:
         state = parallel.replicate(lambda s: s, latest)
         if first_step < spec.total_steps:
             state = train(spec, state, first_step, recorder, progress, monitor)
-        elif monitor:  # the process may have stopped after the last save, before the plots
+        elif (
+            monitor and spec.config.monitor.plots_every_steps
+        ):  # the process may have stopped after the last save, before the plots
             monitor.draw(first_step, state, batch=None)
     finally:
         progress.close()
