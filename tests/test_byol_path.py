@@ -357,7 +357,7 @@ def test_negatives_are_those_of_one_batch():
         tiny_build(config)
     message = str(error.value)
     assert message.startswith(
-        "config.accumulate_steps=2: must be 1: the negatives are those of one"
+        "config.accumulate_steps=2: must be 1: with negatives_weight=1.0 all are of one"
     )
     assert "\n" not in message
     tiny_build(tiny_config(True, True, 0.0, accumulate_steps=2))
