@@ -449,3 +449,15 @@ def test_the_command_line(tmp_path):
         assert failed.returncode == 2
         assert failed.stderr.startswith(f"error: {wrong}: ") and failed.stderr.count("\n") == 1
     assert not (tmp_path / "never.html").exists()
+
+
+def test_a_column_of_neighbours_says_how_many(tmp_path):
+    for name, k in (("a", 20), ("b", 20), ("c", 200)):
+        results = {"steps": 8, "knn_top1": 0.9, "knn_k": k, "linear_probe_top1": 0.9}
+        put(tmp_path / name / "config.json", {"job": "pretrain", "method": name, "seed": 0})
+        put(tmp_path / name / "results.json", results)
+    for names, heading in (("ab", "kNN, top-1, k 20"), ("abc", "kNN, top-1, k 20, k 200")):
+        report.write([str(tmp_path / name) for name in names], str(tmp_path / "page.html"))
+        text = (tmp_path / "page.html").read_text()
+        assert f"{heading}, %" in text and f"{heading}, k" not in text
+        assert "linear probe, top-1" in text and "linear probe, top-1, k" not in text

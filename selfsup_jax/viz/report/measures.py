@@ -179,6 +179,9 @@ def _columns(entries: Sequence[_Entry], labels: Mapping[str, str]) -> list[Colum
     for entry in entries:
         for name in measures(entry.results):
             title = measure_title(name, entry.group, entry.results.get(f"{name}_metric"))
+            if name.startswith("knn_"):
+                ks = {whole(e.results.get("knn_k")) for e in entries if e.group == entry.group}
+                title += "".join(f", k {k}" for k in sorted(k for k in ks if k))
             columns[entry.group, name] = Column(entry.group, name, title)
 
     return sorted(columns.values(), key=lambda c: (groups.index(c.group), rank(c.measure)))
