@@ -54,6 +54,21 @@ PLAIN_VIEWS = Augmentation({"global": (NO_AUGMENTATION, NO_AUGMENTATION)}, MEAN,
 IMAGE_SHAPE = (4, 4, 3)
 NUM_CLASSES = 3
 
+# What every method's preset of lightly's CIFAR-10 benchmark has.
+LIGHTLY = {
+    "epochs": 200,
+    "batch_size": 128,
+    "data.resize_method": "bilinear",
+    "views.global.area": (0.08, 1.0),
+    "views.mean": (0.485, 0.456, 0.406),
+    "views.std": (0.229, 0.224, 0.225),
+    "encoder.kernel_init": "torch",
+    "encoder.zero_init_gamma": False,
+    "encoder.bn_unbiased_average": True,
+    "projector.linear_init": "torch",
+    "optimizer.exclude": (),
+}
+
 
 class TinyEncoder(nn.Module):
     """One convolution with batch norm, then the mean over the map; the fields as ResNet's."""

@@ -10,6 +10,7 @@ import types
 
 import jax
 import pytest
+from conftest import LIGHTLY
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -138,17 +139,7 @@ def test_cifar10_is_lightlys_recipe():
     expected = {
         "data.name": "cifar10",
         "data.image_size": 32,
-        "epochs": 200,
-        "batch_size": 128,
-        "data.resize_method": "bilinear",
-        "views.global.area": (0.08, 1.0),
-        "views.mean": (0.485, 0.456, 0.406),
-        "views.std": (0.229, 0.224, 0.225),
-        "encoder.kernel_init": "torch",
-        "encoder.zero_init_gamma": False,
-        "encoder.bn_unbiased_average": True,
-        "projector.linear_init": "torch",
-        "optimizer.exclude": (),
+        **LIGHTLY,
         "tau_base": 0.99,
         "tau_schedule": "constant",
         "projector.output_bias": True,

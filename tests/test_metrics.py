@@ -268,7 +268,7 @@ def shown(stream: io.StringIO) -> str:
 
 def test_rate_and_time_to_go(clock):
     stream = io.StringIO()
-    line = progress.Progress(total=1000, first_step=0, images_per_step=64, stream=stream)
+    line = progress.Progress(1000, first_step=0, images_per_step=64, knn_k=20, stream=stream)
     line.restart(1)
     clock.now += 10
     rate = line.show(101, {"loss": 0.123456})
@@ -276,7 +276,7 @@ def test_rate_and_time_to_go(clock):
     assert shown(stream) == "step 101/1000 (10%)  640 images/s  ETA 1m30s  loss 0.1235"
     clock.now += 30  # slower: the rate is the interval's, the time to go that of all so far
     assert line.show(201, {"loss": 1.0, "probe_top1": 0.5, "knn_top1": 0.913}) == 64 * 100 / 30
-    for part in ("step 201/1000", "213 images/s", "ETA 2m40s", "50.0%", "91.3%"):
+    for part in ("step 201/1000", "213 images/s", "ETA 2m40s", "50.0%", "kNN (k 20) 91.3%"):
         assert part in shown(stream)
     assert line.images_per_second == 64 * 200 / 40
 

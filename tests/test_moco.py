@@ -13,6 +13,7 @@ import optax
 import pytest
 from conftest import (
     IMAGE_SHAPE,
+    LIGHTLY,
     MEAN,
     NUM_CLASSES,
     PLAIN_VIEWS,
@@ -849,17 +850,7 @@ def test_v1_is_v1s_recipe():
 def test_cifar10_is_the_benchmarks_recipe():
     """Its loss is the mean of both directions: for their sum half the rate and twice the decay."""
     expected = {
-        "epochs": 200,
-        "batch_size": 128,
-        "data.resize_method": "bilinear",
-        "views.global.area": (0.08, 1.0),
-        "views.mean": (0.485, 0.456, 0.406),
-        "views.std": (0.229, 0.224, 0.225),
-        "encoder.kernel_init": "torch",
-        "encoder.zero_init_gamma": False,
-        "encoder.bn_unbiased_average": True,
-        "projector.linear_init": "torch",
-        "optimizer.exclude": (),
+        **LIGHTLY,
         "tau_base": 0.99,
         "queue_size": 4096,
         "temperature": 0.1,

@@ -11,6 +11,7 @@ import pytest
 import tiny_runs
 from conftest import (
     IMAGE_SHAPE,
+    LIGHTLY,
     MEAN,
     NUM_CLASSES,
     STD,
@@ -652,17 +653,7 @@ def test_imagenet_is_the_papers_recipe():
 def test_cifar10_is_lightlys_recipe():
     """Its loss is the mean of both views: for their sum half the rate and twice the decay."""
     expected = {
-        "epochs": 200,
-        "batch_size": 128,
-        "data.resize_method": "bilinear",
-        "views.global.area": (0.08, 1.0),
-        "views.mean": (0.485, 0.456, 0.406),
-        "views.std": (0.229, 0.224, 0.225),
-        "encoder.kernel_init": "torch",
-        "encoder.zero_init_gamma": False,
-        "encoder.bn_unbiased_average": True,
-        "projector.linear_init": "torch",
-        "optimizer.exclude": (),
+        **LIGHTLY,
         "temperature": 0.5,
         "projector.hidden_sizes": (512,),
         "projector.output_size": 128,

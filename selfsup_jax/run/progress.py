@@ -34,12 +34,20 @@ class Progress:
         total: steps of the whole run.
         first_step: steps done before this process began.
         images_per_step: global batch size.
+        knn_k: neighbours of the kNN accuracy, if there is one.
         stream: where to write; stderr by default.
     """
 
     def __init__(
-        self, total: int, first_step: int, images_per_step: int, stream: TextIO | None = None
+        self,
+        total: int,
+        first_step: int,
+        images_per_step: int,
+        knn_k: int | None = None,
+        stream: TextIO | None = None,
     ):
+        self._shown = {"top1": "top-1", "probe_top1": "probe"}
+        self._shown["knn_top1"] = f"kNN (k {knn_k})" if knn_k else "kNN"
         self._total = total
         self._images_per_step = images_per_step
         self._stream = stream or sys.stderr
@@ -95,7 +103,7 @@ class Progress:
             left = (self._total - step) * self._counted_seconds / self._counted_steps
             parts += [f"{rate:,.0f} images/s", f"ETA {format_seconds(left)}"]
         parts.append(f"loss {metrics['loss']:.4f}")
-        for name, shown in (("top1", "top-1"), ("probe_top1", "probe"), ("knn_top1", "kNN")):
+        for name, shown in self._shown.items():
             if name in metrics:
                 parts.append(f"{shown} {100 * metrics[name]:.1f}%")
         self._write("  ".join(parts))

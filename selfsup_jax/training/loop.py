@@ -95,15 +95,15 @@ def fit(spec: TrainSpec) -> Trained:
     if first_step:
         log(f"resuming from step {first_step:,} in {spec.workdir}")
     recorder = Recorder(spec.workdir, first_step)
-    progress = Progress(spec.total_steps, first_step, spec.config.batch_size)
+    knn_k = spec.config.get("eval", {}).get("knn_k")
+    progress = Progress(spec.total_steps, first_step, spec.config.batch_size, knn_k)
     try:
         monitor = spec.monitor(recorder, progress) if spec.monitor else None
         state = parallel.replicate(lambda s: s, latest)
         if first_step < spec.total_steps:
             state = train(spec, state, first_step, recorder, progress, monitor)
-        elif (
-            monitor and spec.config.monitor.plots_every_steps
-        ):  # the process may have stopped after the last save, before the plots
+        elif monitor and spec.config.monitor.plots_every_steps:
+            # An earlier process may have stopped after the last save, before the plots.
             monitor.draw(first_step, state, batch=None)
     finally:
         progress.close()
