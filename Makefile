@@ -3,10 +3,11 @@ PYTHON ?= python3
 METHOD ?= byol
 DEMO := runs/demo$(if $(filter byol,$(METHOD)),,_$(METHOD))
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-newest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python run_experiment.py --config=configs/$(METHOD).py:demo --workdir=$(DEMO)
@@ -16,6 +17,11 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
+
+# The fast tests on the newest versions; they need Python >= 3.12, such as NEWEST=python3.13.
+NEWEST ?= python3.12
+test-newest:
+	$(MAKE) test-fast PYTHON=$(NEWEST) VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,11 +33,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # Rebuilds the environment when the declared dependencies change; otherwise reuses it.
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Python 3.11 or newer is needed, this is %d.%d; try make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-newest runs

@@ -1,4 +1,4 @@
-"""Packaging. `constraints.txt` lists the versions that were tested together."""
+"""Packaging. `constraints.txt` and `constraints-newest.txt` list versions tested together."""
 
 from setuptools import find_packages, setup
 
@@ -21,8 +21,9 @@ setup(
         "clu>=0.0.12",
         "ml-collections>=1.1.0",
         "tensorflow-datasets>=4.9.10",
-        "tensorflow-cpu>=2.21.0",  # tf.data only; it uses no accelerator
-        "tensorboard>=2.21.0",  # undeclared dependency of clu's metric writers
+        "tensorflow-cpu>=2.21.0",  # tf.data, for TFDS and large folders; it uses no accelerator
+        "pillow>=11",  # decodes images of data sets that fit into memory
+        "tensorboard>=2.21.0",  # event files
         "importlib_resources>=6.0",  # undeclared dependency of tensorflow-datasets
         "absl-py>=2.1",  # flags and logging
         "numpy>=2.0",
@@ -42,7 +43,6 @@ setup(
             "pytest-xdist>=3.6",  # two test files in parallel: compilation uses one core
             "ruff>=0.12",
             "mypy>=1.15",
-            "pillow>=11",  # reference for the tests of colour operations
         ],
     },
 )

@@ -19,7 +19,8 @@ def pretrain_defaults() -> ConfigDict:
     config.batch_size = 4096  # global: over all devices of all hosts
     config.accumulate_steps = 1  # microbatches per update
     config.bn_groups = 1  # batch-norm groups of the global batch; 1 is global batch norm
-    config.compute_dtype = "bfloat16"  # of convolutions and matmuls; float32 on the CPU
+    # Of convolutions and matmuls: bfloat16, float32, or `auto`: bfloat16 on TPUs and recent GPUs.
+    config.compute_dtype = "auto"
 
     config.data = ConfigDict()
     config.data.name = "imagenet2012"  # a TFDS name, `folder`, or `digits`
@@ -32,8 +33,15 @@ def pretrain_defaults() -> ConfigDict:
     config.data.resize_method = "bicubic"
     config.data.cache_gib = 4.0  # a TFDS split up to this size is held in memory, else streamed
     config.data.shuffle_buffer = 16384  # images, for streamed splits
+    # Where the images are during training: decoded in the memory of each `device`, which also crops
+    # them; on the `host`, which decodes and crops them for each step; `auto`: `device` if they fit.
+    config.data.placement = "auto"
+    config.data.device_share = 0.25  # of a device's memory, for a split
     config.data.max_undecodable = 0.01  # share of images that may be broken before the run stops
 
+    # Steps that a device does in a loop of its own, to the next log line at most; 0: 50 with data
+    # on an accelerator, else one step without a loop. On the CPU, XLA's loops are slow.
+    config.steps_per_call = 0
     config.log_every_steps = 50
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2  # the newest

@@ -16,7 +16,6 @@ def on_imagenet(config: ConfigDict) -> ConfigDict:
 
 def on_cifar10(config: ConfigDict) -> ConfigDict:
     """CIFAR-10 for one accelerator: ResNet-18 with a 3x3 stem; no blur, as is usual for it."""
-    config.compute_dtype = "float32"
     config.data.name = "cifar10"
     config.data.image_size = 32
     config.data.test_resize = 32
@@ -82,7 +81,6 @@ def on_imagenette(config: ConfigDict) -> ConfigDict:
 def on_folder(config: ConfigDict) -> ConfigDict:
     """Your own images at 96 px, for any machine: a small encoder, a batch of 64."""
     config.batch_size = 64
-    config.compute_dtype = "float32"
     config.data.name = "folder"
     config.data.image_size = 96
     config.data.test_resize = 110
@@ -95,7 +93,6 @@ def on_folder(config: ConfigDict) -> ConfigDict:
 def on_digits(config: ConfigDict) -> ConfigDict:
     """The demo: 5,000 embedded digits at 16 px, an encoder a quarter as wide, batch 64."""
     config.batch_size = 64
-    config.compute_dtype = "float32"
     config.data.name = "digits"
     config.data.image_size = 16
     config.data.test_resize = 20  # a digit fills 20 of 28 pixels: this removes the margins

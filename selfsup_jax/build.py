@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from selfsup_jax import optim
 from selfsup_jax.data.augment import Augmentation
+from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError, bad_field, nearest
 from selfsup_jax.method import Method
 from selfsup_jax.models import encoders, heads, network
@@ -53,7 +54,7 @@ def parts_from_config(
     Raises:
         UserError: the config has another number of views.
     """
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(process.compute_dtype(config.compute_dtype))
     schedule, optimizer = optim.from_config(
         config.optimizer, config.batch_size, total_steps, warmup_steps
     )

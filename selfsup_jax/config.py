@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import checks, optim
 from selfsup_jax.build import Build
-from selfsup_jax.data import views
+from selfsup_jax.data import inputs, views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import bad_field
 from selfsup_jax.models import encoders, heads
@@ -30,7 +30,14 @@ _ABOVE_ZERO = (
     "follow_patience_hours",
 )
 _NOT_NEGATIVE = (
-    *("seed", "keep_every_steps", "data.cache_gib", "data.max_train_images", "held_out_images"),
+    *(
+        "seed",
+        "steps_per_call",
+        "keep_every_steps",
+        "data.cache_gib",
+        "data.max_train_images",
+        "held_out_images",
+    ),
     *("head_learning_rate", "eval.linear.held_out_images", "profile.first_step"),
     *("monitor.diagnostics_every_steps", "monitor.knn_every_steps"),
     *("monitor.plots_every_steps", "monitor.collapse_std", "monitor.collapse_rank"),
@@ -60,12 +67,13 @@ def check_values(config: ConfigDict) -> None:
     Raises:
         UserError: as `validate`.
     """
-    checks.one_of(config, "compute_dtype", ("float32", "bfloat16"))
+    checks.one_of(config, "compute_dtype", ("auto", "float32", "bfloat16"))
     checks.one_of(config, "data.resize_method", views.RESIZE_METHODS)
+    checks.one_of(config, "data.placement", inputs.PLACEMENTS)
     checks.in_range(config, _AT_LEAST_ONE, 1)
     checks.in_range(config, _ABOVE_ZERO, 0, above=True)
     checks.in_range(config, _NOT_NEGATIVE, 0)
-    checks.in_range(config, ("data.max_undecodable", "label_share"), 0, 1)
+    checks.in_range(config, ("data.max_undecodable", "data.device_share", "label_share"), 0, 1)
     size, resize = config.data.image_size, config.data.test_resize
     if resize < size:
         raise bad_field("data.test_resize", resize, f"must be at least data.image_size={size}")

@@ -2,14 +2,20 @@
 
 Most images here have a single colour that says which image they are, so that a crop, whatever its
 box, can be traced back to its file.
+
+A split is either in one array, cropped in the step (placement "device"), or it is decoded for each
+batch by the host ("host"). Most tests hold for both.
 """
 
+import dataclasses
+import functools
 import importlib
 import io
 import itertools
 import logging
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,7 +23,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import byol
-from selfsup_jax.data import crops, host_tensorflow, inputs, pipeline, sources
+from selfsup_jax.data import crops, decode, host_tensorflow, inputs, pipeline, resident, sources
+from selfsup_jax.data.batches import Undecodable, epoch_order
 from selfsup_jax.errors import UserError
 
 FIELD = "data.train_split"
@@ -35,8 +42,16 @@ def write_folder(root: pathlib.Path, count: int) -> str:
     return str(root)
 
 
-def load_folder(root: pathlib.Path, split: str = "train") -> sources.Source:
-    return sources.load("folder", str(root), split, FIELD)
+def load_folder(
+    root: pathlib.Path, split: str = "train", placement: str = "host"
+) -> sources.Source:
+    source = sources.load("folder", str(root), split, FIELD)
+    return decode.into_array(source) if placement == "device" else source
+
+
+@pytest.fixture(params=["device", "host"])
+def placement(request) -> str:
+    return request.param
 
 
 def images_of(batch: dict[str, np.ndarray], key: str = "view_1") -> np.ndarray:
@@ -52,25 +67,39 @@ def files_of(batch: dict[str, np.ndarray]) -> list[int]:
 
 
 def batches(source: sources.Source, batch_size: int, count: int, **changes) -> list[dict]:
-    """The first `count` batches."""
+    """The first `count` batches of views, cropped in the step if the split is in an array."""
     options = {
         "specs": [SPEC] * 2,
         "seed": 0,
         "batch_size": batch_size,
         "positions": np.arange(batch_size, dtype=np.int32),
         "first_step": 0,
-        "undecodable": pipeline.Undecodable(source.num_examples, 0.01),
-    }
-    stream = pipeline.train_batches(source, **(options | changes))
-    return list(itertools.islice(stream, count))
+        "undecodable": Undecodable(source.num_examples, 0.01),
+    } | changes
+    if source.kind != "array":
+        return list(itertools.islice(pipeline.train_batches(source, **options), count))
+    crop = _crop(tuple(options.pop("specs")), options["seed"])
+    for name in ("host", "hosts"):  # the positions say all
+        options.pop(name, None)
+    arrays, cropped = resident.arrays_of(source), []
+    rows = resident.train_batches(source, with_images=False, **options)
+    for step, batch in enumerate(itertools.islice(rows, count), options["first_step"]):
+        name = batch.pop("name")
+        views = jax.tree.map(np.asarray, crop(arrays, np.int32(step), batch))
+        cropped.append(views | {"name": name})
+    return cropped
+
+
+@functools.cache
+def _crop(specs, seed):
+    return jax.jit(functools.partial(resident.crop_batch, specs=specs, seed=seed))
 
 
 def evaluate(source: sources.Source, batch_size: int, limit: int = 10**6, **changes) -> list[dict]:
-    undecodable = pipeline.Undecodable(source.num_examples, 0.01)
+    undecodable = Undecodable(source.num_examples, 0.01)
     options = {"resize": 8, "size": 8, "method": "bicubic", "undecodable": undecodable}
-    return list(
-        pipeline.eval_batches(source, batch_size=batch_size, limit=limit, **(options | changes))
-    )
+    read = resident.eval_batches if source.kind == "array" else pipeline.eval_batches
+    return list(read(source, batch_size=batch_size, limit=limit, **(options | changes)))
 
 
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -80,9 +109,15 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> sources.Source:
-    """50 images: 6 batches of 8 in an epoch, and 2 images left over."""
-    return load_folder(write_folder(tmp_path_factory.mktemp("folder"), 50))
+def folders(tmp_path_factory) -> dict[str, sources.Source]:
+    """50 images: 6 batches of 8 in an epoch, and 2 images left over; by placement."""
+    root = write_folder(tmp_path_factory.mktemp("folder"), 50)
+    return {name: load_folder(root, placement=name) for name in ("device", "host")}
+
+
+@pytest.fixture
+def folder(folders, placement) -> sources.Source:
+    return folders[placement]
 
 
 def test_tensorflow_gives_up_the_accelerators(monkeypatch):
@@ -106,17 +141,17 @@ def test_digits_are_balanced_and_disjoint():
     assert (train.num_examples, test.num_examples, train.num_classes) == (4000, 1000, 10)
     assert np.bincount(train.labels).tolist() == [400] * 10
     assert np.bincount(test.labels).tolist() == [100] * 10
-    assert train.images.shape == (4000, 28, 28, 3) and train.images.dtype == tf.uint8
-    assert train.images.numpy().max() == 255
+    assert train.images.shape == (4000, 28, 28, 3) and train.images.dtype == np.uint8
+    assert train.images.max() == 255
     # No picture is in both, and the classes are mixed.
-    seen = {image.tobytes() for image in train.images.numpy()}
-    assert not seen & {image.tobytes() for image in test.images.numpy()}
+    seen = {image.tobytes() for image in train.images}
+    assert not seen & {image.tobytes() for image in test.images}
     assert len(set(train.labels[:100])) == 10
 
     # The labels are those of the pictures: the nearest mean of a class is mostly the right one.
-    x, y = train.images.numpy()[..., 0] / 255.0, train.labels
+    x, y = train.images[..., 0] / 255.0, train.labels
     means = np.stack([x[y == digit].mean(0).ravel() for digit in range(10)])
-    held_out = test.images.numpy()[..., 0].reshape(1000, -1) / 255.0
+    held_out = test.images[..., 0].reshape(1000, -1) / 255.0
     nearest = ((held_out[:, None] - means) ** 2).sum(-1).argmin(1)
     assert np.mean(nearest == test.labels) > 0.75
 
@@ -141,12 +176,12 @@ def test_digits_are_named_by_their_row_in_the_package():
 # ------------------------------------------------------------------------------ folder
 
 
-def test_class_subfolders_are_the_labels(tmp_path):
+def test_class_subfolders_are_the_labels(tmp_path, placement):
     for i in range(12):
         write_image(tmp_path / ("cat", "ant", "bee")[i % 3] / "deep" / f"{i}.png", i)
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "cat" / ".hidden.png").write_text("nor this")
-    source = load_folder(tmp_path)
+    source = load_folder(tmp_path, placement=placement)
     assert source.num_examples == 12
     assert source.class_names == ("ant", "bee", "cat")
     (batch,) = batches(source, 12, 1)
@@ -172,13 +207,13 @@ def test_one_class_or_images_beside_the_classes_mean_no_labels(tmp_path, names):
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
-def test_train_and_test_subfolders_are_the_splits(tmp_path, held_out):
+def test_train_and_test_subfolders_are_the_splits(tmp_path, held_out, placement):
     for i in range(6):
         write_image(tmp_path / "train" / "ab"[i % 2] / f"{i}.jpg", i)
     for i in range(6, 9):
         write_image(tmp_path / held_out / "ab"[i % 2] / f"{i}.jpeg", i)
     assert sources.choose_splits("folder", str(tmp_path)) == ("train", held_out)
-    train, test = load_folder(tmp_path), load_folder(tmp_path, held_out)
+    train, test = (load_folder(tmp_path, split, placement) for split in ("train", held_out))
     assert train.class_names == test.class_names == ("a", "b")
     assert sorted(images_of(batches(train, 6, 1)[0])) == [0, 1, 2, 3, 4, 5]
     (batch,) = evaluate(test, 8)
@@ -189,7 +224,7 @@ def test_train_and_test_subfolders_are_the_splits(tmp_path, held_out):
 def test_a_folder_without_splits_is_cut_in_two(tmp_path):
     write_folder(tmp_path, 20)
     splits = sources.choose_splits("folder", str(tmp_path))
-    parts = [set(load_folder(tmp_path, split).images.numpy()) for split in splits]
+    parts = [set(load_folder(tmp_path, split).images) for split in splits]
     assert [len(part) for part in parts] == [18, 2]
     assert len(parts[0] | parts[1]) == 20
 
@@ -209,7 +244,7 @@ def test_splits_take_slices_and_sums(tmp_path):
         write_folder(tmp_path / name, count)
 
     def files(split):
-        return list(load_folder(tmp_path, split).images.numpy())
+        return list(load_folder(tmp_path, split).images)
 
     train, test = files("train"), files("test")
     assert (len(train), len(test)) == (20, 6) and not set(train) & set(test)
@@ -225,10 +260,11 @@ def test_splits_take_slices_and_sums(tmp_path):
         ("train[:0]", "holds no images"),
         ("train[:ten]", "splits: train"),
         ("train[:200%]", "splits: train"),
+        ("train[:51]", "splits: train"),
     ],
 )
-def test_a_wrong_split_is_named(folder, split, hint):
-    root = str(pathlib.Path(folder.images[0].numpy().decode()).parent)
+def test_a_wrong_split_is_named(folders, split, hint):
+    root = str(pathlib.Path(folders["host"].images[0]).parent)
     with pytest.raises(UserError) as error:
         sources.load("folder", root, split, FIELD)
     assert f"config.data.train_split={split!r}" in str(error.value)
@@ -244,11 +280,11 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_images_of_every_kind_can_be_read(tmp_path):
+def test_images_of_every_kind_can_be_read(tmp_path, placement):
     for i, kind in enumerate(("png", "jpg", "jpeg", "bmp", "gif", "PNG")):
         write_image(tmp_path / f"{i}.{kind}", 40 * i)
     Image.new("L", (8, 8), 240).save(tmp_path / "gray.png")
-    source = load_folder(tmp_path)
+    source = load_folder(tmp_path, placement=placement)
     (batch,) = batches(source, 7, 1)
     np.testing.assert_allclose(np.sort(images_of(batch)), np.arange(7) * 40, atol=1)
     (batch,) = evaluate(source, 7)
@@ -271,19 +307,19 @@ def break_image(root: pathlib.Path, number: int) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("number", [7, 8])  # one truncated, one garbage
-def test_a_broken_image_is_named_and_its_place_filled(tmp_path, caplog, number):
+def test_a_broken_image_is_named_and_its_place_filled(tmp_path, caplog, number, placement):
     write_folder(tmp_path, 120)
     broken = break_image(tmp_path, number)
-    source = load_folder(tmp_path)
-    undecodable = pipeline.Undecodable(source.num_examples, 0.01)
+    source = load_folder(tmp_path, placement=placement)
+    undecodable = Undecodable(source.num_examples, 0.01)
     with caplog.at_level(logging.WARNING, logger="absl"):
         epochs = batches(source, 40, 6, undecodable=undecodable)
     assert undecodable.names == {str(broken)}
     assert caplog.text.count(str(broken)) == 1  # once, though both epochs met it
 
-    bad = [path.decode() for path in source.images.numpy()].index(str(broken))
+    bad = [source.describe(i) for i in range(120)].index(str(broken))
     for epoch in (0, 1):
-        order = pipeline.epoch_order(120, seed=0, epoch=epoch)
+        order = epoch_order(120, seed=0, epoch=epoch)
         step, place = divmod(int(np.flatnonzero(order == bad)[0]), 40)
         batch = epochs[3 * epoch + step]
         for each in epochs:
@@ -298,7 +334,7 @@ def test_a_broken_image_is_named_and_its_place_filled(tmp_path, caplog, number):
         seen = np.concatenate([images_of(each) for each in epochs[3 * epoch : 3 * epoch + 3]])
         assert set(seen) == set(range(120)) - {number}
 
-    undecodable = pipeline.Undecodable(source.num_examples, 0.01)
+    undecodable = Undecodable(source.num_examples, 0.01)
     evaluated = evaluate(source, 50, undecodable=undecodable)
     assert sorted(np.concatenate([images_of(b, "image") for b in evaluated])) == sorted(
         set(range(120)) - {number}
@@ -306,10 +342,10 @@ def test_a_broken_image_is_named_and_its_place_filled(tmp_path, caplog, number):
     assert undecodable.names == {str(broken)}
 
 
-def test_too_many_broken_images_stop_the_run(tmp_path):
+def test_too_many_broken_images_stop_the_run(tmp_path, placement):
     write_folder(tmp_path, 120)
     broken = {str(break_image(tmp_path, number)) for number in (5, 6)}
-    source = load_folder(tmp_path)
+    source = load_folder(tmp_path, placement=placement)
     with pytest.raises(UserError) as error:
         batches(source, 40, 3)
     assert "config.data.max_undecodable=0.01" in str(error.value)
@@ -317,29 +353,29 @@ def test_too_many_broken_images_stop_the_run(tmp_path):
     with pytest.raises(UserError, match="2 of 120"):
         evaluate(source, 50)
     # A higher limit lets it go on.
-    allowed = pipeline.Undecodable(source.num_examples, 0.02)
+    allowed = Undecodable(source.num_examples, 0.02)
     batches(source, 40, 3, undecodable=allowed)
     assert allowed.names == broken
 
 
 @pytest.mark.parametrize("limit", [0.01, 1.0])
-def test_a_batch_without_a_single_image_stops_the_run(tmp_path, limit):
+def test_a_batch_without_a_single_image_stops_the_run(tmp_path, limit, placement):
     for i in range(8):
         (tmp_path / f"{i}.jpg").write_bytes(b"not an image at all")
-    source = load_folder(tmp_path)
+    source = load_folder(tmp_path, placement=placement)
     with pytest.raises(UserError, match=r"config\.data\."):
-        batches(source, 4, 1, undecodable=pipeline.Undecodable(8, limit))
+        batches(source, 4, 1, undecodable=Undecodable(8, limit))
 
 
 # ------------------------------------------------------------------------- train batches
 
 
 def test_epoch_order_is_a_permutation_by_seed_and_epoch():
-    order = pipeline.epoch_order(100, seed=3, epoch=5)
+    order = epoch_order(100, seed=3, epoch=5)
     assert sorted(order) == list(range(100))
-    np.testing.assert_array_equal(order, pipeline.epoch_order(100, seed=3, epoch=5))
+    np.testing.assert_array_equal(order, epoch_order(100, seed=3, epoch=5))
     for seed, epoch in ((3, 6), (4, 5), (5, 3)):
-        assert np.mean(order == pipeline.epoch_order(100, seed=seed, epoch=epoch)) < 0.1
+        assert np.mean(order == epoch_order(100, seed=seed, epoch=epoch)) < 0.1
 
 
 def test_an_epoch_shows_each_image_at_most_once_in_a_new_order(folder):
@@ -358,8 +394,17 @@ def test_an_epoch_shows_each_image_at_most_once_in_a_new_order(folder):
 
 
 @pytest.fixture(scope="module")
-def digits() -> sources.Source:
-    return sources.load("digits", "", "train[:50]", FIELD)
+def digits_by_placement() -> dict[str, sources.Source]:
+    """Digits in an array, and the same as PNGs."""
+    digits = sources.load("digits", "", "train[:50]", FIELD)
+    encoded = tf.constant([tf.io.encode_png(image).numpy() for image in digits.images])
+    pngs = dataclasses.replace(digits, kind="encoded", images=encoded)
+    return {"device": digits, "host": pngs}
+
+
+@pytest.fixture
+def digits(digits_by_placement, placement) -> sources.Source:
+    return digits_by_placement[placement]
 
 
 @pytest.mark.slow
@@ -380,9 +425,13 @@ def test_batches_are_those_of_their_seed(digits):
         assert np.any(a["view_1"] != a["view_2"])
 
 
-def test_an_image_is_cropped_anew_in_every_view_place_and_epoch():
-    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-    same = sources.Source("same", 8, None, "array", images=tf.repeat(image, 8, axis=0))
+def test_an_image_is_cropped_anew_in_every_view_place_and_epoch(placement):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    if placement == "device":
+        same = sources.Source("same", 8, None, "array", images=np.stack([image] * 8))
+    else:
+        encoded = tf.repeat(tf.io.encode_png(image), 8)
+        same = sources.Source("same", 8, None, "encoded", images=encoded)
     stream = batches(same, 4, 6)  # three epochs
     crops_seen = [crop for batch in stream for key in ("view_1", "view_2") for crop in batch[key]]
     assert len({crop.tobytes() for crop in crops_seen}) == len(crops_seen) == 48
@@ -395,14 +444,8 @@ FIVE = [crops.CropSpec(size=12, area=(0.3, 1.0))] * 2 + [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["array", "path"])
-def test_each_view_has_a_size_of_its_own(kind, digits, tmp_path):
-    source = digits
-    if kind == "path":
-        for i, image in enumerate(digits.images.numpy()):
-            Image.fromarray(image).save(tmp_path / f"{i:02}.png")
-        source = load_folder(tmp_path)
-    for batch in batches(source, 8, 7, specs=FIVE):  # into the second epoch
+def test_each_view_has_a_size_of_its_own(digits):
+    for batch in batches(digits, 8, 7, specs=FIVE):  # into the second epoch
         views = [batch[f"view_{i}"] for i in range(1, 6)]
         assert {name for name in batch if name.startswith("view_")} == {
             f"view_{i}" for i in range(1, 6)
@@ -416,11 +459,12 @@ def test_each_view_has_a_size_of_its_own(kind, digits, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("specs", [[SPEC], FIVE])
-def test_broken_images_leave_no_gap_in_any_view(tmp_path, specs):
+def test_broken_images_leave_no_gap_in_any_view(tmp_path, specs, placement):
     write_folder(tmp_path, 120)
     broken = break_image(tmp_path, 8)
-    undecodable = pipeline.Undecodable(120, 0.01)
-    for batch in batches(load_folder(tmp_path), 40, 3, specs=specs, undecodable=undecodable):
+    source = load_folder(tmp_path, placement=placement)
+    undecodable = Undecodable(120, 0.01)
+    for batch in batches(source, 40, 3, specs=specs, undecodable=undecodable):
         for i, spec in enumerate(specs, start=1):
             assert batch[f"view_{i}"].shape == (40, spec.size, spec.size, 3)
             assert files_of(batch) == images_of(batch, f"view_{i}").tolist()
@@ -429,19 +473,25 @@ def test_broken_images_leave_no_gap_in_any_view(tmp_path, specs):
 
 @pytest.mark.slow
 def test_a_config_says_how_its_views_are_cropped(digits):
-    """`inputs.train_batches` against the pipeline's, for a config of two groups."""
+    """`inputs.train_batches` and `inputs.feed`, for a config of two groups."""
     config = byol.get_config("demo,batch_size=8,seed=3,data.resize_method=bilinear")
     group = config.views["global"]
     config.data.image_size, group.area, group.aspect = 12, (0.3, 0.9), (0.5, 1.5)
     config.views.local = group.copy_and_resolve_references()
     config.views.local.update(count=3, size=6, area=(0.05, 0.3))
-    data = inputs.Data(digits, None, pipeline.Undecodable(50, 0.01))
+    data = inputs.Data(digits, None, Undecodable(50, 0.01))
     large = crops.CropSpec(12, (0.3, 0.9), (0.5, 1.5), "bilinear")
     small = crops.CropSpec(6, (0.05, 0.3), (0.5, 1.5), "bilinear")
     specs = [large] * 2 + [small] * 3
     expected = batches(digits, 8, 2, specs=specs, seed=3, first_step=5)
-    for a, b in zip(inputs.train_batches(config, data, 5), expected, strict=False):
+    feed = inputs.feed(config, digits)
+    for step, a, b in zip((5, 6), inputs.train_batches(config, data, 5), expected, strict=False):
+        if feed.views is not None:
+            name = a.pop("name")
+            views = jax.jit(feed.views)(feed.arrays, np.int32(step), a)
+            a = views | {"name": name}
         assert_same(a, b)
+    assert (feed.views is None) == (digits.kind == "encoded")
 
 
 @pytest.mark.slow
@@ -475,7 +525,7 @@ def test_evaluation_sees_every_image_once(folder, batch_size, hosts):
 
 def test_evaluation_of_a_part_is_spread_evenly(digits):
     full = np.concatenate([b["image"] for b in evaluate(digits, 16, resize=28, size=28)])
-    np.testing.assert_array_equal(full, digits.images)
+    np.testing.assert_array_equal(full, decode.into_array(digits).images)
     part = evaluate(digits, 16, limit=10, resize=28, size=28)
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in part]), full[::5])
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in part]), digits.labels[::5])
@@ -617,7 +667,7 @@ def test_a_broken_image_of_a_stream_is_skipped(tfds_dir, tfds_ids):
         )
 
     broken = sources.Source("broken", 40, source.class_names, "encoded", stream=stream)
-    undecodable = pipeline.Undecodable(40, 0.5)
+    undecodable = Undecodable(40, 0.5)
     stream_of_batches = batches(broken, 8, 5, undecodable=undecodable)
     seen = np.concatenate([images_of(batch) for batch in stream_of_batches])
     assert len(seen) == 40 and set(seen) == {i for i in range(40) if i % 3 != 2}

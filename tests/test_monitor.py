@@ -153,6 +153,8 @@ def test_view_pairs_are_what_the_step_saw(labelled, tmp_path):
     config, data, directory, _ = labelled
     batch = next(inputs.train_batches(config, data, STEPS - 1))
     del batch["name"]
+    feed = inputs.feed(config, data.train)
+    batch = jax.jit(feed.views)(feed.arrays, np.int32(STEPS - 1), batch)
     before = tiny_runs.restore(config, directory, STEPS - 1)
     groups = tiny_runs.build(config, 3, STEPS, 2).augment.groups
     views_of = jax.jit(functools.partial(augment_views, groups=groups))
@@ -263,6 +265,7 @@ def collapse_config(images, **changes):
         images,
         **{
             "steps": 40,
+            "compute_dtype": "float32",  # what "auto" is on the CPU, for comparing configs
             "log_every_steps": 10,
             "monitor__diagnostics_every_steps": 5,
             "monitor__collapse_std": 0.2,
@@ -380,6 +383,7 @@ def watch(separable, tmp_path, far_reference):
             config,
             workdir.describe_run(config, data.train),
             data,
+            inputs.feed(config, data.train),
             StandIn(None, None),
             None,
             types.SimpleNamespace(history=history),

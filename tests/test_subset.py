@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from selfsup_jax.data import crops, pipeline, sources
+from selfsup_jax.data import crops, decode, pipeline, resident, sources
+from selfsup_jax.data.batches import Undecodable
 
 FIELD = "data.train_split"
 COUNT = 23
@@ -91,12 +91,13 @@ def source_of(tfds_dir, folder):
                 num_examples=COUNT,
                 class_names=tuple(NAMES),
                 kind="array",
-                images=tf.constant(np.stack([image(i) for i in range(COUNT)])),
+                images=np.stack([image(i) for i in range(COUNT)]),
                 labels=np.arange(COUNT, dtype=np.int32) % 3,
                 describe=lambda i: f"image {i}",
             )
-        if kind == "path":
-            return sources.load("folder", folder, "train", FIELD)
+        if kind in ("path", "decoded"):
+            source = sources.load("folder", folder, "train", FIELD)
+            return decode.into_array(source) if kind == "decoded" else source
         options = STREAMED if kind == "streamed" else {}
         return sources.load("tiny_marks", tfds_dir, "train", FIELD, **options)
 
@@ -105,8 +106,8 @@ def source_of(tfds_dir, folder):
 
 def evaluated(source: sources.Source) -> dict[str, np.ndarray]:
     """Every image in the source's order: its number, label and name."""
-    undecodable = pipeline.Undecodable(source.num_examples, 0.0)
-    found = pipeline.eval_batches(
+    undecodable = Undecodable(source.num_examples, 0.0)
+    found = (resident if source.kind == "array" else pipeline).eval_batches(
         source,
         resize=8,
         size=8,
@@ -128,7 +129,7 @@ def trained(source: sources.Source, batch_size: int, count: int, num_views: int 
         batch_size=batch_size,
         positions=np.arange(batch_size, dtype=np.int32),
         first_step=0,
-        undecodable=pipeline.Undecodable(source.num_examples, 0.0),
+        undecodable=Undecodable(source.num_examples, 0.0),
     )
     return list(itertools.islice(stream, count))
 
@@ -137,7 +138,7 @@ def trained(source: sources.Source, batch_size: int, count: int, num_views: int 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["array", "path", "encoded", "streamed"])
+@pytest.mark.parametrize("kind", ["array", "decoded", "path", "encoded", "streamed"])
 @pytest.mark.parametrize("numbers", [[2, 3, 11, 20, 22], [20, 3, 22, 2]], ids=str)
 def test_a_subset_is_the_examples_that_were_chosen(source_of, kind, numbers):
     """Image, label and name of each, in the order of the choice, held in memory."""

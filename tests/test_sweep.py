@@ -187,6 +187,7 @@ def test_the_record_holds_every_run(whole):
     here |= {"checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"}
     here |= {"monitor.knn_every_steps", "monitor.plots_every_steps", "data.max_undecodable"}
     here |= {"profile.first_step", "profile.num_steps"}
+    here |= {"data.placement", "data.device_share", "steps_per_call"}
     for name, entry in record.items():
         variant, seed = entry["variant"], entry["seed"]
         assert name == f"{variant}/seed_{seed}"

@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util.tensor_util import make_ndarray
 from tiny_runs import build, recorded, write_images
 
-from selfsup_jax.data import inputs, pipeline, sources
+from selfsup_jax.data import inputs, sources
 from selfsup_jax.data.augment import augment_views
+from selfsup_jax.data.batches import epoch_order
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.models.network import parts
@@ -525,10 +526,13 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
     built = build(config, 3, STEPS, 2)
     rng = built.init_state(jax.random.PRNGKey(config.seed)).rng
     data = inputs.load_data(config.copy_and_resolve_references())
+    feed = inputs.feed(config, data.train)
+    crop = jax.jit(feed.views)
     assert sorted(shown) == [3, 6]
     for step, views in shown.items():
         batch = next(inputs.train_batches(config, data, step - 1))
         del batch["name"]
+        batch = crop(feed.arrays, np.int32(step - 1), batch)
         key = jax.random.fold_in(rng, step - 1)
         expected = augment_views(key, batch, built.augment.groups)["global"]
         assert views.shape == (2, config.monitor.view_pairs, 8, 8, 3)
@@ -557,9 +561,9 @@ def files_of_step(config, step):
     """What the pipeline's order gives to a step: the paths of its batch, in their places."""
     source = sources.load("folder", config.data.dir, "train[:90%]", "data.train_split")
     epoch, place = divmod(step - 1, source.num_examples // config.batch_size)
-    order = pipeline.epoch_order(source.num_examples, config.seed, epoch)
+    order = epoch_order(source.num_examples, config.seed, epoch)
     rows = order[place * config.batch_size :][: config.batch_size]
-    return [source.images.numpy()[i].decode() for i in rows]
+    return [str(source.images[i]) for i in rows]
 
 
 RATE = {"optimizer.learning_rate": 1e38, "optimizer.schedule": "constant"}
@@ -725,11 +729,12 @@ def test_what_is_kept_for_good_is_not_given_up(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_broken_images_are_counted_over_the_whole_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_broken_images_are_counted_over_the_whole_run(tmp_path, placement):
     """A run that goes on knows of those that it found before it was stopped."""
     images = write_images(tmp_path / "images", 3, 60)
     (images / "class_0" / "0.png").write_bytes(b"no picture")
-    settings = {"data.max_undecodable": 0.5, "eval.enabled": False}
+    settings = {"data.max_undecodable": 0.5, "eval.enabled": False, "data.placement": placement}
     config = tiny_config(images, **settings)
     whole = pretrain.pretrain(config, str(tmp_path / "whole"), build)
     assert whole["undecodable_images"] == 1

@@ -1,14 +1,21 @@
-"""Random resized crops on the host: drawing the boxes and cutting them out are separate."""
+"""Random resized crops in JAX: the boxes, and cropping and resizing inside a compiled step.
+
+The box of a view is drawn from (seed, step, index in the global batch), so it does not depend on
+the devices or hosts, nor on where the image is cropped: `host_crops.py` cuts the same boxes out of
+encoded images with TensorFlow.
+
+To crop and resize is one small matrix per axis: `rows @ image @ columns^T`. The matrix is zero
+outside the box, so that one compiled program, without gathers or branches, works for all boxes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-
-from selfsup_jax.data.host_tensorflow import tf
 
 _ATTEMPTS = 10  # as torchvision and the authors' code; after them a centre crop
 
@@ -30,160 +37,179 @@ class CropSpec:
     method: str = "bicubic"
 
 
-def box_draws(seed: int, example: tf.Tensor, num_views: int) -> tf.Tensor:
-    """The uniform random numbers for the boxes of one example's views.
+# ------------------------------------------------------------------------------------ boxes
+
+
+def box_draws(seed: int, step: jax.Array, index: jax.Array, num_views: int) -> jax.Array:
+    """The uniform random numbers for the boxes of a batch.
 
     Args:
-        seed: the seed of the run.
-        example: int64 scalar, step x batch size + index in the global batch: the boxes of an
-            example in a step do not depend on the host that crops it.
-        num_views: the number of boxes.
+        seed: of the run.
+        step: int32 scalar, the steps done before this one.
+        index: `[b]` int32, positions in the global batch.
+        num_views: boxes per image.
 
     Returns:
-        `[num_views, attempts, 4]` float32 in [0, 1).
+        `[b, num_views, attempts, 4]` float32 in [0, 1): area, aspect, row, column.
     """
-    return tf.random.stateless_uniform(
-        (num_views, _ATTEMPTS, 4), seed=tf.stack([tf.constant(seed, tf.int64), example])
-    )
+    # The tag separates these keys from those of the initial state, which has the same seed.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(seed), 0x63726F70), step)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+    return jax.vmap(lambda key: jax.random.uniform(key, (num_views, _ATTEMPTS, 4)))(keys)
 
 
-def boxes_from_draws(
-    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, spec: CropSpec
-) -> tf.Tensor:
-    """Crop boxes for an image of `height` x `width` pixels.
+def boxes_from_draws(draws: jax.Array, sizes: jax.Array, spec: CropSpec) -> jax.Array:
+    """The boxes of one view.
 
     The first attempt that fits into the image is used; if none fits, the largest centre crop with
     an allowed aspect.
 
     Args:
-        draws: `[views, attempts, 4]` uniform in [0, 1): area, aspect, row, column.
-        height, width: int32 scalars.
+        draws: `[b, attempts, 4]`, see `box_draws`.
+        sizes: `[b, 2]` height and width of the images, in pixels.
         spec: ranges of area and aspect.
 
     Returns:
-        `[views, 4]` int32: top, left, height, width.
+        `[b, 4]` float32, whole numbers: top, left, height, width.
     """
-    rows, columns = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    rows, columns = (sizes[:, None, axis].astype(jnp.float32) for axis in (0, 1))
     low, high = spec.area
     area = rows * columns * (low + (high - low) * draws[..., 0])
-    log_low, log_high = tf.math.log(spec.aspect[0]), tf.math.log(spec.aspect[1])
-    aspect = tf.exp(log_low + (log_high - log_low) * draws[..., 1])
-    box_w = tf.round(tf.sqrt(area * aspect))
-    box_h = tf.round(tf.sqrt(area / aspect))
-    fits = (box_w >= 1) & (box_h >= 1) & (box_w <= columns) & (box_h <= rows)
-    top = tf.floor(draws[..., 2] * (rows - box_h + 1))
-    left = tf.floor(draws[..., 3] * (columns - box_w + 1))
-    attempts = tf.stack([top, left, box_h, box_w], axis=-1)  # [views, attempts, 4]
-    chosen = tf.gather(attempts, tf.argmax(fits, axis=1), axis=1, batch_dims=1)
+    log_low, log_high = np.log(np.asarray(spec.aspect, np.float32))
+    aspect = jnp.exp(log_low + (log_high - log_low) * draws[..., 1])
+    width, height = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+    fits = (width >= 1) & (height >= 1) & (width <= columns) & (height <= rows)
+    top = jnp.floor(draws[..., 2] * (rows - height + 1))
+    left = jnp.floor(draws[..., 3] * (columns - width + 1))
+    attempts = jnp.stack([top, left, height, width], axis=-1)
+    # One-hot instead of a gather, which is slow on TPUs.
+    first = jax.nn.one_hot(jnp.argmax(fits, axis=1), fits.shape[1])
+    chosen = jnp.sum(jnp.where(first[..., None] > 0, attempts, 0), axis=1)
 
-    ratio = tf.clip_by_value(columns / rows, spec.aspect[0], spec.aspect[1])
-    centre_w = tf.round(tf.minimum(columns, rows * ratio))
-    centre_h = tf.round(tf.minimum(rows, columns / ratio))
-    centre = tf.stack(
-        [(rows - centre_h) // 2, (columns - centre_w) // 2, centre_h, centre_w], axis=-1
-    )
-    return tf.cast(tf.where(tf.reduce_any(fits, axis=1)[:, None], chosen, centre), tf.int32)
+    rows, columns = rows[:, 0], columns[:, 0]
+    ratio = jnp.clip(columns / rows, *spec.aspect)
+    width = jnp.round(jnp.minimum(columns, rows * ratio))
+    height = jnp.round(jnp.minimum(rows, columns / ratio))
+    centre = jnp.stack([(rows - height) // 2, (columns - width) // 2, height, width], axis=-1)
+    return jnp.where(fits.any(axis=1)[:, None], chosen, centre)
 
 
-def boxes_of_views(
-    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, specs: Sequence[CropSpec]
-) -> tf.Tensor:
-    """`boxes_from_draws` with one spec per view."""
-    boxes, first = [], 0
-    for spec, members in itertools.groupby(specs):
-        count = len(list(members))
-        boxes.append(boxes_from_draws(draws[first : first + count], height, width, spec))
-        first += count
-    return tf.concat(boxes, axis=0)
+# --------------------------------------------------------------------------------- resizing
 
 
 def random_resized_crops(
-    image: np.ndarray, specs: Sequence[CropSpec], *, seed: int, example: int
-) -> list[np.ndarray]:
-    """The views of one image, cropped as in a training run: for plots or custom training loops.
+    images: jax.Array, sizes: jax.Array, draws: jax.Array, specs: Sequence[CropSpec]
+) -> list[jax.Array]:
+    """The views of a batch.
 
     Args:
-        image: `[H, W, 3]` uint8.
+        images: `[b, H, W, 3]` uint8, of any size up to H x W, at the top left.
+        sizes: `[b, 2]` height and width of each image, in pixels.
+        draws: `[b, views, attempts, 4]`, see `box_draws`.
         specs: one per view.
-        seed, example: see `box_draws`.
 
     Returns:
-        For each view `[size, size, 3]` uint8.
+        For each view `[b, size, size, 3]` uint8.
     """
-    draws = box_draws(seed, tf.constant(example, tf.int64), len(specs))
-    return [view.numpy() for view in crop_array(tf.constant(image), draws, specs)]
-
-
-def crop_encoded(
-    encoded: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec]
-) -> list[tf.Tensor]:
-    """The views of an encoded image, `[size, size, 3]` uint8 each.
-
-    Of a JPEG only the window that contains all crops is decoded, once.
-    """
-
-    def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
-        shape = tf.image.extract_jpeg_shape(encoded)
-        boxes = boxes_of_views(draws, shape[0], shape[1], specs)
-        start = tf.reduce_min(boxes[:, :2], axis=0)
-        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0)
-        window = tf.concat([start, end - start], axis=0)
-        image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
-        return image, boxes - tf.concat([start, [0, 0]], axis=0)
-
-    def other() -> tuple[tf.Tensor, tf.Tensor]:
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        shape = tf.shape(image)
-        return image, boxes_of_views(draws, shape[0], shape[1], specs)
-
-    image, boxes = tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
-    return crop_and_resize(image, boxes, specs)
-
-
-def crop_array(image: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec]) -> list[tf.Tensor]:
-    """The views of a decoded image `[H, W, 3]` uint8, `[size, size, 3]` uint8 each."""
-    shape = tf.shape(image)
-    boxes = boxes_of_views(draws, shape[0], shape[1], specs)
-    return crop_and_resize(image, boxes, specs)
-
-
-def crop_and_resize(
-    image: tf.Tensor, boxes: tf.Tensor, specs: Sequence[CropSpec]
-) -> list[tf.Tensor]:
-    """Cuts the boxes `[views, 4]` out of an image `[H, W, 3]` uint8 and resizes them."""
     views = []
     for i, spec in enumerate(specs):
-        top, left, height, width = tf.unstack(boxes[i], num=4)
-        crop = image[top : top + height, left : left + width]
-        views.append(_resize(crop, (spec.size, spec.size), spec.method, antialias=False))
+        box = boxes_from_draws(draws[:, i], sizes, spec)
+        rows = resize_matrix(box[:, 0], box[:, 2], spec.size, images.shape[1], spec.method)
+        columns = resize_matrix(box[:, 1], box[:, 3], spec.size, images.shape[2], spec.method)
+        views.append(_apply(rows, columns, images))
     return views
 
 
-def test_image(image: tf.Tensor, resize: int, size: int, method: str) -> tf.Tensor:
+def test_view(
+    images: jax.Array, sizes: jax.Array, *, resize: int, size: int, method: str
+) -> jax.Array:
     """The evaluation view: the shorter side resized to `resize`, then a centre crop.
 
     Args:
-        image: `[H, W, 3]` uint8, or a batch `[B, H, W, 3]`.
+        images, sizes: see `random_resized_crops`.
         resize, size: pixels; `resize` is at least `size`.
         method: of resizing; with antialiasing, because nothing else smooths a large image.
 
     Returns:
-        `[size, size, 3]` uint8, or a batch of them. An image whose shorter side is already `resize`
-        is only cropped.
+        `[b, size, size, 3]` uint8.
     """
-    shape = tf.shape(image)[-3:-1]
-    shorter = tf.reduce_min(shape)
-    scaled = tf.cast(tf.round(shape * resize / shorter), tf.int32)
-    image = tf.cond(
-        tf.equal(shorter, resize),
-        lambda: image,
-        lambda: _resize(image, scaled, method, antialias=True),
+    shorter = sizes.min(axis=1, keepdims=True)
+    scaled = jnp.round(sizes * resize / shorter)  # [b, 2]
+    first = jnp.floor((scaled - size) / 2)  # pixels that the centre crop leaves out
+    rows, columns = (
+        resize_matrix(
+            jnp.zeros(len(sizes)),
+            sizes[:, axis].astype(jnp.float32),
+            size,
+            images.shape[1 + axis],
+            method,
+            scale=sizes[:, axis] / scaled[:, axis],
+            first=first[:, axis],
+            antialias=True,
+        )
+        for axis in (0, 1)
     )
-    top, left = tf.unstack((tf.shape(image)[-3:-1] - size) // 2, num=2)
-    centre = image[..., top : top + size, left : left + size, :]
-    return tf.ensure_shape(centre, (*[None] * (len(image.shape) - 3), size, size, 3))
+    return _apply(rows, columns, images)
 
 
-def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
-    resized = tf.image.resize(image, size, method=method, antialias=antialias)
-    return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
+def resize_matrix(
+    start: jax.Array,
+    length: jax.Array,
+    out: int,
+    total: int,
+    method: str,
+    *,
+    scale: jax.Array | None = None,
+    first: jax.Array | None = None,
+    antialias: bool = False,
+) -> jax.Array:
+    """Matrices that cut a part out of an axis and resize it, with TensorFlow's weights.
+
+    Args:
+        start, length: `[b]` float32, the part, in pixels.
+        out: number of pixels of the result.
+        total: number of pixels of the axis.
+        method: `bilinear`, `bicubic`, `lanczos3` or `area`.
+        scale: `[b]`, pixels of the part per pixel of the result; None for `length / out`.
+        first: `[b]`, pixels of the result that are left out before its first.
+        antialias: whether the kernel gets wider when the image gets smaller.
+
+    Returns:
+        `[b, out, total]` float32; each row sums to 1.
+    """
+    scale = length / out if scale is None else scale
+    first = jnp.zeros_like(length) if first is None else first
+    start, length, scale, first = (x[:, None, None] for x in (start, length, scale, first))
+    source = jnp.arange(total, dtype=jnp.float32) - start  # pixels of the axis, within the part
+    target = jnp.arange(out, dtype=jnp.float32)[:, None] + first
+    if method == "area":  # the mean over the pixels, and parts of pixels, under a target pixel
+        end = jnp.minimum((target + 1) * scale, source + 1)
+        weights = jnp.maximum(end - jnp.maximum(target * scale, source), 0)
+    else:
+        width = jnp.maximum(scale, 1) if antialias else 1.0
+        weights = _KERNELS[method](jnp.abs(source + 0.5 - (target + 0.5) * scale) / width)
+    weights = jnp.where((source >= 0) & (source < length), weights, 0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _bicubic(x: jax.Array) -> jax.Array:  # Keys 1981, a = -0.5
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
+# Weight of a pixel by its distance from the sampled point.
+_KERNELS = {
+    "bilinear": lambda x: jnp.maximum(1 - x, 0),
+    "bicubic": _bicubic,
+    "lanczos3": lambda x: jnp.where(x < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0),
+}
+
+
+def _apply(rows: jax.Array, columns: jax.Array, images: jax.Array) -> jax.Array:
+    b, height, width, channels = images.shape
+    x = images.astype(jnp.float32).reshape(b, height, width * channels)
+    # Full float32: accelerators default to fewer digits than uint8 needs.
+    x = jnp.matmul(rows, x, precision="highest").reshape(b, -1, width, channels)
+    x = jnp.einsum("bpw,bowc->bopc", columns, x, precision="highest")
+    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)

@@ -1,16 +1,24 @@
-"""The data of a run: the splits named in its config, and batches of them."""
+"""The data of a run: the splits named in its config, where they are kept, and batches of them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from selfsup_jax.data import crops, pipeline, sources, views
-from selfsup_jax.devices import hosts, parallel
+from selfsup_jax.data import crops, decode, resident, sources, views
+from selfsup_jax.data.batches import HostBatch, Undecodable
+from selfsup_jax.devices import hosts, parallel, process
+from selfsup_jax.errors import bad_field
+from selfsup_jax.state import Batch
+
+PLACEMENTS = ("auto", "device", "host")
 
 
 class Data(NamedTuple):
@@ -18,7 +26,7 @@ class Data(NamedTuple):
 
     train: sources.Source
     test: sources.Source | None  # None if there are no probes
-    undecodable: pipeline.Undecodable
+    undecodable: Undecodable
 
 
 def load_data(config: ConfigDict) -> Data:
@@ -37,7 +45,7 @@ def load_data(config: ConfigDict) -> Data:
         if not test.num_classes:
             logging.warning("%s has no labels: no probes", test.name)
             test = None
-    undecodable = pipeline.Undecodable(train.num_examples, data.max_undecodable)
+    undecodable = Undecodable(train.num_examples, data.max_undecodable)
     return Data(train, test, undecodable)
 
 
@@ -60,37 +68,102 @@ def load_split(
 ) -> sources.Source:
     """One split of the data set that a `data` section names; see `sources.load`."""
     options: dict[str, Any] = {}
-    if data.name not in sources.EMBEDDED:
+    if data.name not in sources.OWN:
         options = {
             "cache_gib": data.cache_gib,
             "shuffle_buffer": data.shuffle_buffer,
             "several_labels": several_labels,
         }
-    return sources.load(data.name, data.dir, split, field, **options)
+    source = sources.load(data.name, data.dir, split, field, **options)
+    return decode.into_array(source) if _fits(data, source) else source
 
 
-def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[pipeline.HostBatch]:
-    """This host's part of each global batch, from `first_step` on, endlessly."""
+def _fits(data: ConfigDict, source: sources.Source) -> bool:
+    """Whether the split should be, and can be, kept in one array on each device."""
+    if data.placement == "host":
+        return False
+    limit = data.device_share * process.bytes_of_a_device()
+    limit = hosts.gather_hosts(np.asarray([limit])).min()  # all hosts decide alike
+    return decode.array_bytes(source, limit) <= limit
+
+
+class Feed(NamedTuple):
+    """How the training step gets its views.
+
+    Attributes:
+        views: `(arrays, step, batch) -> batch` with `view_1`, `view_2`, ..., as part of the step;
+            None if the batches already have views, cropped by the host.
+        arrays: the data set, which is copied to each device; None if the batches have the images.
+    """
+
+    views: Callable[[Any, jax.Array, Batch], Batch] | None = None
+    arrays: resident.Arrays | None = None
+
+
+def feed(config: ConfigDict, source: sources.Source) -> Feed:
+    """How the training step gets the views of a split, see `config.data.placement`.
+
+    Raises:
+        UserError: the split must be on the devices, but is too large.
+    """
+    data = config.data
+    if data.placement == "device" and not _fits(data, source):
+        raise bad_field(
+            "data.placement",
+            data.placement,
+            f"{source.name} is streamed, or larger than data.device_share={data.device_share:g} "
+            f"of a device's {process.bytes_of_a_device() / 2**30:.1f} GiB; use host",
+        )
+    if source.kind != "array":
+        return Feed()
+    crop = functools.partial(resident.crop_batch, specs=_specs(config), seed=config.seed)
+    return Feed(crop, resident.arrays_of(source) if _fits(data, source) else None)
+
+
+def with_views(feed: Feed, step: int, batch: HostBatch) -> dict[str, Any]:
+    """The views of a few rows of a batch, as in a step after `step` others; for plots."""
+    if feed.views is None:
+        return batch
+    arrays = feed.arrays
+    if arrays is not None:  # only the rows that are needed
+        arrays = resident.Arrays(*(None if x is None else x[batch["row"]] for x in arrays))
+        batch = batch | {"row": np.arange(len(batch["row"]), dtype=np.int32)}
+    return feed.views(arrays, jnp.int32(step), jax.tree.map(jnp.asarray, batch))
+
+
+def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[HostBatch]:
+    """This host's part of each global batch, from `first_step` on, endlessly.
+
+    The batches of a split in an array have rows for `Feed.views`; others have views.
+    """
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "positions": parallel.host_positions(config.batch_size, config.accumulate_steps),
+        "first_step": first_step,
+        "undecodable": data.undecodable,
+    }
+    if data.train.kind == "array":
+        resides = _fits(config.data, data.train)
+        return resident.train_batches(data.train, with_images=not resides, **options)
+    from selfsup_jax.data import pipeline  # imports TensorFlow
+
+    place = {"host": jax.process_index(), "hosts": jax.process_count()}
+    return pipeline.train_batches(data.train, _specs(config), **options, **place)
+
+
+def _specs(config: ConfigDict) -> list[crops.CropSpec]:
+    """How the crops of each view are drawn."""
     specs: list[crops.CropSpec] = []
     for _, group in views.groups_of(config.views):
         crop = (group.size, tuple(group.area), tuple(group.aspect), config.data.resize_method)
         specs += [crops.CropSpec(*crop)] * group.count
-    return pipeline.train_batches(
-        data.train,
-        specs,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        positions=parallel.host_positions(config.batch_size, config.accumulate_steps),
-        first_step=first_step,
-        undecodable=data.undecodable,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    return specs
 
 
 def eval_batches(
     data: ConfigDict, source: sources.Source, batch_size: int, limit: int | None = None
-) -> Callable[[], Iterable[pipeline.HostBatch]]:
+) -> Callable[[], Iterable[HostBatch]]:
     """Returns a function; each call iterates once over this host's part of a split's images.
 
     Args:
@@ -99,8 +172,14 @@ def eval_batches(
         batch_size: of this host.
         limit: see `pipeline.eval_batches`; None for all images.
     """
-    undecodable = pipeline.Undecodable(source.num_examples, data.max_undecodable)
-    return lambda: pipeline.eval_batches(
+    if source.kind == "array":
+        read: Callable[..., Iterable[HostBatch]] = resident.eval_batches
+    else:
+        from selfsup_jax.data import pipeline  # imports TensorFlow
+
+        read = pipeline.eval_batches
+    undecodable = Undecodable(source.num_examples, data.max_undecodable)
+    return lambda: read(
         source,
         resize=data.test_resize,
         size=data.image_size,

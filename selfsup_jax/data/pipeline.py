@@ -1,55 +1,27 @@
-"""Batches of crops. A split in memory gives the same global batches on any number of hosts."""
+"""Batches that the host decodes and crops with tf.data, for images that stay encoded.
+
+A split in memory gives the same global batches on any number of hosts.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
-from absl import logging
 
-from selfsup_jax.data import crops
+from selfsup_jax.data import crops, host_crops
+from selfsup_jax.data.batches import HostBatch, Undecodable, epoch_order, neighbours, spread
 from selfsup_jax.data.host_tensorflow import tf
-from selfsup_jax.data.sources import Source
+from selfsup_jax.data.source import Source
+from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
 
-HostBatch = dict[str, np.ndarray]
 # AutoGraph has nothing to convert here, and warns if it can't parse a newer Python's source.
 _without_autograph = tf.autograph.experimental.do_not_convert
 _BATCHES_IN_FLIGHT = 3  # per host: decoded in parallel, and prefetched
-
-
-@dataclasses.dataclass
-class Undecodable:
-    """Counts and logs the images that can't be decoded; too many of them stop the run.
-
-    Attributes:
-        num_examples: of the split.
-        limit: the share of images that may be broken.
-        names: of the broken images so far.
-    """
-
-    num_examples: int
-    limit: float
-    names: set[str] = dataclasses.field(default_factory=set)
-
-    def add(self, name: str) -> None:
-        """Adds one image; raises `UserError` if there are more than the limit."""
-        if name in self.names:
-            return
-        self.names.add(name)
-        logging.warning("cannot decode %s: skipped (%d so far)", name, len(self.names))
-        if len(self.names) > self.limit * self.num_examples:
-            raise UserError(
-                f"config.data.max_undecodable={self.limit!r}: {len(self.names)} of "
-                f"{self.num_examples} images cannot be decoded, the last {name}"
-            )
-
-
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the examples in an epoch, a permutation drawn from (seed, epoch)."""
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
 def train_batches(
@@ -86,7 +58,7 @@ def train_batches(
     raw = _raw_batches if source.images is not None else _raw_stream
     for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):
         decoded = dataset.interleave(
-            lambda batch: _crop_batch(batch, source, specs, seed, batch_size),
+            lambda batch: _crop_batch(batch, source, specs, seed),
             cycle_length=_BATCHES_IN_FLIGHT,
             block_length=1,
             num_parallel_calls=_BATCHES_IN_FLIGHT,
@@ -110,7 +82,7 @@ def _raw_batches(source, seed, batch_size, positions, first_step, host, hosts):
                 yield step, positions, order[i * batch_size + positions]
                 step += 1
 
-    size = len(positions)
+    images, size = _tensor(source), len(positions)
     signature = (
         tf.TensorSpec((), tf.int64),
         tf.TensorSpec((size,), tf.int32),
@@ -124,7 +96,7 @@ def _raw_batches(source, seed, batch_size, positions, first_step, host, hosts):
         return {
             "step": step,
             "index": index,
-            "image": tf.gather(source.images, example),
+            "image": tf.gather(images, example),
             "label": label,
             "id": tf.strings.as_string(example),
         }
@@ -163,22 +135,24 @@ def _crop_batch(
     source: Source,
     specs: Sequence[crops.CropSpec],
     seed: int,
-    batch_size: int,
 ) -> tf.data.Dataset:
     """A data set with one element: the batch's views, without images that can't be decoded."""
 
     @_without_autograph
     def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        example_id = batch["step"] * batch_size + tf.cast(example["index"], tf.int64)
-        draws = crops.box_draws(seed, example_id, len(specs))
-        if source.kind == "array":
-            views = crops.crop_array(example["image"], draws, specs)
-        else:
-            views = crops.crop_encoded(_read(example["image"], source.kind), draws, specs)
+        encoded = _read(example["image"], source.kind)
+        views = host_crops.crop_encoded(encoded, example["draws"], specs)
         numbered = {f"view_{i}": view for i, view in enumerate(views, start=1)}
         return numbered | {"index": example["index"], "label": example["label"]}
 
-    rows = {k: batch[k] for k in ("index", "image", "label")}
+    draws = tf.numpy_function(
+        functools.partial(_draws, seed, num_views=len(specs)),
+        (batch["step"], batch["index"]),
+        tf.float32,
+        stateful=False,
+    )
+    draws = tf.ensure_shape(draws, (*batch["index"].shape, len(specs), None, 4))
+    rows = {k: batch[k] for k in ("index", "image", "label")} | {"draws": draws}
     examples = tf.data.Dataset.from_tensor_slices(rows)
     decoded = examples.map(crop, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
     # If no image can be decoded, the element is an empty batch: without any element, `interleave`
@@ -187,6 +161,14 @@ def _crop_batch(
     empty = tf.data.Dataset.from_tensors(no_rows)
     element = decoded.batch(batch["index"].shape[0]).concatenate(empty).take(1)
     return element.map(lambda views: views | {"step": batch["step"], "ids": batch["id"]})
+
+
+_compiled_draws = jax.jit(crops.box_draws, static_argnames="num_views")
+
+
+def _draws(seed: int, step: np.int64, index: np.ndarray, *, num_views: int) -> np.ndarray:
+    with process.on_cpu():
+        return np.asarray(_compiled_draws(seed, np.int32(step), index, num_views=num_views))
 
 
 def _fill_gaps(
@@ -202,8 +184,7 @@ def _fill_gaps(
             undecodable.add(str(name))
         if not len(batch["index"]):
             raise UserError(f"config.data.dir: no image of the batch of step {step} can be decoded")
-        before: np.ndarray = np.cumsum(~missing) - (~missing)  # rows present before each position
-        rows = before % len(batch["index"])
+        rows = neighbours(missing)
         batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
         names = names[~missing][rows]
     if source.num_classes is None:
@@ -227,7 +208,7 @@ def eval_batches(
 
     Args:
         source: the split.
-        resize, size, method: see `crops.test_image`.
+        resize, size, method: see `host_crops.test_image`.
         batch_size: of this host.
         limit: maximum number of images over all hosts: evenly spread, or shuffled if streamed.
         undecodable: counts the broken images, which are left out.
@@ -239,12 +220,12 @@ def eval_batches(
     """
     count = min(limit, source.num_examples)
     if source.images is not None:
-        spread = np.linspace(0, source.num_examples, count, endpoint=False).astype(np.int64)
-        indices = np.array_split(spread, hosts)[host]
+        indices = np.array_split(spread(source.num_examples, limit), hosts)[host]
+        images = _tensor(source)
         labels = source.labels if source.labels is not None else -np.ones(source.num_examples)
         examples = tf.data.Dataset.from_tensor_slices(indices).map(
             lambda i: (
-                tf.gather(source.images, i),
+                tf.gather(images, i),
                 tf.gather(tf.constant(labels, tf.int32), i),
                 tf.strings.as_string(i),
             )
@@ -259,15 +240,13 @@ def eval_batches(
 
     @_without_autograph
     def decode(image, label, name):
-        if source.kind != "array":
-            encoded = _read(image, source.kind)
-            image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        image = host_crops.decode(_read(image, source.kind))
         if source.shape is not None:  # fails here, where a broken image can still be left out
             image = tf.ensure_shape(image, (*source.shape, 3))
         return {"image": image, "label": label, "id": name}
 
     def view(example):
-        return example | {"image": crops.test_image(example["image"], resize, size, method)}
+        return example | {"image": host_crops.test_image(example["image"], resize, size, method)}
 
     in_memory = source.images is not None
     # Small images are resized in batches: one call per image would cost more than the resizing.
@@ -294,6 +273,13 @@ def eval_batches(
     elif source.stream is not None:
         for i in range(part - len(ids)):  # their names are unknown
             undecodable.add(f"{source.name}: broken image {i + 1} of host {host}")
+
+
+def _tensor(source: Source) -> tf.Tensor:
+    """The images as a tensor: a data set refers to it, but would copy an array into its graph."""
+    if source.kind == "path":
+        return tf.constant([os.fsencode(path) for path in source.images], tf.string)
+    return tf.convert_to_tensor(source.images)
 
 
 def _read(image: tf.Tensor, kind: str) -> tf.Tensor:

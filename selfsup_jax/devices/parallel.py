@@ -176,9 +176,13 @@ def step_over_devices(
     sharding = jax.sharding.NamedSharding(mesh, spec)
 
     def run(state: Any, batch: Any) -> Any:
-        batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-        )
+        def put(x: Any) -> jax.Array:  # what `replicate` made is on the devices already
+            on_devices = isinstance(x, jax.Array) and len(x.sharding.device_set) == len(axis)
+            if on_devices:
+                return x
+            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+        batch = jax.tree.map(put, batch)
         return compiled(state, batch)
 
     return run

@@ -148,3 +148,30 @@ def profiler(workdir: str, first_step: int, num_steps: int) -> Callable[[int], A
         first_profile=first_step,
         every_secs=None,
     )
+
+
+def compute_dtype(name: str) -> str:
+    """`float32` or `bfloat16`: `name`, or for `auto` the faster one on this kind of device."""
+    if name != "auto":
+        return name
+    device = jax.local_devices()[0]
+    # NVIDIA's GPUs compute in bfloat16 since Ampere, capability 8.0; AMD's have names, not numbers.
+    capability = str(getattr(device, "compute_capability", ""))
+    older = capability.replace(".", "", 1).isdigit() and float(capability) < 8
+    return "float32" if device.platform == "cpu" or older else "bfloat16"
+
+
+def on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """JAX computes on the CPU in this block, unless it was started without its CPU backend."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
+def bytes_of_a_device() -> int:
+    """The memory of a device; on the CPU, the machine's, divided among this host's devices."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limit or machine // jax.local_device_count()

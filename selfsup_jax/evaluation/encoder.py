@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
 from selfsup_jax.run.checkpoint import upgraded_meta
@@ -181,7 +182,8 @@ def check(frozen: FrozenEncoder) -> None:
 
 def module(config: dict[str, Any], compute_dtype: str = "") -> nn.Module:
     """The network of a run's config; a given `compute_dtype` replaces the run's."""
-    dtype = jnp.dtype(compute_dtype or config.get("compute_dtype", "float32"))
+    name = compute_dtype or config.get("compute_dtype", "float32")
+    dtype = jnp.dtype(process.compute_dtype(name))
     return make_encoder(config["encoder"], dtype)
 
 

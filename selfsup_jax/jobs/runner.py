@@ -98,7 +98,8 @@ def resolve_config(config: ConfigDict, frozen: FrozenEncoder) -> ConfigDict:
         for field in taken:
             if not data[field]:
                 data[field] = run["data"][field]
-        config.compute_dtype = config.compute_dtype or run.get("compute_dtype", "float32")
+        name = config.compute_dtype or run.get("compute_dtype", "float32")
+        config.compute_dtype = process.compute_dtype(name)
         config.encoder = ConfigDict(run["encoder"])
         config.views = config.get("views", ConfigDict())
         config.views.mean, config.views.std = (tuple(run["views"][k]) for k in ("mean", "std"))

@@ -12,7 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax import STARTED, durations, optim
-from selfsup_jax.data import inputs, pipeline, sources
+from selfsup_jax.data import inputs, sources
+from selfsup_jax.data.batches import Undecodable
 from selfsup_jax.errors import bad_field
 from selfsup_jax.evaluation import probes
 from selfsup_jax.jobs import frozen_features, runner
@@ -90,7 +91,7 @@ def train(
         The state after the last step, as host arrays.
     """
     total, warmup = durations.total_and_warmup(config, source.num_examples)
-    undecodable = pipeline.Undecodable(source.num_examples, config.data.max_undecodable)
+    undecodable = Undecodable(source.num_examples, config.data.max_undecodable)
     data = inputs.Data(source, None, undecodable)
     description = workdir.describe_run(config, source)
 
@@ -106,6 +107,7 @@ def train(
             init_state=init_state,
             train_step=train_step,
             batches=lambda step: inputs.train_batches(config, data, step),
+            feed=inputs.feed(config, source),
             total_steps=total,
             workdir=folder,
             checkpoints=checkpoints,

@@ -16,7 +16,10 @@ from ml_collections import ConfigDict
 Flat = dict[str, Any]
 
 # Groups of fields, as patterns of `fnmatch`.
-_DATA_ACCESS = ("data.dir", "data.download", "data.max_undecodable")
+_DATA_ACCESS = (
+    *("data.dir", "data.download", "data.max_undecodable", "data.placement", "data.device_share"),
+    "steps_per_call",
+)
 _INTERVALS = (
     *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*"),
     *("monitor.knn_every_steps", "monitor.plots_every_steps"),

@@ -9,13 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
-from clu import metric_writers
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto import event_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
+from selfsup_jax.run import events
 from selfsup_jax.run.files import whole_file
 from selfsup_jax.run.progress import log
 
@@ -41,7 +37,7 @@ class Recorder:
     def __init__(self, workdir: str, first_step: int):
         self.history: dict[str, tuple[list[int], list[float]]] = {}
         self._file: TextIO | None = None
-        self._writer: metric_writers.MetricWriter | None = None
+        self._writer: events.EventWriter | None = None
         if not hosts.is_writer():
             return
         path = os.path.join(workdir, FILE)
@@ -53,8 +49,8 @@ class Recorder:
         self.history = _history(lines)
         with whole_file(path) as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
-        for events in glob.glob(os.path.join(glob.escape(workdir), "events.out.tfevents.*")):
-            _cut_events(events, first_step)
+        for event_file in glob.glob(os.path.join(glob.escape(workdir), events.PATTERN)):
+            events.cut(event_file, first_step)
         self._file = open(path, "a")  # noqa: SIM115
         self._workdir = workdir
 
@@ -63,10 +59,10 @@ class Recorder:
         if self._file is None:
             return
         if self._writer is None:  # creates the event file, so not before the first point
-            self._writer = metric_writers.create_default_writer(self._workdir, asynchronous=True)
+            self._writer = events.EventWriter(self._workdir)
         _append(self.history, step, values)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._writer.write_scalars(step, {**values, **timings})
+        self._writer.scalars(step, {**values, **timings})
 
     def flush(self) -> None:
         """Returns when all is written; called before a checkpoint marks the steps as done."""
@@ -122,23 +118,3 @@ def _lines_up_to(path: str, last_step: int) -> list[dict]:
                 if line["step"] <= last_step:
                     lines.append(line)
     return lines
-
-
-def _cut_events(path: str, last_step: int) -> None:
-    """Removes the events after a step from a TensorBoard file."""
-    kept, cut = [], False
-    for record in RawEventFileLoader(path).Load():
-        if event_pb2.Event.FromString(record).step <= last_step:
-            kept.append(record)
-        else:
-            cut = True
-    if len(kept) <= 1:  # at most the record of the file's version
-        os.remove(path)
-    elif cut:
-        # After a kill, neither TensorBoard nor this function takes this name for an event file.
-        partial = os.path.join(os.path.dirname(path), "cut.partial")
-        with open(partial, "wb") as f:
-            writer = RecordWriter(f)
-            for record in kept:
-                writer.write(record)
-        os.replace(partial, path)

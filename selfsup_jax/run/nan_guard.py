@@ -17,8 +17,8 @@ from selfsup_jax.run.files import write_json
 class NanGuard:
     """Finds the first step at which the loss or a gradient is not finite.
 
-    A step is checked `lag` steps later, when its values are ready: with an immediate check, the
-    device would have to wait for the host.
+    The steps of a call are checked `lag` calls later, when their values are ready: with an
+    immediate check, the device would have to wait for the host.
     """
 
     def __init__(self, workdir: str, lag: int = 2):
@@ -26,8 +26,13 @@ class NanGuard:
         self._lag = lag
         self._waiting: collections.deque = collections.deque()
 
-    def add(self, step: int, metrics: dict[str, Any], names: np.ndarray) -> None:
-        """Adds a step's metrics, still on the device, and the names of its images on this host.
+    def add(self, step: int, metrics: dict[str, Any], names: list[np.ndarray]) -> None:
+        """Adds the steps of a call.
+
+        Args:
+            step: the first of them.
+            metrics: `[devices, steps]` each, still on the devices; further rows are ignored.
+            names: for each step, the names of its images on this host.
 
         Raises:
             NotFinite: the loss or a gradient of an earlier step is not finite.
@@ -44,11 +49,13 @@ class NanGuard:
     def _check(self, lag: int) -> None:
         while len(self._waiting) > lag:
             step, finite, metrics, names = self._waiting.popleft()
-            if not np.asarray(finite)[0]:
-                self._stop(step, metrics, names)
+            broken = np.flatnonzero(np.asarray(finite)[0, : len(names)] == 0)
+            if len(broken):
+                row = int(broken[0])
+                values = {k: float(v[row]) for k, v in parallel.unreplicate(metrics).items()}
+                self._stop(step + row, values, names[row])
 
-    def _stop(self, step: int, metrics: dict[str, Any], names: np.ndarray) -> None:
-        values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
+    def _stop(self, step: int, values: dict[str, float], names: np.ndarray) -> None:
         broken = sorted(k for k, v in values.items() if k != "finite" and not np.isfinite(v))
         what = ", ".join(f"{name} {values[name]}" for name in broken)
         suffix = "" if jax.process_count() == 1 else f"_host{jax.process_index()}"

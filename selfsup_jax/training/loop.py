@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -10,12 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from selfsup_jax.data.inputs import Feed
 from selfsup_jax.devices import hosts, parallel, process
 from selfsup_jax.run import nan_guard, signals
 from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import Progress, log
 from selfsup_jax.state import Outputs, TrainState
+from selfsup_jax.training import calls
 
 
 class Monitor(Protocol):
@@ -41,6 +45,7 @@ class TrainSpec(NamedTuple):
         train_step: `(state, batch, *, axis_name) -> (state, metrics)`; the metrics contain
             "finite" and, if there is a monitor, "outputs".
         batches: step -> this host's batches after that step; each has "name".
+        feed: how the step gets its views from a batch.
         total_steps: number of steps of the whole training.
         workdir: the directory of the training.
         checkpoints: those of the workdir.
@@ -61,6 +66,7 @@ class TrainSpec(NamedTuple):
     announce: Callable[[TrainState], None]
     started: float
     monitor: Callable[[Recorder, Progress], Any] | None = None
+    feed: Feed = Feed()
 
 
 class Trained(NamedTuple):
@@ -160,34 +166,39 @@ def train(
         The state after the last step, which is saved.
     """
     config, checkpoints = spec.config, spec.checkpoints
-    step_fn = parallel.step_over_devices(spec.train_step)
+    most = calls.steps_per_call(config, spec.feed)
+    call = calls.Call(spec.train_step, spec.feed, most)
     guard = nan_guard.NanGuard(spec.workdir)
     profile = _profiler(spec)
     batches = spec.batches(first_step)
     hosts.reached_preemption(first_step)  # so that the hosts agree on a later step
-    postponed = False
+    postponed = announced = False
+    ends = functools.partial(_ends_call, spec, first_step)
+    step = first_step
     with signals.StopSignals() as stop_signals:
-        for step in range(first_step + 1, spec.total_steps + 1):
-            batch = next(batches)
-            names = batch.pop("name")
-            state, metrics = step_fn(state, parallel.shard(batch))
-            checkpoints.write()  # the previous step, while the device computes this one
-            outputs = metrics.pop("outputs", None)
-            guard.add(step, metrics, names)
+        for count in calls.lengths(first_step, spec.total_steps, most, ends):
+            given = list(itertools.islice(batches, count))
+            names = [batch.pop("name") for batch in given]
+            state, metrics, outputs = call(state, given)
+            checkpoints.write()  # of the previous call, while the device computes this one
+            guard.add(step + 1, metrics, names)
+            step, batch = step + count, given[-1]
             profile(step)
             if step == first_step + 1:
                 jax.block_until_ready(state.step)
                 stop_signals.catch()
                 log(f"first step done {time.perf_counter() - spec.started:.1f} s after the start")
                 progress.restart(step)
-            elif step == first_step + 12:
+            elif not announced and step >= first_step + 12:
+                announced = True
                 guard.drain()
                 log(progress.expectation(step))
 
             due = schedule(config, step, last=step == spec.total_steps)
             if due.log:
                 guard.drain()
-                values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
+                rows = parallel.unreplicate(metrics)
+                values = {k: float(v[count - 1]) for k, v in rows.items()}
                 del values["finite"]
                 if monitor and due.diagnose:
                     values |= monitor.diagnose(outputs, state, batch)
@@ -219,6 +230,19 @@ def train(
             progress.close()
             raise signals.stopped(stop, step, spec.workdir)
     return state
+
+
+def _ends_call(spec: TrainSpec, first_step: int, step: int) -> bool:
+    """Whether the host has something to do after this step, so that a call must end with it."""
+    config = spec.config
+    profile = config.get("profile", {"first_step": 0, "num_steps": 0})
+    begin = profile["first_step"]
+    return (
+        step == first_step + 1  # its time is announced
+        or any(schedule(config, step, last=False))
+        or spec.checkpoints.keeps(step)
+        or (begin > 0 and begin - 1 <= step <= begin + profile["num_steps"])
+    )
 
 
 def _profiler(spec: TrainSpec) -> Callable[[int], Any]:

@@ -46,6 +46,7 @@ class Monitor:
         config: the config of the run.
         run: see `workdir.describe_run`.
         data: the splits of the run.
+        feed: how the views are made from a batch.
         method: its augmentation and its pairs of outputs are used.
         extract: see `features.Extractor`.
         recorder: its history is checked and plotted.
@@ -61,6 +62,7 @@ class Monitor:
         config: ConfigDict,
         run: dict[str, Any],
         data: Data,
+        feed: inputs.Feed,
         method: Method,
         extract: Any,
         recorder: Recorder,
@@ -69,6 +71,7 @@ class Monitor:
     ):
         self._config = config
         self._data = data
+        self._feed = feed
         self._augment_views = jax.jit(
             functools.partial(augment_views, groups=method.augment.groups)
         )
@@ -219,8 +222,9 @@ class Monitor:
         self.draw_curves()
         if batch is not None:
             key = jax.random.fold_in(parallel.unreplicate(state.rng), step - 1)  # the step's key
-            pairs = {k: v[: self._config.monitor.view_pairs] for k, v in batch.items()}
-            views = np.asarray(self._augment_views(key, pairs)["global"])
+            rows = {k: v[: self._config.monitor.view_pairs] for k, v in batch.items()}
+            crops = inputs.with_views(self._feed, step - 1, rows)
+            views = np.asarray(self._augment_views(key, crops)["global"])
             plots.view_pairs(self._path("view_pairs"), views[0], views[1], step=step)
         self._draw_map(snapshot)
         self._draw_neighbours(snapshot)

@@ -31,6 +31,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     data: inputs.Data
+    feed: inputs.Feed
     method: Method
     total_steps: int
     warmup_steps: int
@@ -62,18 +63,20 @@ def pretrain(
         Stopped: after SIGTERM or Ctrl-C, once the current step is saved.
     """
     config = config.copy_and_resolve_references()
+    config.compute_dtype = process.compute_dtype(config.compute_dtype)
     build = build or find(config.method)
     validate(config, build)
     data = inputs.load_data(config)
     total, warmup = durations.total_and_warmup(config, data.train.num_examples)
     _check_lengths(config, data, total)
+    feed = inputs.feed(config, data.train)
     method = build(config, data.train.num_classes, total, warmup)
     description = workdir.describe_run(config, data.train)
     extract = features.Extractor(method.represent, config.views.mean, config.views.std)
     with workdir.opened(config, directory) as checkpoints:
         run = Run(
-            *(config, data, method, total, warmup, directory, checkpoints, description),
-            *(extract, started),
+            *(config, data, feed, method, total, warmup, directory, checkpoints),
+            *(description, extract, started),
         )
         with files.disk_errors(directory, checkpoints.committed_step):
             return _pretrain(run)
@@ -108,6 +111,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
             init_state=jax.jit(run.method.init_state),
             train_step=run.method.train_step,
             batches=lambda step: inputs.train_batches(run.config, run.data, step),
+            feed=run.feed,
             total_steps=run.total_steps,
             workdir=run.workdir,
             checkpoints=run.checkpoints,
@@ -118,6 +122,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
                 run.config,
                 run.description,
                 run.data,
+                run.feed,
                 run.method,
                 run.extract,
                 recorder,

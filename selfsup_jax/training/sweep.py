@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax.build import Build, find
 from selfsup_jax.config import validate
-from selfsup_jax.devices import hosts
+from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
 from selfsup_jax.run import files, identity, workdir
 from selfsup_jax.run.files import write_json, writing_to
@@ -109,6 +109,7 @@ def _runs(config: ConfigDict, find: Callable[[str], Build]) -> Iterator[Run]:
         for variant in config.only:
             run = Run(variant, seed, config.variants[variant].copy_and_resolve_references())
             run.config.seed = seed
+            run.config.compute_dtype = process.compute_dtype(run.config.compute_dtype)
             try:
                 validate(run.config, find(run.config.method))
             except UserError as e:

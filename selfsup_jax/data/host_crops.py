@@ -1,0 +1,141 @@
+"""Random resized crops on the host with TensorFlow, for images that are decoded during training.
+
+The boxes are those of `crops.py`; the pixels differ from its pixels by at most one grey level.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from selfsup_jax.data.crops import CropSpec
+from selfsup_jax.data.host_tensorflow import tf
+
+_DCT = "INTEGER_ACCURATE"  # exactly the pixels that Pillow decodes; TensorFlow's default is rougher
+
+
+def boxes_from_draws(
+    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, spec: CropSpec
+) -> tf.Tensor:
+    """Crop boxes for an image of `height` x `width` pixels.
+
+    The first attempt that fits into the image is used; if none fits, the largest centre crop with
+    an allowed aspect.
+
+    Args:
+        draws: `[views, attempts, 4]` uniform in [0, 1): area, aspect, row, column.
+        height, width: int32 scalars.
+        spec: ranges of area and aspect.
+
+    Returns:
+        `[views, 4]` int32: top, left, height, width.
+    """
+    rows, columns = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    low, high = spec.area
+    area = rows * columns * (low + (high - low) * draws[..., 0])
+    log_low, log_high = tf.math.log(spec.aspect[0]), tf.math.log(spec.aspect[1])
+    aspect = tf.exp(log_low + (log_high - log_low) * draws[..., 1])
+    box_w = tf.round(tf.sqrt(area * aspect))
+    box_h = tf.round(tf.sqrt(area / aspect))
+    fits = (box_w >= 1) & (box_h >= 1) & (box_w <= columns) & (box_h <= rows)
+    top = tf.floor(draws[..., 2] * (rows - box_h + 1))
+    left = tf.floor(draws[..., 3] * (columns - box_w + 1))
+    attempts = tf.stack([top, left, box_h, box_w], axis=-1)  # [views, attempts, 4]
+    chosen = tf.gather(attempts, tf.argmax(fits, axis=1), axis=1, batch_dims=1)
+
+    ratio = tf.clip_by_value(columns / rows, spec.aspect[0], spec.aspect[1])
+    centre_w = tf.round(tf.minimum(columns, rows * ratio))
+    centre_h = tf.round(tf.minimum(rows, columns / ratio))
+    centre = tf.stack(
+        [(rows - centre_h) // 2, (columns - centre_w) // 2, centre_h, centre_w], axis=-1
+    )
+    return tf.cast(tf.where(tf.reduce_any(fits, axis=1)[:, None], chosen, centre), tf.int32)
+
+
+def boxes_of_views(
+    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, specs: Sequence[CropSpec]
+) -> tf.Tensor:
+    """`boxes_from_draws` with one spec per view."""
+    boxes, first = [], 0
+    for spec, members in itertools.groupby(specs):
+        count = len(list(members))
+        boxes.append(boxes_from_draws(draws[first : first + count], height, width, spec))
+        first += count
+    return tf.concat(boxes, axis=0)
+
+
+def crop_encoded(
+    encoded: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec]
+) -> list[tf.Tensor]:
+    """The views of an encoded image, `[size, size, 3]` uint8 each.
+
+    Of a JPEG only the window that contains all crops is decoded, once.
+    """
+
+    def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
+        shape = tf.image.extract_jpeg_shape(encoded)
+        boxes = boxes_of_views(draws, shape[0], shape[1], specs)
+        start = tf.reduce_min(boxes[:, :2], axis=0)
+        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0)
+        window = tf.concat([start, end - start], axis=0)
+        image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3, dct_method=_DCT)
+        return image, boxes - tf.concat([start, [0, 0]], axis=0)
+
+    def other() -> tuple[tf.Tensor, tf.Tensor]:
+        image = decode(encoded)
+        shape = tf.shape(image)
+        return image, boxes_of_views(draws, shape[0], shape[1], specs)
+
+    image, boxes = tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
+    return crop_and_resize(image, boxes, specs)
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """A whole image, `[H, W, 3]` uint8; of an animation, the first frame."""
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
+
+
+def crop_and_resize(
+    image: tf.Tensor, boxes: tf.Tensor, specs: Sequence[CropSpec]
+) -> list[tf.Tensor]:
+    """Cuts the boxes `[views, 4]` out of an image `[H, W, 3]` uint8 and resizes them."""
+    views = []
+    for i, spec in enumerate(specs):
+        top, left, height, width = tf.unstack(boxes[i], num=4)
+        crop = image[top : top + height, left : left + width]
+        views.append(_resize(crop, (spec.size, spec.size), spec.method, antialias=False))
+    return views
+
+
+def test_image(image: tf.Tensor, resize: int, size: int, method: str) -> tf.Tensor:
+    """The evaluation view: the shorter side resized to `resize`, then a centre crop.
+
+    Args:
+        image: `[H, W, 3]` uint8, or a batch `[B, H, W, 3]`.
+        resize, size: pixels; `resize` is at least `size`.
+        method: of resizing; with antialiasing, because nothing else smooths a large image.
+
+    Returns:
+        `[size, size, 3]` uint8, or a batch of them. An image whose shorter side is already `resize`
+        is only cropped.
+    """
+    shape = tf.shape(image)[-3:-1]
+    shorter = tf.reduce_min(shape)
+    scaled = tf.cast(tf.round(shape * resize / shorter), tf.int32)
+    image = tf.cond(
+        tf.equal(shorter, resize),
+        lambda: image,
+        lambda: _resize(image, scaled, method, antialias=True),
+    )
+    top, left = tf.unstack((tf.shape(image)[-3:-1] - size) // 2, num=2)
+    centre = image[..., top : top + size, left : left + size, :]
+    return tf.ensure_shape(centre, (*[None] * (len(image.shape) - 3), size, size, 3))
+
+
+def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
+    resized = tf.image.resize(image, size, method=method, antialias=antialias)
+    return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)

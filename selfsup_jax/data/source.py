@@ -1,0 +1,161 @@
+"""One split of a data set, in memory or as a stream; selecting examples; the splits' syntax."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from selfsup_jax.errors import bad_field
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set.
+
+    Either `images` is set, and examples can be read in any order, or `stream` is set.
+
+    Attributes:
+        name: for messages.
+        num_examples: number of images.
+        class_names: names of the classes; None if there are no labels, or only one class.
+        kind: what `images` contains: `array` (pixels), `path`, or `encoded` (TFDS).
+        images: uint8 `[N, H, W, 3]`, or `[N]` paths, or a TensorFlow tensor of `[N]` encoded
+            images; or None.
+        labels: `[N]` int32, or `[N, classes]` of zeros and ones if an image can have several
+            labels; or None.
+        describe: index of an example -> its name for the log.
+        shape: (height, width) if all images have the same.
+        sizes: `[N, 2]` int32, height and width of each image in an array whose images are smaller
+            than H x W; None if all fill it.
+        broken: indices of the images in an array that could not be decoded.
+        stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
+            from the seed (None: in the order of the files), for splits too large for memory.
+    """
+
+    name: str
+    num_examples: int
+    class_names: tuple[str, ...] | None
+    kind: str
+    images: Any = None
+    labels: np.ndarray | None = None
+    describe: Callable[[int], str] = str
+    shape: tuple[int, int] | None = None
+    sizes: np.ndarray | None = None
+    broken: tuple[int, ...] = ()
+    stream: Callable[[int | None, int, int], Any] | None = None
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, or None without labels."""
+        return len(self.class_names) if self.class_names else None
+
+
+def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]) -> Source:
+    """Selects examples of a split and holds them in memory.
+
+    Args:
+        source: a split with labels. A streamed one is read twice.
+        choose: `(labels, names) -> indices` of the examples to keep, in their new order.
+    """
+    if source.stream is not None:
+        return _subset_of_stream(source, choose)
+    assert source.labels is not None
+    names = [source.describe(i) for i in range(source.num_examples)]
+    indices = np.asarray(choose(source.labels, names), np.int64)
+    broken = set(source.broken)
+    return dataclasses.replace(
+        source,
+        num_examples=len(indices),
+        images=_rows(source.images, indices),
+        labels=source.labels[indices],
+        describe=lambda i: names[indices[i]],
+        sizes=None if source.sizes is None else source.sizes[indices],
+        broken=tuple(i for i, row in enumerate(indices) if row in broken),
+    )
+
+
+def _rows(images: Any, indices: np.ndarray) -> Any:
+    if isinstance(images, np.ndarray):
+        return images[indices]
+    from selfsup_jax.data.host_tensorflow import tf
+
+    return tf.gather(images, indices)
+
+
+def _subset_of_stream(source: Source, choose: Callable[..., np.ndarray]) -> Source:
+    from selfsup_jax.data.host_tensorflow import tf
+
+    assert source.stream is not None
+    # Images are neither decoded nor kept.
+    pairs = list(source.stream(None, 0, 1).map(lambda _, label, name: (label, name)))
+    labels = np.asarray([label.numpy() for label, _ in pairs], np.int32)
+    names = [name.numpy().decode() for _, name in pairs]
+    indices = np.asarray(choose(labels, names))
+    kept = np.zeros(len(names), bool)
+    kept[indices] = True
+    rows = source.stream(None, 0, 1).enumerate().filter(lambda i, _: tf.gather(kept, i))
+    encoded = [image.numpy() for _, (image, *_) in rows]
+    positions = np.searchsorted(np.flatnonzero(kept), indices)
+    return dataclasses.replace(
+        source,
+        num_examples=len(indices),
+        images=tf.gather(tf.constant(encoded, tf.string), positions),
+        labels=labels[indices],
+        describe=lambda i: names[indices[i]],
+        stream=None,
+    )
+
+
+_BOUND = r"-?\d+(?:\.\d+)?%?"
+_PART = re.compile(rf"(?P<name>[\w-]+)(\[(?P<start>{_BOUND})?:(?P<stop>{_BOUND})?\])?")
+
+
+def split_indices(split: str, lengths: dict[str, int], field: str) -> list[tuple[str, np.ndarray]]:
+    """Parses the common part of TFDS's split syntax: `train`, `train[:90%]`, `train[100:]+test`.
+
+    Args:
+        split: parts joined by `+`; bounds may be negative or in percent.
+        lengths: the number of examples of each split.
+        field: the config field of `split`, for messages.
+
+    Returns:
+        (name of the split, indices of the examples) of each part.
+    """
+    indices = []
+    for part in split.split("+"):
+        match = _PART.fullmatch(part.strip())
+        if not match or match["name"] not in lengths:
+            why = "is not a split such as train[:90%]" if not match else "is unknown"
+            raise bad_field(field, split, f"{part.strip()!r} {why}; splits: {', '.join(lengths)}")
+        length = lengths[match["name"]]
+        try:
+            bounds = _bounds(match["start"], match["stop"], length)
+        except ValueError as e:
+            raise bad_field(
+                field, split, f"{part.strip()!r} {e}; splits: {', '.join(lengths)}"
+            ) from e
+        indices.append((match["name"], np.arange(length)[bounds]))
+    if not sum(len(part) for _, part in indices):
+        raise bad_field(field, split, f"holds no images; splits: {', '.join(lengths)}")
+    return indices
+
+
+def _bounds(start: str | None, stop: str | None, length: int) -> slice:
+    """As TFDS: one percentage makes both so; they are rounded to the closest example."""
+    percent = any(text is not None and text.endswith("%") for text in (start, stop))
+
+    def bound(text: str | None) -> int | None:
+        if text is None:
+            return None
+        value = float(text.removesuffix("%"))
+        if not percent and not value.is_integer():
+            raise ValueError(f"has {text}, which is not a whole number")
+        if abs(value) > (100 if percent else length):
+            raise ValueError(f"goes beyond the split's {length} examples")
+        return round(value * length / 100) if percent else int(value)
+
+    return slice(bound(start), bound(stop))

@@ -1,0 +1,86 @@
+"""TensorBoard's event files, written and cut without TensorFlow.
+
+An event file is a sequence of records: length (8 bytes), checksum (4), an `Event`, checksum (4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
+
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+PATTERN = "events.out.tfevents.*"
+
+
+class EventWriter:
+    """Writes scalars to a new event file in `directory`."""
+
+    def __init__(self, directory: str):
+        now = time.time()
+        self._file = _new_file(directory, f"{int(now):010d}.{socket.gethostname()}.{os.getpid()}")
+        self._records = RecordWriter(self._file)
+        self._write(event_pb2.Event(wall_time=now, file_version="brain.Event:2"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step."""
+        summary = summary_pb2.Summary()
+        for name, value in values.items():
+            summary.value.add(tag=name, simple_value=value)
+        self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: event_pb2.Event) -> None:
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Returns when all is handed to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._file.close()
+
+
+def _new_file(directory: str, name: str) -> BinaryIO:
+    for number in itertools.count():  # several writers of a process may start in the same second
+        path = os.path.join(directory, f"events.out.tfevents.{name}.{number}")
+        with contextlib.suppress(FileExistsError):
+            return open(path, "xb")
+    raise AssertionError
+
+
+def cut(path: str, last_step: int) -> None:
+    """Removes the events after a step from a file, and an incomplete record at its end."""
+    with open(path, "rb") as f:
+        records = list(_records(f.read()))
+    kept = [record for record in records if _step(record) <= last_step]
+    if len(kept) <= 1:  # at most the record of the file's version
+        os.remove(path)
+    elif len(kept) < len(records):
+        # After a kill, neither TensorBoard nor this function takes this name for an event file.
+        partial = os.path.join(os.path.dirname(path), "cut.partial")
+        with open(partial, "wb") as f:
+            f.writelines(kept)
+        os.replace(partial, path)
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    start = 0
+    while start + 8 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        end = start + 8 + 4 + length + 4
+        if end > len(content):  # the process was killed while it wrote
+            return
+        yield content[start:end]
+        start = end
+
+
+def _step(record: bytes) -> int:
+    return event_pb2.Event.FromString(record[12:-4]).step
