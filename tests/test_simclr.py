@@ -6,7 +6,9 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_runs
 from conftest import (
@@ -259,6 +261,46 @@ def test_batch_offset_is_the_devices_place_in_the_batch():
     np.testing.assert_allclose(np.mean(blocks, 0), np.asarray(whole), rtol=1e-6)
     wrong = nt_xent(*z[:, 2:4], 0.2, gather, 4)[0]
     assert abs(wrong - blocks[1][0]) > 1e-2
+
+
+def naive_nt_xent(z, temperature):
+    """The cross-entropy as the difference of a logarithm and a logit."""
+    labels = jnp.arange(len(z[0]))
+    same = jnp.where(labels == labels[:, None], -jnp.inf, z[0] @ z[0].T)
+    logits = jnp.concatenate([z[0] @ z[1].T, same], 1) / temperature
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def test_loss_is_precise_near_its_minimum():
+    """Views alike, images apart: the digits of loss and gradient that are left are the oracle's."""
+    rng = np.random.default_rng(3)
+    z = np.repeat(np.eye(6)[None], 2, axis=0) + 0.05 * rng.normal(size=(2, 6, 6))
+    temperature = 0.04
+
+    def oracle(z):
+        return oracle_nt_xent(*z, temperature)[0]
+
+    def ours(z):
+        return nt_xent(*l2_normalize(z), temperature)[0]
+
+    def naive(z):
+        return (naive_nt_xent(z, temperature) + naive_nt_xent(z[::-1], temperature)) / 2
+
+    expected = oracle(z)
+    assert 1e-11 < expected < 1e-8
+    gradient = np.zeros_like(z)
+    for i in np.ndindex(z.shape):
+        step = np.zeros_like(z)
+        step[i] = 1e-4
+        gradient[i] = (oracle(z + step) - oracle(z - step)) / 2e-4
+    scale = np.abs(gradient).max()
+
+    def errors(loss):
+        value, got = jax.value_and_grad(loss)(z.astype(np.float32))
+        return abs(value / expected - 1), np.abs(got - gradient).max() / scale
+
+    assert max(errors(ours)) < 1e-3
+    assert min(errors(lambda z: naive(l2_normalize(z)))) > 0.1
 
 
 @pytest.mark.slow
