@@ -87,8 +87,12 @@ def oracle_forward(params, images):
 
 
 def oracle_gradients(params, images, labels, temperature):
-    """(loss, probe's loss, gradients) by central differences; the loss adds up both views'."""
-    features = oracle_forward(params, images)[0][: len(labels)]  # view 1, constants
+    """(loss, probe's loss, gradients) by central differences; the loss adds up both views'.
+
+    The authors' linear head sees the features of both views, which are constants for it.
+    """
+    features = oracle_forward(params, images)[0]
+    labels = np.concatenate([labels, labels])
 
     def loss():
         z = oracle_forward(params, images)[1]
@@ -121,10 +125,14 @@ def oracle_gradients(params, images, labels, temperature):
 
 
 def oracle_lars(path, w, g, trace, rate, *, eta, decay, momentum):
-    """LARS as the authors' code has it: what is accumulated has its step's rate already."""
+    """LARS as the authors' code has it: what is accumulated has its step's rate already.
+
+    The linear head is left out of LARS, its decay is in the loss: half the square of its kernel.
+    """
     if not path[-1].key.endswith(("bias", "scale")):
         g = g + decay * w
-        g = g * eta * np.linalg.norm(w) / np.linalg.norm(g)
+        if path[0].key != "classifier":
+            g = g * eta * np.linalg.norm(w) / np.linalg.norm(g)
     trace = momentum * trace + rate * g
     return w - trace, trace
 
@@ -463,6 +471,8 @@ def test_a_fresh_state_has_no_target(first_state):
     assert first_state.target_params == {} and first_state.target_stats == {}
     assert set(first_state.online_params) == set(PARTS)
     assert set(first_state.online_stats) == {"encoder", "projector"}
+    kernel = first_state.online_params["classifier"]["output"]["kernel"]
+    assert 0.005 < np.std(kernel) < 0.02  # the authors' deviation of 0.01
     assert set(flatten(first_state.online_params["projector"])) == {
         "hidden/kernel",
         "bn/scale",
@@ -607,6 +617,7 @@ def test_a_run_is_watched_without_a_target(tmp_path):
 
 # ------------------------------------------------------------------------------- configs
 
+PROBE_FIELDS = ("kernel_init", "every_view", "lars_ratio")
 PRESETS = ("imagenet", "cifar10", "cifar10_lars", "imagenette", "demo", "folder")
 
 
@@ -626,6 +637,12 @@ def test_every_preset_is_valid(preset):
     config = simclr.get_config(preset)
     config_lib.validate(config, method.build)
     assert config.method == "simclr"
+    assert config.encoder.kernel_init == ("torch" if preset == "cifar10" else "lecun")
+    released = preset in ("imagenet", "cifar10_lars", "imagenette")  # the others are our own
+    assert config.encoder.stage1_projection == released and config.encoder.zero_init_basic
+    assert config.whole_epochs != released
+    probe = ("normal", True, False) if released else ("lecun", False, True)
+    assert tuple(config.online_probe[f] for f in PROBE_FIELDS) == probe
     authors = preset != "cifar10"  # which is lightly's recipe
     assert config.projector.output_norm == ("scale" if authors else "affine")
     assert config.encoder.padding == ("fixed" if authors else "torch")
@@ -719,8 +736,11 @@ def test_cifar10_lars_is_the_authors_recipe():
         "temperature": 0.5,
         "encoder.depth": 18,
         "encoder.stem": "cifar",
-        "projector.hidden_sizes": (512,),
+        "projector.hidden_sizes": (512, 512),  # the released code has 3 layers unless told
         "projector.output_size": 128,
+        "projector.hidden_bias": False,
+        "projector.hidden_norm": True,
+        "projector.output_norm": "scale",
         "optimizer.name": "lars",
         "optimizer.learning_rate": 1.0,
         "optimizer.scaling": "linear",
