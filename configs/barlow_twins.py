@@ -41,8 +41,7 @@ def _paper() -> ConfigDict:
     config.batch_size = 2048
     config.off_diagonal_weight = 0.0051  # lambda
 
-    config.encoder = common.encoder(padding="torch", kernel_init="kaiming_fan_out")
-    config.encoder.bn_unbiased_average = True
+    config.encoder = common.torchvision_encoder()
     config.projector = common.wide_head(8192)
     config.optimizer = common.optimizer(
         learning_rate=0.2,  # x batch / 256

@@ -56,6 +56,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config = common.pretrain_defaults()
     config.method = "byol"
     config.epochs = float(epochs)
+    config.whole_epochs = False
     config.tau_base = tau_base
     config.tau_schedule = "cosine"  # from tau_base to 1; or `constant`
 
@@ -68,6 +69,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.encoder = common.encoder()
     config.projector = common.head()
     config.predictor = common.head()
+    config.online_probe.kernel_init = "haiku"
     config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
     config.views = common.views(
         config,

@@ -29,7 +29,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import barlow_twins, byol, common, moco, parsing, simclr, simsiam, vicreg
+from configs import barlow_twins, byol, common, datasets, moco, parsing, simclr, simsiam, vicreg
 
 _NAMES = {
     "moco_v1": "MoCo_v1",
@@ -148,7 +148,7 @@ def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
     config.monitor.knn_every_steps = 0
     config.monitor.plots_every_steps = 0
     config.checkpoint_every_steps = 400
-    config = _small_heads(name, config)
+    config = datasets.our_recipe(_small_heads(name, config))
     for field, value in tuned.items():
         parsing.set_field(config, field, value)
     return config

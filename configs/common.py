@@ -15,6 +15,9 @@ def pretrain_defaults() -> ConfigDict:
     config.steps = config_dict.placeholder(int)
     config.examples = config_dict.placeholder(int)
     config.epochs = 1000.0
+    # An epoch has images // batch_size steps, as with PyTorch's `drop_last`. False: the run has
+    # epochs x images // batch_size steps in all (BYOL's and SimCLR's code), and so has the warm-up.
+    config.whole_epochs = True
 
     config.batch_size = 4096  # global: over all devices of all hosts
     config.accumulate_steps = 1  # microbatches per update
@@ -38,6 +41,8 @@ def pretrain_defaults() -> ConfigDict:
     config.data.placement = "auto"
     config.data.device_share = 0.25  # of a device's memory, for a split
     config.data.max_undecodable = 0.01  # share of images that may be broken before the run stops
+
+    config.online_probe = online_probe()
 
     # Steps that a device does in a loop of its own, to the next log line at most; 0: 50 with data
     # on an accelerator, else one step without a loop. On the CPU, XLA's loops are slow.
@@ -120,13 +125,37 @@ def encoder(**changes) -> ConfigDict:
         "width": 1.0,  # multiplies every stage's channels
         "stem": "imagenet",  # or `cifar`
         "padding": "same",  # BYOL's code; `torch`: MoCo's; `fixed`: SimCLR's
+        "stage1_projection": True,  # BYOL's and SimCLR's code, at depth 18 and 34; torchvision: not
         "zero_init_gamma": True,  # the last norm of each residual branch starts at 0
-        "kernel_init": "lecun",  # BYOL's and SimCLR's code; or `kaiming_fan_out`: MoCo's, `torch`
+        "zero_init_basic": False,  # also at depth 18 and 34: SimCLR's code and torchvision
+        "kernel_init": "haiku",  # BYOL's; `lecun`: SimCLR's; `kaiming_fan_out`: MoCo's; or `torch`
         "bn_decay": 0.9,
         "bn_epsilon": 1e-5,
         "bn_unbiased_average": False,  # running variance times n / (n - 1), as PyTorch's
     }
     return _changed("an encoder", fields, changes)
+
+
+def torchvision_encoder(**changes) -> ConfigDict:
+    """The encoder of the methods whose code has torchvision's ResNet."""
+    fields = {
+        "padding": "torch",
+        "stage1_projection": False,
+        "zero_init_basic": True,
+        "kernel_init": "kaiming_fan_out",
+        "bn_unbiased_average": True,
+    }
+    return encoder(**(fields | changes))
+
+
+def online_probe(**changes) -> ConfigDict:
+    """The linear classifier that is trained with the encoder, on features without gradient."""
+    fields = {
+        "kernel_init": "lecun",  # BYOL's code: `haiku`; SimCLR's: `normal`
+        "every_view": False,  # learns from the features of view 1 (BYOL), or of all views (SimCLR)
+        "lars_ratio": True,  # LARS scales its update too (BYOL; SimCLR: not)
+    }
+    return _changed("the online probe", fields, changes)
 
 
 def head(**changes) -> ConfigDict:

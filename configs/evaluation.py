@@ -54,6 +54,7 @@ def training(config: ConfigDict, *, epochs: float, batch_size: int) -> ConfigDic
     config.steps = config_dict.placeholder(int)  # the first of these that is given is used
     config.examples = config_dict.placeholder(int)
     config.epochs = epochs
+    config.whole_epochs = False  # as BYOL's and SimCLR's code; see `common.pretrain_defaults`
     config.batch_size = batch_size  # global: over all devices of all hosts
     config.accumulate_steps = 1
     view = common.view(jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)

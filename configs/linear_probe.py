@@ -58,6 +58,7 @@ def byol() -> ConfigDict:
 def moco() -> ConfigDict:
     """The protocol of MoCo's paper, section 4.1."""
     config = evaluation.training(_probe("sgd"), epochs=100.0, batch_size=256)
+    config.whole_epochs = True  # as PyTorch's code
     config.held_out_images = 0  # one learning rate: nothing to choose
     config.learning_rates = (30.0,)
     config.optimizer = _optimizer(schedule="step", drops=(0.6, 0.8), scaling="none")

@@ -58,13 +58,7 @@ def _v2() -> ConfigDict:
     config.temperature = 0.2
     config.symmetric = False
 
-    # torchvision's ResNet.
-    config.encoder = common.encoder(
-        padding="torch",
-        zero_init_gamma=False,
-        kernel_init="kaiming_fan_out",
-        bn_unbiased_average=True,
-    )
+    config.encoder = common.torchvision_encoder(zero_init_gamma=False)
     config.projector = common.head(
         hidden_sizes=(2048,),
         output_size=128,

@@ -47,15 +47,19 @@ def _paper(scaling: str = "linear") -> ConfigDict:
     config = common.pretrain_defaults()
     config.method = "simclr"
     config.epochs = 1000.0
+    config.whole_epochs = False
     config.temperature = 0.1
 
-    config.encoder = common.encoder(padding="fixed")
+    config.encoder = common.encoder(padding="fixed", zero_init_basic=True, kernel_init="lecun")
     config.projector = common.head(  # each linear layer is followed by a batch norm
         hidden_sizes=(2048,),
         output_size=128,
         linear_init="normal",
         hidden_bias=False,
         output_norm="scale",
+    )
+    config.online_probe = common.online_probe(
+        kernel_init="normal", every_view=True, lars_ratio=False
     )
     config.optimizer = common.optimizer(
         learning_rate=_BASE_RATES[scaling],
@@ -89,7 +93,10 @@ def cifar10() -> ConfigDict:
 
 
 def cifar10_lars() -> ConfigDict:
-    """CIFAR-10 as in the authors' README: half the colour distortion, no blur."""
+    """CIFAR-10 as in the authors' README: half the colour distortion, no blur, a head of 3 layers.
+
+    The head is the released code's default; the paper's has 2 layers.
+    """
     config = _paper()
     config.views["global"].view_1 = _view(strength=0.5)
     mean, std = config.views.mean, config.views.std
@@ -97,7 +104,7 @@ def cifar10_lars() -> ConfigDict:
     config.views.mean, config.views.std = mean, std
     config.batch_size = 512
     config.temperature = 0.5
-    config.projector.hidden_sizes = (512,)
+    config.projector.hidden_sizes = (512, 512)
     config.optimizer.learning_rate = 1.0
     config.optimizer.weight_decay = 1e-4
     return config

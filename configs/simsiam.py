@@ -41,8 +41,7 @@ def _paper() -> ConfigDict:
     config.epochs = 100.0
     config.batch_size = 256
 
-    config.encoder = common.encoder(padding="torch", kernel_init="kaiming_fan_out")
-    config.encoder.bn_unbiased_average = True
+    config.encoder = common.torchvision_encoder()
     config.projector = common.head(
         hidden_sizes=(2048, 2048),
         output_size=2048,

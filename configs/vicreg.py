@@ -45,8 +45,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.variance_weight = 12.5
     config.covariance_weight = 1.0
 
-    config.encoder = common.encoder(padding="torch", kernel_init="kaiming_fan_out")
-    config.encoder.bn_unbiased_average = True
+    config.encoder = common.torchvision_encoder()
     config.projector = common.wide_head(8192)
     config.optimizer = common.optimizer(
         learning_rate=0.3 if epochs <= 100 else 0.2,  # x batch / 256

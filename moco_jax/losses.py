@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
+
+from selfsup_jax.models import contrast
 
 
 def contrastive_logits(
@@ -43,7 +44,6 @@ def info_nce(
         Two float32 scalars: the loss, and how often the own key is the most similar; means over B.
     """
     logits = contrastive_logits(query, key, queue, temperature)
-    labels = jnp.zeros(len(query), jnp.int32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    loss = contrast.info_nce(logits[:, 0], logits[:, 1:])
     top1 = logits[:, 0] > logits[:, 1:].max(axis=1)
     return jnp.mean(loss), jnp.mean(top1.astype(jnp.float32))

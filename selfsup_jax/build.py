@@ -55,8 +55,10 @@ def parts_from_config(
         UserError: the config has another number of views.
     """
     dtype = jnp.dtype(process.compute_dtype(config.compute_dtype))
+    probe = config.online_probe
+    no_ratio = ("^classifier/",) if num_classes and not probe.lars_ratio else ()
     schedule, optimizer = optim.from_config(
-        config.optimizer, config.batch_size, total_steps, warmup_steps
+        config.optimizer, config.batch_size, total_steps, warmup_steps, no_ratio
     )
     augment = Augmentation.from_config(config.views)
     given = {name: len(group) for name, group in augment.groups.items()}
@@ -86,7 +88,11 @@ def parts_from_config(
         encoder=encoders.make_encoder(config.encoder, dtype),
         projector=head("projector"),
         predictor=head("predictor") if "predictor" in config else None,
-        classifier=heads.LinearClassifier(num_classes) if num_classes else None,
+        classifier=(
+            heads.LinearClassifier(num_classes, probe.kernel_init, probe.every_view)
+            if num_classes
+            else None
+        ),
         image_shape=image_shape,
         shared=shared,
     )

@@ -1,4 +1,11 @@
-"""Converts durations from steps, examples or epochs to steps, for the whole library."""
+"""Converts durations from steps, examples or epochs to steps, for the whole library.
+
+Epochs become steps by one of two rules. PyTorch's code leaves out the last, smaller batch of each
+epoch (`drop_last`): epochs x (images // batch) steps. BYOL's and SimCLR's code counts the images of
+the whole run: epochs x images // batch steps (SimCLR's one more). The data's own epochs have whole
+batches either way, each from a new shuffle; by the second rule a run goes on into further ones, so
+that it sees as many images as the authors', and its schedules have the authors' length.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +16,24 @@ from selfsup_jax.run.progress import log
 
 
 def to_steps(
-    section: Any, num_examples: int, batch_size: int, prefix: str = "", path: str = ""
+    section: Any,
+    num_examples: int,
+    batch_size: int,
+    prefix: str = "",
+    path: str = "",
+    whole_epochs: bool = True,
 ) -> int:
     """Converts the duration in a config section to steps.
 
     Args:
         section: has the fields `{prefix}steps`, `{prefix}examples` and `{prefix}epochs`; the first
             of them that is not None is used.
-        num_examples: examples in an epoch, which has `num_examples // batch_size` steps.
+        num_examples: examples in an epoch.
         batch_size: global batch size.
         prefix: of the field names, such as `warmup_`.
         path: the section's path in the config, for error messages.
+        whole_epochs: each epoch has `num_examples // batch_size` steps; False: only the last batch
+            of the whole duration is left out.
 
     Raises:
         UserError: the duration is negative, or none is given.
@@ -34,6 +48,8 @@ def to_steps(
         if value is not None:
             if value < 0:
                 raise bad_field(f"{path}{prefix}{unit}", value, "must not be negative")
+            if unit == "epochs" and not whole_epochs:
+                return round(value * num_examples) // batch_size
             return round(value * steps)
     raise bad_field(f"{path}{prefix}epochs", None, f"give {prefix}steps, _examples or _epochs")
 
@@ -49,8 +65,9 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
         split = config.data.train_split
         valid = f"must be at most the {num_examples} images of data.train_split={split!r}"
         raise bad_field("batch_size", batch, valid)
-    total = to_steps(config, num_examples, batch)
-    warmup = to_steps(config.optimizer, num_examples, batch, prefix="warmup_", path="optimizer.")
+    whole = config.whole_epochs
+    total = to_steps(config, num_examples, batch, whole_epochs=whole)
+    warmup = to_steps(config.optimizer, num_examples, batch, "warmup_", "optimizer.", whole)
     if total < 1:
         raise UserError("config.epochs, .examples and .steps: the length rounds to 0 steps")
     if warmup >= total:
@@ -60,5 +77,7 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
 
 def described(config: Any, num_examples: int, total_steps: int) -> str:
     """Describes the length of a training, such as `1,000 steps of 64 images (16 epochs)`."""
-    epochs = total_steps / (num_examples // config.batch_size)
+    batch = config.batch_size
+    epoch = num_examples // batch if config.whole_epochs else num_examples / batch
+    epochs = total_steps / epoch
     return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs)"

@@ -64,7 +64,7 @@ class Loss(NamedTuple):
 
     Attributes:
         loss: float32 scalar, the mean over this device's images.
-        outputs: this device's rows; the online probe reads view 1's representation.
+        outputs: this device's rows; the online probe reads the representations.
         online_stats, target_stats: the networks' new batch statistics.
         metrics: further float32 scalars, means over this device's images.
         carried: `[V, b, ...]` arrays of one microbatch, for the method's `carry`.
@@ -212,8 +212,8 @@ def total_loss(
     Returns the scalar to minimise, and the method's `Loss` with the probe's metrics.
     """
     out = method.loss(method.network, online, target, views, state, context)
-    view_1 = out.outputs.representation[0]
-    probe = online_probe.evaluate(method.network, online["params"], view_1, labels)
+    features = out.outputs.representation
+    probe = online_probe.evaluate(method.network, online["params"], features, labels)
     metrics = {"loss": out.loss} | out.metrics | probe.metrics
     return out.loss + probe.loss, out._replace(metrics=metrics)
 

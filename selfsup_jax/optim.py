@@ -101,6 +101,7 @@ def make_optimizer(
     weight_decay: float | optax.Schedule,
     exclude: Sequence[str],
     trust_coefficient: float | None = None,
+    no_ratio: Sequence[str] = (),
     rate_inside_momentum: bool = False,
     nesterov: bool = False,
     adam: tuple[float, float] | None = None,
@@ -122,6 +123,7 @@ def make_optimizer(
         weight_decay: the coefficient of the weight decay, or a schedule step -> coefficient.
         exclude: path patterns of parameters without weight decay and without the LARS ratio.
         trust_coefficient: LARS's eta (LAMB's is 1); None for SGD or AdamW.
+        no_ratio: path patterns of further parameters without the ratio; their decay stays.
         rate_inside_momentum: the learning rate multiplies the momentum's input.
         nesterov: Nesterov momentum.
         adam: (second beta, epsilon) of AdamW and LAMB; None for SGD or LARS.
@@ -131,16 +133,15 @@ def make_optimizer(
         peak: the peak learning rate of the schedule.
     """
 
-    def mask(params: Any) -> Any:
-        return path_mask(params, exclude)
-
+    mask = functools.partial(path_mask, exclude=exclude)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if adam is not None:
         parts.append(optax.scale_by_adam(b1=momentum, b2=adam[0], eps=adam[1]))
     parts.append(optax.masked(optax.add_decayed_weights(weight_decay), mask))
     if trust_coefficient is not None:
         ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
-        parts.append(optax.masked(ratio, mask))
+        adapted = functools.partial(path_mask, exclude=(*exclude, *no_ratio))
+        parts.append(optax.masked(ratio, adapted))
     rates = _rates(schedule, exclude, excluded_rate, constant_rate, peak)
     if adam is not None:
         return optax.chain(*parts, *rates)
@@ -192,9 +193,16 @@ def describe(config: Any, batch_size: int, total_steps: int, warmup_steps: int) 
 
 
 def from_config(
-    config: Any, batch_size: int, total_steps: int, warmup_steps: int
+    config: Any,
+    batch_size: int,
+    total_steps: int,
+    warmup_steps: int,
+    no_ratio: Sequence[str] = (),
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The schedule and the optimizer of a section `config.optimizer` (see `configs/common.py`)."""
+    """The schedule and the optimizer of a section `config.optimizer` (see `configs/common.py`).
+
+    `no_ratio`: see `make_optimizer`.
+    """
     peak = scaled_learning_rate(config.learning_rate, batch_size, config.scaling)
     schedule = learning_rate_schedule(
         config.schedule,
@@ -215,6 +223,7 @@ def from_config(
         weight_decay=weight_decay,
         exclude=config.exclude,
         trust_coefficient=trust.get(config.name),
+        no_ratio=no_ratio,
         rate_inside_momentum=config.rate_inside_momentum,
         nesterov=config.nesterov,
         adam=(config.beta_2, config.adam_epsilon) if config.name in ("adamw", "lamb") else None,

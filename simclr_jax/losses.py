@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
+
+from selfsup_jax.models import contrast
 
 
 def nt_xent(
@@ -52,9 +53,11 @@ def _of_view(
     itself = jnp.arange(len(own_view)) == rows[:, None]
     # Full float32; accelerators default to lower precision.
     similarity = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    same = jnp.where(itself, -jnp.inf, similarity(projection, own_view.T))  # [b, B]
-    other = similarity(projection, other_view.T)
-    logits = jnp.concatenate([other, same], axis=1) / temperature
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, rows)
-    top1 = jnp.argmax(logits, axis=1) == rows
+    same = similarity(projection, own_view.T) / temperature  # [b, B]
+    other = similarity(projection, other_view.T) / temperature
+    positive = jnp.sum(jnp.where(itself, other, 0.0), axis=1)
+    # Finite, as in the authors' code, so that a batch of one image has a gradient.
+    negatives = jnp.where(jnp.tile(itself, 2), -1e9, jnp.concatenate([same, other], axis=1))
+    loss = contrast.info_nce(positive, negatives)
+    top1 = positive > negatives.max(axis=1)
     return jnp.mean(loss), jnp.mean(top1.astype(jnp.float32))

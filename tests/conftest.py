@@ -85,10 +85,11 @@ class TinyEncoder(nn.Module):
 
 def tiny_networks(classes: int | None = NUM_CLASSES) -> SiameseWithPredictor:
     """BYOL's networks with a few hundred parameters in all."""
+    head = functools.partial(MLPHead, hidden_sizes=(12,), output_size=3, linear_init="lecun")
     return SiameseWithPredictor(
         encoder=TinyEncoder(),
-        projector=MLPHead(hidden_sizes=(12,), output_size=3),
-        predictor=MLPHead(hidden_sizes=(12,), output_size=3),
+        projector=head(),
+        predictor=head(),
         classifier=LinearClassifier(classes) if classes else None,
     )
 

@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from byol_jax.method import build
-from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, transfer
+from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, moco, simclr, transfer
 from selfsup_jax import config as config_lib
-from selfsup_jax.durations import to_steps, total_and_warmup
+from selfsup_jax.durations import described, to_steps, total_and_warmup
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import checkpoint, identity, workdir
 
@@ -94,6 +94,15 @@ def test_imagenet_is_the_papers_recipe():
         "encoder.stem": "imagenet",
         "encoder.padding": "same",
         "encoder.zero_init_gamma": True,
+        "encoder.zero_init_basic": False,
+        "encoder.stage1_projection": True,
+        "encoder.kernel_init": "haiku",
+        "projector.linear_init": "haiku",
+        "predictor.linear_init": "haiku",
+        "online_probe.kernel_init": "haiku",
+        "online_probe.every_view": False,
+        "online_probe.lars_ratio": True,
+        "whole_epochs": False,
         "encoder.bn_decay": 0.9,
         "encoder.bn_epsilon": 1e-5,
         "projector.hidden_sizes": (4096,),
@@ -168,8 +177,12 @@ def test_imagenette_is_the_authors_recipe():
     expected = {
         "data.image_size": 128,
         "encoder.depth": 18,
+        "encoder.stage1_projection": True,  # the authors' ResNet-18
+        "encoder.zero_init_basic": False,
+        "encoder.kernel_init": "haiku",
         "batch_size": 256,
         "epochs": 1000,
+        "whole_epochs": False,
         "optimizer.learning_rate": 2.0,
         "optimizer.weight_decay": 1e-6,
     }
@@ -284,6 +297,7 @@ BAD_VALUES = [
     ("encoder.stem", "imagnet", "imagenet"),
     ("encoder.padding", "valid", "same"),
     ("encoder.kernel_init", "he", "lecun"),
+    ("online_probe.kernel_init", "norml", "normal"),
     ("optimizer.name", "adam", "sgd"),
     ("optimizer.scaling", "square", "sqrt"),
     ("optimizer.schedule", "cosin", "cosine"),
@@ -412,13 +426,38 @@ def test_a_batch_larger_than_the_data_is_named():
         ({"epochs": 3.0}, 36),  # of 12 whole batches each
         ({"epochs": 0.5}, 6),
         ({"steps": 0, "epochs": 3.0}, 0),  # 0 is given, too
+        # The authors': of the images of the whole run, the last batch is left out.
+        ({"epochs": 3.0, "whole_epochs": False}, 37),
+        ({"epochs": 0.5, "whole_epochs": False}, 6),
+        ({"epochs": 4.0, "whole_epochs": False}, 50),
+        ({"examples": 799, "epochs": 3.0, "whole_epochs": False}, 100),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "warmup_"])
 def test_durations_come_to_steps(fields, steps, prefix):
+    whole_epochs = fields.get("whole_epochs", True)
     given = {"steps": None, "examples": None, "epochs": None} | fields
     section = {prefix + unit: value for unit, value in given.items()}
-    assert to_steps(section, num_examples=100, batch_size=8, prefix=prefix) == steps
+    assert to_steps(section, 100, 8, prefix, whole_epochs=whole_epochs) == steps
+
+
+@pytest.mark.parametrize(
+    ("config", "images", "total", "warmup", "epochs"),
+    [
+        # epochs x images // batch, and the warm-up's 10 epochs, as the authors' code has them.
+        (byol.get_config("imagenet"), 1_281_167, 312_784, 3_127, "1,000"),
+        (byol.get_config("imagenet,epochs=40"), 1_281_167, 12_511, 3_127, "40"),
+        (simclr.get_config("cifar10_lars"), 50_000, 97_656, 976, "1,000"),
+        (finetune.get_config("1pct"), 12_811, 750, 0, "59.95"),
+        # epochs x (images // batch), as PyTorch's.
+        (moco.get_config("imagenet"), 1_281_167, 200 * 5_004, 0, "200"),
+        (byol.get_config("cifar10"), 50_000, 200 * 390, 0, "200"),
+        (linear_probe.get_config("moco"), 1_281_167, 100 * 5_004, 0, "100"),
+    ],
+)
+def test_lengths_are_the_authors(config, images, total, warmup, epochs):
+    assert total_and_warmup(config, images) == (total, warmup)
+    assert described(config, images, total).endswith(f" images ({epochs} epochs)")
 
 
 @pytest.mark.parametrize(
@@ -521,6 +560,7 @@ def test_a_checkpoint_says_where_in_the_data_it_is(step, epoch, batch):
         ("seed", 1),
         ("batch_size", 64),
         ("epochs", 41.0),
+        ("whole_epochs", True),
         ("steps", 100),
         ("examples", 10**6),
         ("tau_base", 0.5),

@@ -27,7 +27,10 @@ CONFIG = {
     "seed": 3,
     "compute_dtype": "bfloat16",
     "batch_size": 16,
-    "encoder": {"depth": 18, "width": 0.004, "stem": "cifar", "zero_init_gamma": False},
+    "encoder": {
+        **{"depth": 18, "width": 0.004, "stem": "cifar", "stage1_projection": False},
+        **{"zero_init_gamma": False, "zero_init_basic": True},
+    },
     "data": {"name": "folder", "image_size": 8},
     "views": {"mean": MEAN, "std": STD},
 }

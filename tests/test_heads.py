@@ -156,9 +156,10 @@ def test_initialisation(style, hidden):
         elif path.endswith("bias"):
             assert 0.9 * unit < largest <= unit and leaf.min() < -0.8 * unit, path
         elif style == "byol":
-            # Cut at two deviations of the normal, which then has 0.88 of its deviation.
-            assert np.std(leaf) == pytest.approx(unit, rel=0.03), path
-            assert 2.1 * unit < largest < 2.28 * unit, path
+            # Cut at two deviations of the normal, which then has 0.88 of its deviation; Haiku's
+            # `TruncatedNormal`, which its `Linear` has, does not make up for it.
+            assert np.std(leaf) == pytest.approx(0.8796 * unit, rel=0.03), path
+            assert 1.9 * unit < largest <= 2 * unit, path
         elif style == "moco":
             assert np.std(leaf) == pytest.approx(unit / 3**0.5, rel=0.03), path
             assert 0.99 * unit < largest <= unit, path
@@ -200,7 +201,7 @@ def test_a_heads_norms_are_the_encoders():
 
 
 def test_byols_heads_are_byols_unless_told():
-    config = byol.get_config("demo")
+    config = byol.get_config("imagenette")
     for section in (config.projector, config.predictor):
         made = from_config(section, config.encoder, jnp.float32)
         assert made == head_of("byol", *section.hidden_sizes, section.output_size)

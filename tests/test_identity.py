@@ -15,6 +15,7 @@ from conftest import REPOSITORY, assert_same
 from tiny_jobs import read
 
 from configs import byol, finetune, knn, linear_probe, moco, simclr, simsiam, transfer
+from selfsup_jax import durations
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.run import identity
@@ -103,6 +104,9 @@ def earlier(config: dict) -> dict:
         del old["optimizer"][name]
     for name in ("clip_norm", "beta_2", "adam_epsilon"):
         del old["optimizer"][name]
+    for name in ("stage1_projection", "zero_init_basic"):
+        del old["encoder"][name]
+    del old["whole_epochs"], old["online_probe"]
     del old["eval"]["linear"]
     return old
 
@@ -202,6 +206,38 @@ def test_what_this_version_writes_stays_as_it_is(path):
     for run in runs:
         assert flat(run) == identity.flatten(run)
         assert identity.upgraded_tree(run) == run
+
+
+def test_what_earlier_versions_called_haikus_initialisation_is_lecuns():
+    """It was corrected for the truncation; what Haiku does has that name since."""
+    earlier = {f"{head}.linear_init": "haiku" for head in ("projector", "predictor")}
+    assert set(upgraded(earlier).values()) == {"lecun"}
+    assert set(upgraded(dict.fromkeys(earlier, "torch")).values()) == {"torch"}
+    today = earlier | {"whole_epochs": True}
+    assert upgraded(today) == today
+
+
+OF_THE_AUTHORS = {  # field -> (of `configs/byol.py:imagenette` today, of earlier versions)
+    "encoder.kernel_init": ("haiku", "lecun"),
+    "encoder.stage1_projection": (True, False),
+    "encoder.zero_init_basic": (False, True),
+    "online_probe.kernel_init": ("haiku", "lecun"),
+    "predictor.linear_init": ("haiku", "lecun"),
+    "projector.linear_init": ("haiku", "lecun"),
+    "whole_epochs": (False, True),
+}
+
+
+def test_an_earlier_run_of_the_authors_recipe_has_the_earlier_mathematics():
+    """It is not continued with another; with its own it is, and for as many steps as it began."""
+    config = byol.get_config("imagenette")
+    config.encoder.kernel_init = "lecun"
+    before = flat(earlier(json.loads(config.to_json())))
+    assert differences(flat(byol.get_config("imagenette")), before, NO_PROBE) == OF_THE_AUTHORS
+    config.update_from_flattened_dict({k: was for k, (_, was) in OF_THE_AUTHORS.items()})
+    assert differences(flat(config), before, NO_PROBE) == {}
+    assert durations.total_and_warmup(config, 9469) == (36_000, 360)
+    assert durations.total_and_warmup(byol.get_config("imagenette"), 9469) == (36_988, 369)
 
 
 # --------------------------------------------------------------------------- what differs
@@ -312,7 +348,7 @@ def test_a_transfers_sets_are_bound():
 
 # ------------------------------------------------------------------------- runs that go on
 
-LENGTHS = {"steps", "examples", "epochs"}
+LENGTHS = {"steps", "examples", "epochs", "whole_epochs"}
 COSINE = {"optimizer.schedule": "cosine", "tau_schedule": "cosine"}
 CONSTANT = dict.fromkeys(COSINE, "constant")
 

@@ -347,6 +347,37 @@ def test_loss_is_the_papers():
     assert top1 == np.mean((q * k).sum(1) > (q @ keys.T).max(1)) >= 6 / 16
 
 
+def test_loss_is_precise_near_its_minimum():
+    """Own keys near, the queue's far: the digits of loss and gradient that are left are right."""
+    temperature = 0.04
+    q, k = np.eye(6), unit(np.eye(6) + 0.02 * vectors(6, 6))
+    keys = -unit(np.eye(6) + 0.2 * vectors(6, 6, seed=1))
+
+    def oracle(q):
+        excess = (q @ keys.T - (q * k).sum(1)[:, None]) / temperature
+        return np.mean(np.log1p(np.exp(excess).sum(1)))
+
+    def cross_entropy(q):
+        logits = losses.contrastive_logits(q, *constants, temperature)
+        return -jax.nn.log_softmax(logits)[:, 0].mean()
+
+    expected = oracle(q)
+    assert 1e-12 < expected < 1e-8
+    gradient = np.zeros_like(q)
+    for i in np.ndindex(q.shape):
+        step = np.zeros_like(q)
+        step[i] = 1e-5
+        gradient[i] = (oracle(q + step) - oracle(q - step)) / 2e-5
+    constants = k.astype(np.float32), keys.astype(np.float32)
+
+    def errors(loss):
+        value, got = jax.value_and_grad(loss)(q.astype(np.float32))
+        return abs(value / expected - 1), np.abs(got - gradient).max() / np.abs(gradient).max()
+
+    assert max(errors(lambda q: losses.info_nce(q, *constants, temperature)[0])) < 1e-3
+    assert min(errors(cross_entropy)) > 0.1
+
+
 def test_loss_takes_keys_as_constants():
     """The gradient is that of constant keys even where they depend on the same variable."""
     q, towards = vectors(6, 5), vectors(5, 5, seed=1)

@@ -94,6 +94,24 @@ def test_lars(inside):
     assert_runs_agree(run(make_lars(inside)), expected)
 
 
+def test_a_parameter_may_be_decayed_without_the_ratio():
+    """As the linear head in SimCLR's code: its decay is in the loss, its update is not scaled."""
+    optimizer = optim.make_optimizer(
+        rates,
+        momentum=MOMENTUM,
+        weight_decay=DECAY,
+        exclude=("bias$",),
+        trust_coefficient=ETA,
+        no_ratio=("^layer/",),
+    )
+
+    def decayed(name, w, g, trace, rate):
+        trace = MOMENTUM * trace + g + (DECAY * w if name == "kernel" else 0)
+        return w - rate * trace, trace
+
+    assert_runs_agree(run(optimizer), by_hand(decayed))
+
+
 def test_lars_with_the_rate_inside_is_optax_lars():
     def mask(params):
         return optim.path_mask(params, ("bias$",))

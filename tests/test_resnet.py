@@ -51,6 +51,25 @@ def test_parameters_and_features(depth, parameters, features):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("depth", "parameters"),
+    [
+        # The authors' 1x1 convolution of 64 x 64 in stage 1, and its norm.
+        (18, 11_176_512 + 64 * 64 + 2 * 64),
+        (34, 21_284_672 + 64 * 64 + 2 * 64),
+        (50, 23_508_032),  # has one anyway
+    ],
+)
+def test_authors_project_in_stage_1(depth, parameters):
+    params = shapes_of(ResNet(depth, stage1_projection=True))[0]["params"]
+    assert count(params) == parameters
+    projections = {name for name in params if name.endswith("_shortcut")}
+    assert projections == {f"stage{i}_block1_shortcut" for i in (1, 2, 3, 4)}
+    assert "stage1_block1_shortcut" in shapes_of(ResNet(50))[0]["params"]
+    assert "stage1_block1_shortcut" not in shapes_of(ResNet(18))[0]["params"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "features"), [(2.0, 4096), (0.5, 1024), (1 / 16, 128)])
 def test_width_multiplies_the_channels(width, features):
     model = ResNet(50, width=width)
@@ -173,17 +192,25 @@ def test_matmul_paths_have_the_convolutions_gradients(map_size, size, stride):
 
 
 @functools.cache
-def initialised(depth, zero):
-    model = ResNet(depth, width=1 / 16, stem="cifar", zero_init_gamma=zero)
+def initialised(depth, zero, **fields):
+    model = ResNet(depth, width=1 / 16, stem="cifar", zero_init_gamma=zero, **fields)
     init = jax.jit(model.init)
     return model, init(jax.random.PRNGKey(0), jnp.zeros((1, 8, 8, 3)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("depth", "last"), [(18, "conv2_bn"), (50, "conv3_bn")])
-def test_each_block_starts_as_its_shortcut(depth, last):
+@pytest.mark.parametrize(
+    ("depth", "last", "fields"),
+    [
+        (18, "conv2_bn", {}),
+        (18, "conv2_bn", {"stage1_projection": True}),  # SimCLR's
+        (50, "conv3_bn", {}),
+        (50, "conv3_bn", {"zero_init_basic": False}),  # Haiku's
+    ],
+)
+def test_each_block_starts_as_its_shortcut(depth, last, fields):
     """With the last gammas at 0: relu of the shortcut, block after block, by hand."""
-    model, variables = initialised(depth, True)
+    model, variables = initialised(depth, True, **fields)
     params = variables["params"]
     for name, leaf in params.items():
         if "bn" in name:
@@ -202,8 +229,12 @@ def test_each_block_starts_as_its_shortcut(depth, last):
 
 
 @pytest.mark.slow
-def test_gammas_can_start_at_1():
-    _, variables = initialised(18, False)
+@pytest.mark.parametrize(
+    ("zero", "fields"),
+    [(False, {}), (True, {"zero_init_basic": False})],  # the latter is Haiku's ResNet-18
+)
+def test_gammas_can_start_at_1(zero, fields):
+    _, variables = initialised(18, zero, **fields)
     scales = {k: v["scale"] for k, v in variables["params"].items() if k.endswith("_bn")}
     assert len(scales) == 20
     assert all(np.all(scale == 1) for scale in scales.values())
@@ -213,6 +244,7 @@ def test_gammas_can_start_at_1():
     ("init", "deviation"),
     [
         ("lecun", 1 / math.sqrt(9 * 32)),
+        ("haiku", 0.87962566 / math.sqrt(9 * 32)),
         ("kaiming_fan_out", math.sqrt(2 / (9 * 128))),
         ("torch", math.sqrt(1 / (3 * 9 * 32))),
     ],
@@ -221,8 +253,10 @@ def test_kernel_initialisations(init, deviation):
     x = jnp.zeros((1, 8, 8, 32))
     kernel = Conv(128, 3, kernel_init=init).init(jax.random.PRNGKey(0), x)["params"]["kernel"]
     assert float(jnp.std(kernel)) == pytest.approx(deviation, rel=0.02)
-    # The truncated normal ends at two deviations of the normal before truncation, PyTorch's uniform
-    # at 1 / sqrt(fan in).
+    # The truncated normal ends at two deviations of the normal before truncation, which for Haiku
+    # is 1 / sqrt(fan in); PyTorch's uniform ends at 1 / sqrt(fan in).
+    if init == "haiku":
+        assert 1.9 < float(jnp.abs(kernel).max()) * math.sqrt(9 * 32) <= 2.0
     largest = float(jnp.abs(kernel).max()) / deviation
     assert (largest < 2.3) == (init != "kaiming_fan_out")
     assert (largest < math.sqrt(3) + 1e-6) == (init == "torch")

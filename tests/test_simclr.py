@@ -6,7 +6,9 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_runs
 from conftest import (
@@ -85,8 +87,12 @@ def oracle_forward(params, images):
 
 
 def oracle_gradients(params, images, labels, temperature):
-    """(loss, probe's loss, gradients) by central differences; the loss adds up both views'."""
-    features = oracle_forward(params, images)[0][: len(labels)]  # view 1, constants
+    """(loss, probe's loss, gradients) by central differences; the loss adds up both views'.
+
+    The authors' linear head sees the features of both views, which are constants for it.
+    """
+    features = oracle_forward(params, images)[0]
+    labels = np.concatenate([labels, labels])
 
     def loss():
         z = oracle_forward(params, images)[1]
@@ -119,10 +125,14 @@ def oracle_gradients(params, images, labels, temperature):
 
 
 def oracle_lars(path, w, g, trace, rate, *, eta, decay, momentum):
-    """LARS as the authors' code has it: what is accumulated has its step's rate already."""
+    """LARS as the authors' code has it: what is accumulated has its step's rate already.
+
+    The linear head is left out of LARS, its decay is in the loss: half the square of its kernel.
+    """
     if not path[-1].key.endswith(("bias", "scale")):
         g = g + decay * w
-        g = g * eta * np.linalg.norm(w) / np.linalg.norm(g)
+        if path[0].key != "classifier":
+            g = g * eta * np.linalg.norm(w) / np.linalg.norm(g)
     trace = momentum * trace + rate * g
     return w - trace, trace
 
@@ -259,6 +269,46 @@ def test_batch_offset_is_the_devices_place_in_the_batch():
     np.testing.assert_allclose(np.mean(blocks, 0), np.asarray(whole), rtol=1e-6)
     wrong = nt_xent(*z[:, 2:4], 0.2, gather, 4)[0]
     assert abs(wrong - blocks[1][0]) > 1e-2
+
+
+def naive_nt_xent(z, temperature):
+    """The cross-entropy as the difference of a logarithm and a logit."""
+    labels = jnp.arange(len(z[0]))
+    same = jnp.where(labels == labels[:, None], -jnp.inf, z[0] @ z[0].T)
+    logits = jnp.concatenate([z[0] @ z[1].T, same], 1) / temperature
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def test_loss_is_precise_near_its_minimum():
+    """Views alike, images apart: the digits of loss and gradient that are left are the oracle's."""
+    rng = np.random.default_rng(3)
+    z = np.repeat(np.eye(6)[None], 2, axis=0) + 0.05 * rng.normal(size=(2, 6, 6))
+    temperature = 0.04
+
+    def oracle(z):
+        return oracle_nt_xent(*z, temperature)[0]
+
+    def ours(z):
+        return nt_xent(*l2_normalize(z), temperature)[0]
+
+    def naive(z):
+        return (naive_nt_xent(z, temperature) + naive_nt_xent(z[::-1], temperature)) / 2
+
+    expected = oracle(z)
+    assert 1e-11 < expected < 1e-8
+    gradient = np.zeros_like(z)
+    for i in np.ndindex(z.shape):
+        step = np.zeros_like(z)
+        step[i] = 1e-4
+        gradient[i] = (oracle(z + step) - oracle(z - step)) / 2e-4
+    scale = np.abs(gradient).max()
+
+    def errors(loss):
+        value, got = jax.value_and_grad(loss)(z.astype(np.float32))
+        return abs(value / expected - 1), np.abs(got - gradient).max() / scale
+
+    assert max(errors(ours)) < 1e-3
+    assert min(errors(lambda z: naive(l2_normalize(z)))) > 0.1
 
 
 @pytest.mark.slow
@@ -421,6 +471,8 @@ def test_a_fresh_state_has_no_target(first_state):
     assert first_state.target_params == {} and first_state.target_stats == {}
     assert set(first_state.online_params) == set(PARTS)
     assert set(first_state.online_stats) == {"encoder", "projector"}
+    kernel = first_state.online_params["classifier"]["output"]["kernel"]
+    assert 0.005 < np.std(kernel) < 0.02  # the authors' deviation of 0.01
     assert set(flatten(first_state.online_params["projector"])) == {
         "hidden/kernel",
         "bn/scale",
@@ -565,6 +617,7 @@ def test_a_run_is_watched_without_a_target(tmp_path):
 
 # ------------------------------------------------------------------------------- configs
 
+PROBE_FIELDS = ("kernel_init", "every_view", "lars_ratio")
 PRESETS = ("imagenet", "cifar10", "cifar10_lars", "imagenette", "demo", "folder")
 
 
@@ -584,6 +637,12 @@ def test_every_preset_is_valid(preset):
     config = simclr.get_config(preset)
     config_lib.validate(config, method.build)
     assert config.method == "simclr"
+    assert config.encoder.kernel_init == ("torch" if preset == "cifar10" else "lecun")
+    released = preset in ("imagenet", "cifar10_lars", "imagenette")  # the others are our own
+    assert config.encoder.stage1_projection == released and config.encoder.zero_init_basic
+    assert config.whole_epochs != released
+    probe = ("normal", True, False) if released else ("lecun", False, True)
+    assert tuple(config.online_probe[f] for f in PROBE_FIELDS) == probe
     authors = preset != "cifar10"  # which is lightly's recipe
     assert config.projector.output_norm == ("scale" if authors else "affine")
     assert config.encoder.padding == ("fixed" if authors else "torch")
@@ -677,8 +736,11 @@ def test_cifar10_lars_is_the_authors_recipe():
         "temperature": 0.5,
         "encoder.depth": 18,
         "encoder.stem": "cifar",
-        "projector.hidden_sizes": (512,),
+        "projector.hidden_sizes": (512, 512),  # the released code has 3 layers unless told
         "projector.output_size": 128,
+        "projector.hidden_bias": False,
+        "projector.hidden_norm": True,
+        "projector.output_norm": "scale",
         "optimizer.name": "lars",
         "optimizer.learning_rate": 1.0,
         "optimizer.scaling": "linear",

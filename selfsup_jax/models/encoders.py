@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from selfsup_jax import checks
-from selfsup_jax.models.resnet import KERNEL_INITS, PADDINGS, STAGES, STEMS, ResNet
+from selfsup_jax.models.initializers import KERNEL_INITS
+from selfsup_jax.models.resnet import PADDINGS, STAGES, STEMS, ResNet
 
 KINDS = {"resnet": ResNet}
 

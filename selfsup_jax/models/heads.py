@@ -13,18 +13,9 @@ import jax.numpy as jnp
 from selfsup_jax import checks
 from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.errors import bad_field
+from selfsup_jax.models.initializers import KERNEL_INITS
 from selfsup_jax.models.norm import BatchNorm
 
-# How the authors' libraries initialise the kernel of a linear layer.
-_HAIKU = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-HEAD_INITS: dict[str, Callable] = {
-    # Haiku's Linear: truncated normal with variance 1 / fan in; zero biases.
-    "haiku": _HAIKU,
-    # PyTorch's Linear: kernel and bias uniform within +-1 / sqrt(fan in).
-    "torch": nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),
-    # SimCLR's code: normal with standard deviation 0.01; zero biases.
-    "normal": nn.initializers.normal(0.01),
-}
 # Batch norm after the last layer: none; with scale and offset, with scale only, with neither.
 OUTPUT_NORMS = ("none", "affine", "scale", "plain")
 
@@ -37,7 +28,8 @@ class MLPHead(nn.Module):
     Attributes:
         hidden_sizes: sizes of the hidden layers; `()` for a linear head.
         output_size: D.
-        linear_init: initialisation of the linear layers, a key of `HEAD_INITS`.
+        linear_init: initialisation of the linear layers, a key of `KERNEL_INITS`;
+            biases start at 0, with `torch` like the kernel.
         hidden_bias, hidden_norm: whether hidden layers have a bias, and a batch norm.
         output_bias: whether the last layer has a bias.
         output_norm: batch norm after the last layer, one of `OUTPUT_NORMS`.
@@ -80,7 +72,7 @@ class MLPHead(nn.Module):
             size,
             use_bias=use_bias,
             dtype=self.dtype,
-            kernel_init=HEAD_INITS[self.linear_init],
+            kernel_init=KERNEL_INITS[self.linear_init],
             bias_init=_uniform(x.shape[-1] ** -0.5) if torch else nn.initializers.zeros,
             name=name,
         )
@@ -100,9 +92,10 @@ def from_config(head: Any, encoder: Any, dtype: jnp.dtype) -> MLPHead:
 
 
 def check(config: Any) -> None:
-    """Checks the sections `projector` and `predictor` of a config; raises `UserError`."""
+    """Checks a config's sections of heads and of the online probe; raises `UserError`."""
+    checks.one_of(config, "online_probe.kernel_init", KERNEL_INITS)
     for head in ("projector", "predictor"):
-        checks.one_of(config, f"{head}.linear_init", HEAD_INITS)
+        checks.one_of(config, f"{head}.linear_init", KERNEL_INITS)
         checks.one_of(config, f"{head}.output_norm", OUTPUT_NORMS)
         checks.in_range(config, (f"{head}.output_size",), 1)
         for field, sizes in checks.present(config, [f"{head}.hidden_sizes"]):
@@ -113,14 +106,24 @@ def check(config: Any) -> None:
 
 
 class LinearClassifier(nn.Module):
-    """The linear layer of the online probe."""
+    """The linear layer of the online probe.
+
+    Attributes:
+        num_classes: the number of classes.
+        kernel_init: a key of `KERNEL_INITS`.
+        every_view: the online probe learns from the features of all views (SimCLR's code), not of
+            view 1 only (BYOL's).
+    """
 
     num_classes: int
+    kernel_init: str = "lecun"
+    every_view: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, D]` float32 to logits `[B, num_classes]` float32."""
-        return nn.Dense(self.num_classes, kernel_init=_HAIKU, name="output")(x)
+        init = KERNEL_INITS[self.kernel_init]
+        return nn.Dense(self.num_classes, kernel_init=init, name="output")(x)
 
 
 def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:

@@ -27,12 +27,14 @@ def evaluate(
     Args:
         network: has the probe as its `classifier` (None: no probe).
         params: of the online network.
-        representation: `[B, F]` float32; gets no gradient.
+        representation: `[V, B, F]` float32; gets no gradient.
         labels: `[B]` int32, or None for no probe.
     """
     if labels is None or network.classifier is None:
         return Probe(0.0, {})
-    features = lax.stop_gradient(representation)
+    features = lax.stop_gradient(representation[: None if network.classifier.every_view else 1])
+    labels = jnp.tile(labels, len(features))  # those of view 1, then those of view 2
+    features = features.reshape(len(labels), -1)
     logits: Any = network.classifier.apply({"params": params["classifier"]}, features)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     top1 = jnp.mean((logits.argmax(-1) == labels).astype(jnp.float32))

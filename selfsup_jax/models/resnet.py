@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models.convolution import Margins, convolve, max_pool
+from selfsup_jax.models.initializers import KERNEL_INITS
 from selfsup_jax.models.norm import BatchNorm, relu
 
 # depth -> (blocks of each of the four stages, whether they are bottlenecks)
@@ -24,12 +25,6 @@ STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
 }
 STEMS = ("imagenet", "cifar")
 PADDINGS = ("same", "torch", "fixed")
-# Initialisations: Haiku's (BYOL), torchvision's for ResNets (MoCo), PyTorch's for convolutions.
-KERNEL_INITS: dict[str, Callable] = {
-    "lecun": nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
-    "kaiming_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    "torch": nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),
-}
 
 
 class Conv(nn.Module):
@@ -68,9 +63,13 @@ class ResNet(nn.Module):
         stem: `imagenet` (7x7 stride 2, max-pool) or `cifar` (3x3 stride 1).
         padding: `same` (BYOL: TensorFlow's), `torch` (MoCo: symmetric) or `fixed` (SimCLR:
             convolutions like `torch`, max-pooling like `same`).
+        stage1_projection: the first block of stage 1 has a projection shortcut in ResNet-18 and 34
+            too, where the shapes do not need it (BYOL's, SimCLR's code; torchvision: not).
         zero_init_gamma: the last norm of each residual branch starts at 0, so that a block starts
             as the identity.
-        kernel_init: `lecun` (BYOL's, SimCLR's code), `kaiming_fan_out` (MoCo's), `torch`.
+        zero_init_basic: `zero_init_gamma` holds for ResNet-18 and 34 too (SimCLR's code,
+            torchvision; in Haiku for bottlenecks only).
+        kernel_init: a key of `KERNEL_INITS`.
         bn_decay, bn_epsilon, bn_unbiased_average: see `BatchNorm`.
         dtype: of convolutions and activations; parameters and statistics are float32.
     """
@@ -79,7 +78,9 @@ class ResNet(nn.Module):
     width: float = 1.0
     stem: str = "imagenet"
     padding: str = "same"
+    stage1_projection: bool = False
     zero_init_gamma: bool = True
+    zero_init_basic: bool = True
     kernel_init: str = "lecun"
     bn_decay: float = 0.9
     bn_epsilon: float = 1e-5
@@ -107,9 +108,11 @@ class ResNet(nn.Module):
             x = self._conv_bn(x, layout, "stem", self._channels(0), 3, 1, relu=True)
         for stage, count in enumerate(blocks):
             for index in range(count):
-                stride = 2 if stage > 0 and index == 0 else 1
+                first = index == 0
+                stride = 2 if stage > 0 and first else 1
+                project = first and (bottleneck or stage > 0 or self.stage1_projection)
                 name = f"stage{stage + 1}_block{index + 1}"
-                x = self._block(x, layout, name, self._channels(stage), stride, bottleneck)
+                x = self._block(x, layout, name, self._channels(stage), stride, bottleneck, project)
         return x.astype(jnp.float32).mean((1, 2))
 
     def _block(
@@ -120,6 +123,7 @@ class ResNet(nn.Module):
         channels: int,
         stride: int,
         bottleneck: bool,
+        project: bool,
     ) -> jax.Array:
         """A residual block; a bottleneck has its stride in the 3x3 convolution (ResNet v1.5)."""
         if bottleneck:
@@ -127,12 +131,12 @@ class ResNet(nn.Module):
         else:
             sizes = [(channels, 3, stride), (channels, 3, 1)]
         shortcut = x
-        if x.shape[-1] != sizes[-1][0] or stride > 1:
+        if project:
             shortcut = self._conv_bn(x, layout, f"{name}_shortcut", sizes[-1][0], 1, stride)
         for i, (features, size, conv_stride) in enumerate(sizes):
             inner = i < len(sizes) - 1
             conv_name = f"{name}_conv{i + 1}"
-            zero = self.zero_init_gamma and not inner
+            zero = self.zero_init_gamma and (bottleneck or self.zero_init_basic) and not inner
             x = self._conv_bn(x, layout, conv_name, features, size, conv_stride, inner, zero)
         return relu(x + shortcut)
 

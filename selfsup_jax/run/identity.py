@@ -43,7 +43,7 @@ SAME_RECIPE = (*_RUN, *_DATA_ACCESS, *_INTERVALS, *_KEEP, "monitor.*")
 SAME_JOB = (*SAME_RESULTS, *_FOLLOWING, *_MEMORY, "data.allow_unseen_classes")
 SAME_MEASURE = (*SAME_RESULTS, *_RUN, *_FOLLOWING, "encoder.*", "projector.*", "method")
 
-_LENGTHS = ("steps", "examples", "epochs")
+_LENGTHS = ("steps", "examples", "epochs", "whole_epochs")
 
 
 def flat(config: ConfigDict | Mapping[str, Any]) -> Flat:
@@ -129,19 +129,29 @@ _RENAMED = {  # prefix of a field name -> its replacement
     "order": "only",
 }
 _STYLES = {
-    "byol": ("haiku", True, True, False, "none"),
+    "byol": ("lecun", True, True, False, "none"),
     "moco": ("torch", True, False, True, "none"),
     "simclr": ("normal", False, True, False, "scale"),
 }
 _STYLE_FIELDS = ("linear_init", "hidden_bias", "hidden_norm", "output_bias", "output_norm")
-_ADDED: Flat = {
-    "optimizer.end_fraction": 0.0,
-    "optimizer.weight_decay_end": None,
-    "optimizer.excluded_rate": 1.0,
-    "optimizer.constant_rate": [],
-    "optimizer.clip_norm": 0.0,
-    "optimizer.beta_2": 0.999,
-    "optimizer.adam_epsilon": 1e-8,
+# A field of the configs that have newer fields -> these, with the values of the old behaviour.
+_ADDED: dict[str, Flat] = {
+    "optimizer.name": {
+        "optimizer.end_fraction": 0.0,
+        "optimizer.weight_decay_end": None,
+        "optimizer.excluded_rate": 1.0,
+        "optimizer.constant_rate": [],
+        "optimizer.clip_norm": 0.0,
+        "optimizer.beta_2": 0.999,
+        "optimizer.adam_epsilon": 1e-8,
+        "whole_epochs": True,
+    },
+    "encoder.depth": {"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
+    "monitor.max_rows": {
+        "online_probe.kernel_init": "lecun",
+        "online_probe.every_view": False,
+        "online_probe.lars_ratio": True,
+    },
 }
 
 
@@ -165,8 +175,11 @@ def upgraded(fields: Flat) -> Flat:
             new |= {f"{head}.{f}": value for f, value in zip(_STYLE_FIELDS, style, strict=True)}
             hidden = new.pop(f"{head}.hidden_size")
             new[f"{head}.hidden_sizes"] = [hidden] if hidden else []
-    if "optimizer.name" in new:
-        new = _ADDED | new
+        if new.get(f"{head}.linear_init") == "haiku" and "whole_epochs" not in new:
+            new[f"{head}.linear_init"] = "lecun"  # what `haiku` was before it was Haiku's
+    for field, added in _ADDED.items():
+        if field in new:
+            new = added | new
     if "flip_prob" in fields:  # a job that trained on flipped crops
         new = {f"views.global.view_1.{name}": value for name, value in _FLIPS.items()} | new
     if "views.global.area" in new:

@@ -1,0 +1,25 @@
+"""Initialisations of kernels by name, as the authors' libraries have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+
+# The deviation of a standard normal that is truncated at 2.
+_TRUNCATED = 0.87962566103423978
+
+KERNEL_INITS: dict[str, Callable] = {
+    # TensorFlow's VarianceScaling (SimCLR's convolutions): a truncated normal of variance
+    # 1 / fan in; the normal is made wider to have it after the truncation.
+    "lecun": nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+    # Haiku's Conv2D and Linear (BYOL): the same without the correction, deviation 0.88 / sqrt(fan
+    # in).
+    "haiku": nn.initializers.variance_scaling(_TRUNCATED**2, "fan_in", "truncated_normal"),
+    # torchvision's ResNet (MoCo).
+    "kaiming_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    # PyTorch's Conv2d and Linear: uniform within +-1 / sqrt(fan in); a linear layer's bias too.
+    "torch": nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),
+    # SimCLR's linear layers.
+    "normal": nn.initializers.normal(0.01),
+}
