@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import signal
@@ -100,40 +99,26 @@ def tiny_config(images, **changes):
 
 @pytest.mark.slow
 def test_steps_in_a_call_change_nothing(images, tmp_path, lengths):
-    """States bit by bit and all that is recorded, with the data on the devices or on the host."""
-    expected_lengths = {
+    """States bit by bit, and all that is recorded, diagnostics included."""
+    for most, expected in {
         1: [1] * TOTAL,
         4: [1, 4, 4, 2, 4, 3, 2],  # to 1, 5, 9 (log), 11 (save), 15, 18 (log), 20
         7: [1, 7, 1, 2, 7, 2],
-    }
-    runs = {}
-    for name, most, changes in (
-        ("one", 1, {}),
-        ("four", 4, {}),
-        ("seven", 7, {}),
-        ("host", 4, {"data__device_share": 0.0}),
-    ):
+    }.items():
         lengths.clear()
-        config = tiny_config(images, steps_per_call=most, **changes)
-        data = inputs.load_data(config.copy_and_resolve_references())
-        if name == "host":  # too large for a device: the array stays on the host
-            data = data._replace(train=inputs.decode.into_array(data.train))
-        feed = inputs.feed(config, data.train)
-        assert feed.views is not None and (feed.arrays is None) == (name == "host")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(inputs, "load_data", lambda config, data=data: data)
-            pretrain.pretrain(config, str(tmp_path / name), tiny_runs.build)
-        assert lengths == expected_lengths[most]
-        runs[name] = tmp_path / name
-    lines = recorded(runs["one"])
+        config = tiny_config(images, steps_per_call=most)
+        pretrain.pretrain(config, str(tmp_path / str(most)), tiny_runs.build)
+        assert lengths == expected
+    lines = recorded(tmp_path / "1")
     assert [line["step"] for line in lines] == [9, 18, 20]
     assert all("projection_std" in line for line in lines)  # of that step's outputs
-    for name, run in runs.items():
-        assert (run / "metrics.jsonl").read_bytes() == (runs["one"] / "metrics.jsonl").read_bytes()
+    for name in ("4", "7"):
+        written = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in (name, "1")]
+        assert written[0] == written[1]
         for step in (11, 20):
-            states = [tiny_runs.restore(config, path, step) for path in (run, runs["one"])]
-            assert_same(*states)
-            assert states[0].step == step, name
+            a, b = (tiny_runs.restore(config, tmp_path / run, step) for run in (name, "1"))
+            assert_same(a, b)
+            assert a.step == step
 
 
 # A method whose step compiles in a blink, and whose state holds every view that it has seen.
@@ -186,6 +171,7 @@ def undisturbed(images, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_step_per_call_needs_no_loop(images, tmp_path, undisturbed):
     config = sums_config(images, steps_per_call=0)
     pretrain.pretrain(config, str(tmp_path), sums)
@@ -194,8 +180,23 @@ def test_a_step_per_call_needs_no_loop(images, tmp_path, undisturbed):
     assert steps == [9, 18, 20]
 
 
-@pytest.mark.parametrize("placement", ["device", "host"])
-@pytest.mark.parametrize("most", [4, 7])
+@pytest.mark.slow
+def test_an_array_on_the_host_comes_to_the_same(images, tmp_path, monkeypatch, undisturbed):
+    """One that is too large for the devices, so that each batch brings its images."""
+    config = sums_config(images, data__device_share=0.0, steps_per_call=4)
+    data = inputs.load_data(config.copy_and_resolve_references())
+    data = data._replace(train=inputs.decode.into_array(data.train))
+    feed = inputs.feed(config, data.train)
+    assert feed.views is not None and feed.arrays is None
+    monkeypatch.setattr(inputs, "load_data", lambda config: data)
+    pretrain.pretrain(config, str(tmp_path), sums)
+    assert_same(final_state(tmp_path), final_state(undisturbed / "device"))
+    written = [(path / "metrics.jsonl").read_bytes() for path in (tmp_path, undisturbed / "device")]
+    assert written[0] == written[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("most", "placement"), [(4, "device"), (7, "host")])
 def test_a_run_that_was_stopped_within_a_call_comes_to_the_same(
     images, tmp_path, monkeypatch, undisturbed, lengths, most, placement
 ):
@@ -222,8 +223,8 @@ def test_a_run_that_was_stopped_within_a_call_comes_to_the_same(
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
-@pytest.mark.parametrize("step", [2, 13, 17])
-@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "placement"), [(2, "device"), (13, "host"), (17, "device")])
 def test_a_step_within_a_call_that_is_not_finite_is_named(images, tmp_path, step, placement):
     """With the images of its own batch, and before anything after it is recorded or saved."""
     config = sums_config(images, data__placement=placement, steps_per_call=7)
@@ -263,7 +264,9 @@ def test_devices_and_engines_see_the_same_views(images, use_devices):
     config = sums_config(images).copy_and_resolve_references()
     data = inputs.load_data(config)
     found = {}
-    for share, engine, count in itertools.product((0.0, 0.25), ("pmap", "shard_map"), (1, 2, 4, 8)):
+    cases = [(0.25, "pmap", 1), (0.25, "pmap", 2), (0.25, "pmap", 4), (0.25, "pmap", 8)]
+    cases += [(0.25, "shard_map", 1), (0.25, "shard_map", 8), (0.0, "pmap", 8)]
+    for share, engine, count in [*cases, (0.0, "shard_map", 4)]:
         config.data.device_share = share
         use_devices(count)
         parallel.use_engine(engine)

@@ -348,6 +348,12 @@ BAD_VALUES = [
     ("optimizer.momentum", -0.9, "0 to 1"),
     ("encoder.bn_decay", 9.0, "0 to 1"),
     ("data.max_undecodable", 1.1, "0 to 1"),
+    ("data.device_share", 1.1, "0 to 1"),
+    ("data.device_share", -0.1, "0 to 1"),
+    ("data.device_share", float("nan"), "0 to 1"),
+    ("data.placement", "gpu", "auto, device, host"),
+    ("data.placement", "devise", "did you mean device"),
+    ("steps_per_call", -1, "negative"),
     ("views.global.area", (0.0, 1.0), "low"),
     ("views.global.area", (0.5, 0.1), "low"),
     ("views.global.area", (0.5, 1.1), "1.0"),
@@ -614,6 +620,9 @@ def test_all_that_differs_is_named_at_once():
         ("data.download", True),
         ("data.test_split", "test"),
         ("data.max_undecodable", 0.5),
+        ("data.placement", "host"),
+        ("data.device_share", 0.5),
+        ("steps_per_call", 7),
     ],
 )
 def test_what_does_not_touch_the_mathematics_may_change(field, value):

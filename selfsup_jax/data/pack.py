@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=0, help="resize and crop to squares, in pixels")
     parser.add_argument("--download", action="store_true", help="let TFDS prepare the data first")
     args = parser.parse_args(argv)
+    args.out = args.out.rstrip(os.sep)
     try:
         if os.path.exists(args.out):
             raise UserError(f"--out={args.out}: exists already")
@@ -39,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--size={args.size}: must not be negative; 0 keeps the images' size")
         names = sources.split_names(args.name, args.dir, args.download)
         chosen = args.splits.split(",") if args.splits else names
+        if not set(chosen) <= set(names):  # nor slices: an array's name could not be a split's
+            raise UserError(f"--splits={args.splits}: must be some of {','.join(names)}")
         packed: dict[str, np.ndarray] = {}
         for split in chosen:
             source = sources.load(args.name, args.dir, split, "splits", cache_gib=np.inf)
@@ -101,7 +105,8 @@ def write(path: str, packed: dict[str, np.ndarray]) -> None:
         with files.whole_file(path, "wb") as f:
             np.savez(f, **packed)  # type: ignore[arg-type]
         return
-    os.makedirs(partial, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    os.makedirs(partial)
     for name, array in packed.items():
         np.save(os.path.join(partial, f"{name}.npy"), array)
     os.replace(partial, path)
