@@ -115,17 +115,19 @@ def test_without_test_arrays_a_part_of_train_is_held_out(where):
     assert part.class_names is None and part.labels is None and part.num_examples == 2
 
 
-@pytest.mark.parametrize(
-    "stored",
-    [
-        {"train_images": images(4), "train_labels": np.zeros(4, int)},
-        {"train_images": images(4), "train_labels": np.arange(4), "test_images": images(2)},
-    ],
-    ids=["one class", "a split without"],
-)
-def test_labels_that_tell_nothing_are_not_used(where, stored):
-    part = load(write(where, stored))
+def test_labels_that_tell_nothing_are_not_used(where):
+    part = load(write(where, {"train_images": images(4), "train_labels": np.zeros(4, int)}))
     assert part.class_names is None and part.labels is None
+
+
+def test_a_split_without_labels_takes_none_from_the_others(where):
+    """As STL-10's unlabelled images."""
+    stored = {"train_images": images(4), "train_labels": np.arange(4), "more_images": images(2)}
+    path = write(where, stored)
+    assert load(path).num_classes == 4
+    for split in ("more", "train+more"):
+        part = load(path, split)
+        assert part.class_names is None and part.labels is None
 
 
 def test_a_class_may_be_missing_in_a_split(where):

@@ -134,4 +134,4 @@ def test_every_kind_of_job_runs_without_it(tmp_path):
     for name in ("knn", "linear", "embed"):
         assert json.loads((tmp_path / name / "results.json").read_text())
     with np.load(tmp_path / "embed" / "features.npz") as features:
-        assert features["representation"].shape[0] == 10
+        assert features["features"].shape[0] == 10

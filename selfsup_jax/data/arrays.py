@@ -24,7 +24,8 @@ def load(path: str, split: str, field: str) -> Source:
     stored = _open(path)
     lengths = {name: len(stored[f"{name}_images"]) for name in split_names(path)}
     parts = split_indices(split, lengths, field)
-    class_names = _class_names(stored)
+    labelled = all(f"{name}_labels" in stored for name, _ in parts)
+    class_names = _class_names(stored) if labelled else None
 
     def rows(kind: str) -> np.ndarray:
         chosen = [stored[f"{name}_{kind}"][_as_slice(indices)] for name, indices in parts]
@@ -92,11 +93,8 @@ def _check(path: str, name: str, array: np.ndarray, stored: dict[str, np.ndarray
 
 
 def _class_names(stored: dict[str, np.ndarray]) -> tuple[str, ...] | None:
-    """The names of the classes; None unless every split has labels, of at least two classes."""
-    splits = [name.removesuffix("_images") for name in stored if name.endswith("_images")]
-    if not all(f"{name}_labels" in stored for name in splits):
-        return None
-    count = 1 + max(int(stored[f"{name}_labels"].max()) for name in splits)
+    """The names of the classes, of all splits that have labels; None for a single class."""
+    count = 1 + max(int(x.max()) for name, x in stored.items() if name.endswith("_labels"))
     given = tuple(str(name) for name in stored.get("class_names", range(count)))
     if len(given) < count:
         raise UserError(f"config.data.dir: class_names has {len(given)} names, not {count}")

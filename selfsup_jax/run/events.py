@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -57,13 +58,13 @@ def _new_file(directory: str, name: str) -> BinaryIO:
 
 
 def cut(path: str, last_step: int) -> None:
-    """Removes the events after a step from a file, and an incomplete record at its end."""
+    """Removes the events after a step from a file, and what is incomplete or damaged at its end."""
     with open(path, "rb") as f:
-        records = list(_records(f.read()))
-    kept = [record for record in records if _step(record) <= last_step]
+        content = f.read()
+    kept = [record for record, step in _records(content) if step <= last_step]
     if len(kept) <= 1:  # at most the record of the file's version
         os.remove(path)
-    elif len(kept) < len(records):
+    elif sum(map(len, kept)) < len(content):
         # After a kill, neither TensorBoard nor this function takes this name for an event file.
         partial = os.path.join(os.path.dirname(path), "cut.partial")
         with open(partial, "wb") as f:
@@ -71,16 +72,18 @@ def cut(path: str, last_step: int) -> None:
         os.replace(partial, path)
 
 
-def _records(content: bytes) -> Iterator[bytes]:
+def _records(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yields each whole record and its step, up to the first that is not whole."""
     start = 0
     while start + 8 <= len(content):
         (length,) = struct.unpack_from("<Q", content, start)
         end = start + 8 + 4 + length + 4
-        if end > len(content):  # the process was killed while it wrote
+        if not length or end > len(content):  # the process or the machine stopped while it wrote
             return
-        yield content[start:end]
+        record = content[start:end]
+        try:
+            step = event_pb2.Event.FromString(record[12:-4]).step
+        except DecodeError:
+            return
+        yield record, step
         start = end
-
-
-def _step(record: bytes) -> int:
-    return event_pb2.Event.FromString(record[12:-4]).step
