@@ -14,8 +14,11 @@ Each part is compiled alone, on the same shapes:
   augmentation, loss, queue, optimizer and EMA;
 - optimizer + EMA.
 
-XLA fuses operations across the parts, so their sum may differ from the step. FLOPs are XLA's count
-for the compiled step, two per multiply-add; the peak is measured with a 2048^3 float32 matmul.
+XLA fuses operations across the parts, so their sum may differ from the step. FLOPs and bytes are
+XLA's count for the compiled step, two FLOPs per multiply-add. They are compared with a large matmul
+in the config's compute dtype and with a large copy, on the same device: the step cannot take less
+than the longer of the two times. With `--views=device` the step also gathers, crops and resizes its
+images, from a data set on the device. `benchmarks.loop` measures what the training loop adds.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from ml_collections import config_flags
 
 from benchmarks import report
 from selfsup_jax.build import find
-from selfsup_jax.devices import collectives, parallel
+from selfsup_jax.data import inputs, sources
+from selfsup_jax.devices import collectives, parallel, process
 from selfsup_jax.method import apply, stack_views
 from selfsup_jax.models.resnet import Conv
 from selfsup_jax.state import encoder_variables
@@ -41,43 +45,69 @@ from selfsup_jax.state import encoder_variables
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls; the median counts")
+_VIEWS = flags.DEFINE_enum("views", "given", ["given", "device"], "where the crops are made")
 _CLASSES = flags.DEFINE_integer("classes", 1000, "of the online probe")
 
 
-def whole_step(method: Any, batch: dict, repeats: int) -> tuple[list[report.Row], float, float]:
-    """Rows of the compiled step, as the training loop runs it; its seconds; its FLOPs."""
+def step_with_crops(config: Any, method: Any, batch: dict) -> tuple[Any, Any]:
+    """A step that crops its images, and its (sharded) arguments: a data set and rows of it."""
+    size, images = config.data.image_size, 4 * len(batch["index"])
+    shape = (images, size, size, 3)
+    labels = np.zeros(images, np.int32)
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    source = sources.Source("noise", images, ("0", "1"), "array", noise, labels, shape=(size, size))
+    feed = inputs.feed(config, source)
+    rows = {"row": batch["index"], "index": batch["index"], "drawn": batch["index"]}
+
+    def step(state: Any, given: Any, *, axis_name: str) -> tuple[Any, Any]:
+        arrays, rows = given
+        return method.train_step(state, feed.views(arrays, state.step, rows), axis_name=axis_name)
+
+    arrays = parallel.replicate(lambda x: x, feed.arrays)
+    return step, (arrays, parallel.shard(rows))
+
+
+def whole_step(
+    method: Any, train_step: Any, given: Any, images: int, repeats: int
+) -> tuple[list[report.Row], float, float, float]:
+    """Rows of the compiled step, as the training loop runs it; its seconds, FLOPs and bytes."""
     state = parallel.replicate(method.init_state, jax.random.PRNGKey(0))
-    sharded = parallel.shard(batch)
-    step = parallel.step_over_devices(method.train_step)
+    step = parallel.step_over_devices(train_step)
     start = time.perf_counter()
-    compiled = step.lower(state, sharded).compile()
+    compiled = step.lower(state, given).compile()
     compile_seconds = time.perf_counter() - start
-    flops = float(compiled.cost_analysis()["flops"])
+    cost = compiled.cost_analysis()
+    flops, moved = float(cost["flops"]), float(cost.get("bytes accessed", 0))
     memory = compiled.memory_analysis()
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state, metrics = compiled(state, sharded)
+        state, metrics = compiled(state, given)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
     seconds = float(np.median(times[1:]))
-    images = len(batch["index"])
     rows = [
         ("step", seconds * 1e3, "ms"),
         ("images per second", images / seconds, "1/s"),
         ("compile", compile_seconds, "s"),
         ("FLOPs per step", flops / 1e9, "GFLOP"),
+        ("bytes per step", moved / 1e9, "GB"),
         ("state, renewed in place", memory.alias_size_in_bytes / 2**20, "MiB"),
         ("temporaries", memory.temp_size_in_bytes / 2**20, "MiB"),
     ]
-    return rows, seconds, flops
+    return rows, seconds, flops, moved
 
 
-def matmul_peak(repeats: int) -> float:
-    """FLOP/s of a 2048^3 float32 matmul on one device."""
-    x = jax.random.normal(jax.random.PRNGKey(0), (2048, 2048))
-    seconds = report.median_seconds(jax.jit(jnp.dot), x, x, repeats=max(5, repeats))
-    return 2 * 2048**3 / seconds
+def ceilings(dtype: str, repeats: int) -> tuple[float, float]:
+    """FLOP/s of a large matmul and bytes/s of a large copy (read and written) on one device."""
+    on_cpu = jax.default_backend() == "cpu"
+    n, count = (2048, 2**24) if on_cpu else (8192, 2**29)
+    key = jax.random.PRNGKey(0)
+    x = jax.random.normal(key, (n, n), dtype)
+    matmul = report.median_seconds(jax.jit(jnp.dot), x, x, repeats=max(5, repeats))
+    flat = jax.random.normal(key, (count,), dtype)
+    copy = report.median_seconds(jax.jit(jnp.negative), flat, repeats=max(5, repeats))
+    return 2 * n**3 / matmul, 2 * flat.nbytes / copy
 
 
 def convolutions(encoder: nn.Module, variables: Any, images: jax.Array) -> Any:
@@ -190,12 +220,21 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     method = find(config.method)(config, _CLASSES.value, 1000, 10)
     batch = report.fake_batch(config.batch_size, config.data.image_size)
-    rows, step, flops = whole_step(method, batch, _REPEATS.value)
-    peak = matmul_peak(_REPEATS.value)
-    share = flops / step / (peak * jax.device_count())
+    train_step, given = method.train_step, parallel.shard(batch)
+    if _VIEWS.value == "device":
+        train_step, given = step_with_crops(config, method, batch)
+    repeats = _REPEATS.value
+    rows, step, flops, moved = whole_step(method, train_step, given, config.batch_size, repeats)
+    dtype = process.compute_dtype(config.compute_dtype)
+    peak, bandwidth = ceilings(dtype, repeats)
+    # XLA counts the FLOPs and bytes of one device.
+    by_arithmetic, by_bytes = flops / peak, moved / bandwidth
     rows += [
-        ("matmul peak", peak / 1e9, "GFLOP/s"),
-        ("share of the matmul peak", 100 * share, "%"),
+        (f"{dtype} matmul", peak / 1e12, "TFLOP/s"),
+        ("copy", bandwidth / 1e12, "TB/s"),
+        ("MFU, share of the matmul rate", 100 * by_arithmetic / step, "%"),
+        ("least time by arithmetic", 1e3 * by_arithmetic, "ms"),
+        ("least time by bytes, unfused", 1e3 * by_bytes, "ms"),
     ]
     seconds = parts(config, method, batch, _REPEATS.value)
     rows += [(name, value * 1e3, "ms") for name, value in seconds.items()]
@@ -210,7 +249,7 @@ def main(argv: list[str]) -> None:
     ]
     title = (
         f"step: {config.method}, ResNet-{config.encoder.depth} x{config.encoder.width:g}, "
-        f"{config.data.image_size} px, batch {config.batch_size}, {config.compute_dtype}"
+        f"{config.data.image_size} px, batch {config.batch_size}, {dtype}, views {_VIEWS.value}"
     )
     report.show(title, rows, _JSON.value)
 
