@@ -301,12 +301,12 @@ def test_splits_are_read_as_tfds_reads_them():
         return f"{name}[{start}:{stop}]" if start or stop else name
 
     accepted = 0
-    for _ in range(3000):
+    for _ in range(1500):
         split = str(rng.choice(["+", " + "])).join(part() for _ in range(rng.integers(1, 4)))
         expected = of_tfds(split)
         assert ours(split) == expected, split
         accepted += expected is not None
-    assert 800 < accepted < 2700
+    assert 400 < accepted < 1350
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,23 @@ def test_an_incomplete_record_at_the_end_is_dropped_wherever_it_was_cut_off(tmp_
         assert path.read_bytes() == whole[: starts[kept + 1]]
 
 
+@pytest.mark.parametrize("last", [3, 5])
+@pytest.mark.parametrize(
+    "tail",
+    [bytes(100), struct.pack("<QI", 6, 0) + b"\xff" * 10, b"\xff" * 40],
+    ids=["zeros", "no event", "no length"],
+)
+def test_a_damaged_end_is_dropped(tmp_path, tail, last):
+    """As a machine that lost its power may leave it."""
+    path = write(tmp_path, 1, 5)
+    with open(path, "ab") as f:
+        f.write(tail)
+    events.cut(str(path), last)
+    assert loaded(path) == expected(1, last)
+    assert len(list(RawEventFileLoader(str(path)).Load())) == last + 1
+    assert tail not in path.read_bytes()
+
+
 def test_a_workdir_of_an_earlier_version_is_cut_too(tmp_path):
     """Its scalars are tensors, as TensorFlow writes them."""
     import tensorflow as tf

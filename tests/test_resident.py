@@ -226,6 +226,7 @@ def test_both_placements_give_the_same_batches(mixed):
     assert undecodable["device"].names == undecodable["host"].names != set()
 
 
+@pytest.mark.slow
 def test_images_from_the_host_give_the_same_views(mixed):
     """A split in an array that is too large for a device."""
     array = mixed["device"]
