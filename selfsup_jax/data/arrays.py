@@ -88,8 +88,10 @@ def _check(path: str, name: str, array: np.ndarray, stored: dict[str, np.ndarray
         images = stored.get(name.replace("_labels", "_images"), ())
         if array.dtype.kind not in "iu" or array.shape != (len(images),):
             raise UserError(f"{what}, must be integers [{len(images)}]")
-        if array.min() < 0:
-            raise UserError(f"{what}, must not be negative; leave it out if there are no labels")
+        if array.min() < 0 or array.max() >= 1_000_000:
+            raise UserError(
+                f"{what}, must be from 0 on and below 1,000,000; leave it out if it is no label"
+            )
 
 
 def _class_names(stored: dict[str, np.ndarray]) -> tuple[str, ...] | None:

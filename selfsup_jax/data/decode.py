@@ -90,8 +90,6 @@ def _decoded(image: Any) -> np.ndarray | None:
             if file.mode.startswith("I;16"):  # Pillow would clip 16 bits
                 gray = (np.asarray(file) >> 8).astype(np.uint8)
                 return np.repeat(gray[..., None], 3, axis=-1)
-            if file.mode == "RGBA":  # as TensorFlow: the alpha channel is dropped, not applied
-                return np.asarray(file)[..., :3]
             return np.asarray(file.convert("RGB"))
     except Exception:
         return None

@@ -1,6 +1,7 @@
 """Random resized crops on the host with TensorFlow, for images that are decoded during training.
 
-The boxes are those of `crops.py`; the pixels differ from its pixels by at most one grey level.
+The boxes are those of `crops.py`, up to a pixel where a rounding of `exp` decides (3 of 156,000);
+the pixels differ by at most one grey level, at the edges of a JPEG's window by four.
 """
 
 from __future__ import annotations
