@@ -122,14 +122,14 @@ def folder() -> ConfigDict:
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in about four minutes."""
     config = datasets.on_digits(_paper())
-    config.epochs = 28.0
-    config.tau_base = 0.95
+    config.epochs = 46.0
+    config.tau_base = 0.98
     config.projector.hidden_sizes = (512,)
     config.projector.output_size = 128
     config.predictor.hidden_sizes = (512,)
     config.predictor.output_size = 128
     config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = 0.6
+    config.optimizer.learning_rate = 0.3
     config.optimizer.weight_decay = 4e-4
     config.optimizer.warmup_epochs = 2.0
     config.monitor.reference = "byol_demo"

@@ -165,7 +165,7 @@ BAD = {
     ),
     "negative labels": (
         {"train_images": images(4), "train_labels": np.asarray([0, 1, -1, 2])},
-        "must not be negative",
+        "must be from 0 on",
     ),
     "labels alone": (
         {"train_images": images(4), "test_labels": np.arange(4)},
