@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 WARMUPS = 5
 CLASSES = 1000
-# Hidden and output size of each method's heads in its paper's ImageNet recipe.
+# Hidden and output size of each method's heads: the papers' for ImageNet, lightly's for CIFAR-10.
 HEADS = {"byol": (4096, 256), "moco": (2048, 128), "simclr": (2048, 128)}
-QUEUE = 65536
+SMALL_HEADS = {"byol": (1024, 256), "moco": (512, 128), "simclr": (512, 128)}
 BLOCKS = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -27,11 +27,22 @@ class Case(NamedTuple):
     batch: int
     depth: int
     px: int
+    width: float = 1.0
 
     @property
     def stem(self) -> str:
         """`cifar` for small images."""
         return "cifar" if self.px <= 64 else "imagenet"
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Hidden and output size of the heads."""
+        return (SMALL_HEADS if self.stem == "cifar" else HEADS)[self.method]
+
+    @property
+    def queue(self) -> int:
+        """The number of MoCo's keys."""
+        return 4096 if self.stem == "cifar" else 65536
 
     def work(self) -> tuple[float, float]:
         """(FLOPs of convolutions and heads, two per multiply-add; bytes of bf16 activations).
@@ -41,9 +52,9 @@ class Case(NamedTuple):
         and normalisation kernels, with I input and O output elements per convolution: forward
         I + 4 O (convolve, statistics, normalise), backward 2 I + 7 O.
         """
-        layers = list(convolutions(self.depth, self.px, self.stem))
-        features = 2048 if BLOCKS[self.depth][1] else 512
-        hidden, output = HEADS[self.method]
+        layers = list(convolutions(self.depth, self.px, self.stem, self.width))
+        features = round((2048 if BLOCKS[self.depth][1] else 512) * self.width)
+        hidden, output = self.heads
         macs = sum(layer[2] for layer in layers) + features * hidden + hidden * output
         reads, writes = sum(layer[0] for layer in layers), sum(layer[1] for layer in layers)
         online, target = {"byol": (2, 2), "moco": (1, 1), "simclr": (2, 0)}[self.method]
@@ -53,7 +64,9 @@ class Case(NamedTuple):
         return float(self.batch * flops), float(self.batch * moved)
 
 
-def convolutions(depth: int, px: int, stem: str) -> Iterator[tuple[int, int, int]]:
+def convolutions(
+    depth: int, px: int, stem: str, width: float = 1.0
+) -> Iterator[tuple[int, int, int]]:
     """Yields (inputs, outputs, multiply-adds) per image of each convolution; stride in the 3x3."""
     counts, bottleneck = BLOCKS[depth]
 
@@ -67,25 +80,25 @@ def convolutions(depth: int, px: int, stem: str) -> Iterator[tuple[int, int, int
             out * out * outputs * inputs * kernel * kernel,
         )
 
-    imagenet = stem == "imagenet"
-    yield conv(px, 3, 64, 7 if imagenet else 3, 2 if imagenet else 1)
-    side, channels = (-(-px // 4) if imagenet else px), 64
+    imagenet, narrowest = stem == "imagenet", round(64 * width)
+    yield conv(px, 3, narrowest, 7 if imagenet else 3, 2 if imagenet else 1)
+    side, channels = (-(-px // 4) if imagenet else px), narrowest
     for stage, count in enumerate(counts):
-        width = 64 * 2**stage
-        out = 4 * width if bottleneck else width
+        inner = narrowest * 2**stage
+        out = 4 * inner if bottleneck else inner
         for index in range(count):
             stride = 2 if stage and not index else 1
             if channels != out or stride > 1:
                 yield conv(side, channels, out, 1, stride)
             if bottleneck:
-                yield conv(side, channels, width, 1, 1)
-                yield conv(side, width, width, 3, stride)
+                yield conv(side, channels, inner, 1, 1)
+                yield conv(side, inner, inner, 3, stride)
                 side = -(-side // stride)
-                yield conv(side, width, out, 1, 1)
+                yield conv(side, inner, out, 1, 1)
             else:
-                yield conv(side, channels, width, 3, stride)
+                yield conv(side, channels, inner, 3, stride)
                 side = -(-side // stride)
-                yield conv(side, width, width, 3, 1)
+                yield conv(side, inner, inner, 3, 1)
             channels = out
 
 
@@ -95,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cases", nargs="+", default=["byol:64", "byol:128"], metavar="METHOD:BATCH")
     p.add_argument("--depth", type=int, default=50, choices=sorted(BLOCKS))
     p.add_argument("--px", type=int, default=224, help="up to 64 the net has the 3x3 stem of CIFAR")
+    p.add_argument("--width", type=float, default=1.0, help="of the encoder: 0.25 for a quarter")
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--ours", nargs="+", default=["plain", "full"], choices=("plain", "full"))
@@ -114,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
 def cases(args: argparse.Namespace) -> list[Case]:
     """The cases to measure."""
     pairs = [text.split(":") for text in args.cases]
-    return [Case(method, int(batch), args.depth, args.px) for method, batch in pairs]
+    return [Case(method, int(batch), args.depth, args.px, args.width) for method, batch in pairs]
 
 
 def emit(args: argparse.Namespace, row: dict[str, Any]) -> None:
@@ -162,7 +176,7 @@ def run_cases(
         flops, moved = case.work()
         floor = max(flops / ceiling["matmul_tflops"] / 1e12, moved / ceiling["copy_tb_s"] / 1e12)
         for variant in variants:
-            model = f"resnet{case.depth}"
+            model = f"resnet{case.depth}" + (f"x{case.width:g}" if case.width != 1 else "")
             row = {
                 "framework": framework,
                 "variant": variant,

@@ -18,17 +18,17 @@ from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 
 from benchmarks.gpu import step_shared
-from benchmarks.gpu.step_shared import HEADS, MEAN, QUEUE, STD, Case
+from benchmarks.gpu.step_shared import MEAN, STD, Case
 
 RESNETS = {18: resnet18, 34: resnet34, 50: resnet50}
 
 
-def head(method: str, inputs: int) -> nn.Module:
+def head(case: Case, inputs: int) -> nn.Module:
     """The projector or predictor of a method, as in its own code."""
-    hidden, output = HEADS[method]
-    if method == "byol":
+    hidden, output = case.heads
+    if case.method == "byol":
         norm, last = [nn.BatchNorm1d(hidden)], [nn.Linear(hidden, output, bias=False)]
-    elif method == "moco":
+    elif case.method == "moco":
         norm, last = [], [nn.Linear(hidden, output)]
     else:
         norm = [nn.BatchNorm1d(hidden)]
@@ -38,11 +38,21 @@ def head(method: str, inputs: int) -> nn.Module:
 
 def network(case: Case) -> nn.Sequential:
     """Encoder and projector."""
-    encoder = RESNETS[case.depth]()
+    encoder, narrowest = RESNETS[case.depth](), round(64 * case.width)
+    if case.width != 1:
+        encoder.inplanes = narrowest
+        encoder.conv1 = nn.Conv2d(3, narrowest, 7, stride=2, padding=3, bias=False)
+        encoder.bn1 = nn.BatchNorm2d(narrowest)
+        for stage in range(4):
+            name = f"layer{stage + 1}"
+            block, count = type(getattr(encoder, name)[0]), len(getattr(encoder, name))
+            made = encoder._make_layer(block, narrowest * 2**stage, count, 2 if stage else 1)
+            setattr(encoder, name, made)
     if case.stem == "cifar":
-        encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    features, encoder.fc = encoder.fc.in_features, nn.Identity()
-    return nn.Sequential(encoder, head(case.method, features))
+        encoder.conv1 = nn.Conv2d(3, narrowest, 3, padding=1, bias=False)
+        encoder.maxpool = nn.Identity()
+    features, encoder.fc = round(encoder.fc.in_features * case.width), nn.Identity()
+    return nn.Sequential(encoder, head(case, features))
 
 
 def cosine_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -64,7 +74,7 @@ class Step:
             None if case.method == "simclr" else copy.deepcopy(self.online).requires_grad_(False)
         )
         self.predictor = (
-            head("byol", HEADS["byol"][1]).to(device) if case.method == "byol" else nn.Identity()
+            head(case, case.heads[1]).to(device) if case.method == "byol" else nn.Identity()
         )
         self.averaged = (
             list(self.online.parameters()),
@@ -74,7 +84,7 @@ class Step:
         fast = {"fused": True} if device.type == "cuda" else {"foreach": True}
         self.optimizer = torch.optim.SGD(trained, lr=0.03, momentum=0.9, weight_decay=1e-4, **fast)
         self.tau = 0.996 if case.method == "byol" else 0.999
-        self.queue = F.normalize(torch.randn(QUEUE, HEADS["moco"][1], device=device), dim=1)
+        self.queue = F.normalize(torch.randn(case.queue, case.heads[1], device=device), dim=1)
         self.place = 0
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
         shape = (2, 2, case.batch, case.px, case.px, 3)  # batches, views
@@ -136,7 +146,7 @@ class Step:
         if self.case.method == "moco":
             # After the backward pass, which reads the old queue.
             self.queue[self.place : self.place + len(self.keys)] = self.keys
-            self.place = (self.place + len(self.keys)) % QUEUE
+            self.place = (self.place + len(self.keys)) % self.case.queue
         self.loss = loss.detach()
 
 
