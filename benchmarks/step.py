@@ -49,9 +49,12 @@ _VIEWS = flags.DEFINE_enum("views", "given", ["given", "device"], "where the cro
 _CLASSES = flags.DEFINE_integer("classes", 1000, "of the online probe")
 
 
-def step_with_crops(config: Any, method: Any, batch: dict) -> tuple[Any, Any]:
-    """A step that crops its images, and its (sharded) arguments: a data set and rows of it."""
-    size, images = config.data.image_size, 4 * len(batch["index"])
+def step_with_crops(config: Any, method: Any, batch: dict, repeats: int) -> tuple[Any, Any, float]:
+    """A step that crops its images, its (sharded) arguments, and the seconds of its crops alone.
+
+    The arguments are a data set of images of `data.test_resize` pixels and rows of it.
+    """
+    size, images = config.data.test_resize, 4 * len(batch["index"])
     shape = (images, size, size, 3)
     labels = np.zeros(images, np.int32)
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -64,7 +67,10 @@ def step_with_crops(config: Any, method: Any, batch: dict) -> tuple[Any, Any]:
         return method.train_step(state, feed.views(arrays, state.step, rows), axis_name=axis_name)
 
     arrays = parallel.replicate(lambda x: x, feed.arrays)
-    return step, (arrays, parallel.shard(rows))
+    crop = jax.jit(lambda arrays, step, rows: feed.views(arrays, step, rows))
+    on_device = jax.device_put((feed.arrays, np.int32(0), rows))
+    seconds = report.median_seconds(crop, *on_device, repeats=max(20, repeats))
+    return step, (arrays, parallel.shard(rows)), seconds
 
 
 def whole_step(
@@ -221,9 +227,9 @@ def main(argv: list[str]) -> None:
     method = find(config.method)(config, _CLASSES.value, 1000, 10)
     batch = report.fake_batch(config.batch_size, config.data.image_size)
     train_step, given = method.train_step, parallel.shard(batch)
+    repeats, crops = _REPEATS.value, 0.0
     if _VIEWS.value == "device":
-        train_step, given = step_with_crops(config, method, batch)
-    repeats = _REPEATS.value
+        train_step, given, crops = step_with_crops(config, method, batch, repeats)
     rows, step, flops, moved = whole_step(method, train_step, given, config.batch_size, repeats)
     dtype = process.compute_dtype(config.compute_dtype)
     peak, bandwidth = ceilings(dtype, repeats)
@@ -236,7 +242,9 @@ def main(argv: list[str]) -> None:
         ("least time by arithmetic", 1e3 * by_arithmetic, "ms"),
         ("least time by bytes, unfused", 1e3 * by_bytes, "ms"),
     ]
-    seconds = parts(config, method, batch, _REPEATS.value)
+    seconds = parts(config, method, batch, repeats)
+    if crops:
+        seconds["gather and crops"] = crops
     rows += [(name, value * 1e3, "ms") for name, value in seconds.items()]
     rows += [
         ("step, over its networks alone", 100 * (step / seconds["all networks alone"] - 1), "%"),

@@ -6,6 +6,7 @@ encoded images with TensorFlow.
 
 To crop and resize is one small matrix per axis: `rows @ image @ columns^T`. The matrix is zero
 outside the box, so that one compiled program, without gathers or branches, works for all boxes.
+(`jax.image.scale_and_translate` would look at pixels beyond the box, and has no `area`.)
 """
 
 from __future__ import annotations

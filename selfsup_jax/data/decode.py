@@ -41,8 +41,11 @@ def into_array(source: Source) -> Source:
         return source
     encoded = _encoded(source)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        sizes = np.asarray(list(threads.map(_size, encoded)), np.int32)
-        height, width = source.shape or sizes.max(axis=0)
+        if source.shape is not None:  # no header needs to be read
+            sizes = np.tile(np.asarray(source.shape, np.int32), (len(encoded), 1))
+        else:
+            sizes = np.asarray(list(threads.map(_size, encoded)), np.int32)
+        height, width = sizes.max(axis=0)
         images = np.zeros((len(encoded), height, width, 3), np.uint8)
 
         def decode(i: int) -> bool:

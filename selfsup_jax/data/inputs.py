@@ -34,11 +34,12 @@ def load_data(config: ConfigDict) -> Data:
     data = config.data
     chosen = not data.train_split
     fill_in_splits(data)
-    train = load_split(data, data.train_split, "data.train_split")
+    train = _load(data, data.train_split, "data.train_split")
     if chosen and not train.num_classes and data.train_split == "train[:90%]":
         # Without labels there are no probes, so no images need to be held out.
         data.train_split, data.test_split = "train", "train[:0]"
-        train = load_split(data, "train", "data.train_split")
+        train = _load(data, "train", "data.train_split")
+    train = _placed(data, train)
     test = None
     if train.num_classes and config.eval.enabled:
         test = load_split(data, data.test_split, "data.test_split")
@@ -66,7 +67,13 @@ def fill_in_splits(data: ConfigDict) -> None:
 def load_split(
     data: ConfigDict, split: str, field: str, *, several_labels: bool = False
 ) -> sources.Source:
-    """One split of the data set that a `data` section names; see `sources.load`."""
+    """One split of the data set that a `data` section names, in an array if it fits."""
+    return _placed(data, _load(data, split, field, several_labels=several_labels))
+
+
+def _load(
+    data: ConfigDict, split: str, field: str, *, several_labels: bool = False
+) -> sources.Source:
     options: dict[str, Any] = {}
     if data.name not in sources.OWN:
         options = {
@@ -74,7 +81,10 @@ def load_split(
             "shuffle_buffer": data.shuffle_buffer,
             "several_labels": several_labels,
         }
-    source = sources.load(data.name, data.dir, split, field, **options)
+    return sources.load(data.name, data.dir, split, field, **options)
+
+
+def _placed(data: ConfigDict, source: sources.Source) -> sources.Source:
     return decode.into_array(source) if _fits(data, source) else source
 
 

@@ -11,10 +11,9 @@ import numpy as np
 from jax import lax
 from ml_collections import ConfigDict
 
+from selfsup_jax.data.batches import HostBatch
 from selfsup_jax.data.inputs import Feed
 from selfsup_jax.devices import parallel
-
-HostBatch = dict[str, np.ndarray]
 
 
 def steps_per_call(config: ConfigDict, feed: Feed) -> int:
