@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Margins = tuple[tuple[int, int], tuple[int, int]]  # padding (before, after) of rows, then columns
+from selfsup_jax.models import convolution_cpu
+from selfsup_jax.models.convolution_cpu import Margins
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
@@ -23,12 +24,17 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> 
         return _stem_on_blocks(x, kernel, margins)
     as_convolution = functools.partial(_convolve, stride=stride, margins=margins)
     small_map = x.shape[1] * x.shape[2] <= (2 * stride) ** 2
-    if size > 1 and not small_map:
+    if size == 1 or small_map:
+        # On the CPU, XLA's convolution is slow for 1x1 kernels (backward: 2 times as slow) and for
+        # outputs of up to 2x2 pixels (about 15 times). On a GPU, matmuls instead change the layout
+        # of the arrays between them: the step of ResNet-50 took 1.3 times as long.
+        on_cpu = functools.partial(_patches_matmul, stride=stride, margins=margins)
+    elif convolution_cpu.suits(x, size, stride, margins):
+        # By position: a function with its own gradient takes no keywords for what is not an array.
+        def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return convolution_cpu.three_by_three(x, kernel, stride, margins)
+    else:
         return as_convolution(x, kernel)
-    # On the CPU, XLA's convolution is slow for 1x1 kernels (backward: 2 times as slow) and for
-    # outputs of up to 2x2 pixels (about 15 times). On a GPU, matmuls instead change the layout of
-    # the arrays between them: the step of ResNet-50 took 1.3 times as long.
-    on_cpu = functools.partial(_patches_matmul, stride=stride, margins=margins)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_convolution)
 
 
@@ -41,7 +47,9 @@ def _patches_matmul(x: jax.Array, kernel: jax.Array, stride: int, margins: Margi
     """The convolution as one matmul of the patches."""
     size = len(kernel)
     if size == 1:
-        return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+        x = x[:, ::stride, ::stride]
+        y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0])
+        return y.reshape(*x.shape[:-1], -1)
     patches = jnp.concatenate([part for _, _, part in _taps(x, size, stride, margins, 0)], -1)
     return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]))
 
