@@ -43,6 +43,16 @@ def test_a_negative_count_is_refused(monkeypatch):
         process.use_cpu_devices(-1, 64, 1, 1)
 
 
+def test_blocks_of_temporaries_on_the_cpu_only(monkeypatch):
+    flag = "--xla_multiheap_size_constraint_per_heap"
+    for only_cpus, given, sets in ((True, "--a=1", True), (False, "", False), (True, flag, False)):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        monkeypatch.setattr(process, "_only_cpus", lambda only_cpus=only_cpus: only_cpus)
+        process._divide_temporaries()
+        expected = f"{given} {flag}=25000000" if sets else given
+        assert os.environ["XLA_FLAGS"] == expected
+
+
 # --------------------------------------------------------------------------------- the job
 
 

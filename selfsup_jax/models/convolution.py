@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -23,16 +24,15 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> 
     if size == 7 and stride == 2 and not (x.shape[1] % 2 or x.shape[2] % 2):
         return _stem_on_blocks(x, kernel, margins)
     as_convolution = functools.partial(_convolve, stride=stride, margins=margins)
-    small_map = x.shape[1] * x.shape[2] <= (2 * stride) ** 2
-    if size == 1 or small_map:
+    on_cpu: Callable[..., jax.Array]
+    if size == 1 or x.shape[1] * x.shape[2] <= (2 * stride) ** 2:
         # On the CPU, XLA's convolution is slow for 1x1 kernels (backward: 2 times as slow) and for
         # outputs of up to 2x2 pixels (about 15 times). On a GPU, matmuls instead change the layout
         # of the arrays between them: the step of ResNet-50 took 1.3 times as long.
         on_cpu = functools.partial(_patches_matmul, stride=stride, margins=margins)
     elif convolution_cpu.suits(x, size, stride, margins):
-        # By position: a function with its own gradient takes no keywords for what is not an array.
-        def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return convolution_cpu.three_by_three(x, kernel, stride, margins)
+        three_by_three = convolution_cpu.three_by_three
+        on_cpu = functools.partial(three_by_three, stride=stride, margins=margins)
     else:
         return as_convolution(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_convolution)

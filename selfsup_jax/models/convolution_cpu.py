@@ -26,6 +26,7 @@ from jax import lax
 Margins = tuple[tuple[int, int], tuple[int, int]]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_PIXELS_AT_ONCE = 8192
 
 
 def suits(x: jax.Array, size: int, stride: int, margins: Margins) -> bool:
@@ -69,7 +70,7 @@ def _same(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _winograd(x, kernel)
     if max(channels, features) <= 16 < 2 * features and x.shape[2] % 2 == 0:
         on_pairs = functools.partial(_on_column_pairs, kernel=kernel)
-        return _over_images(on_pairs, x, pixels=x.shape[1] * x.shape[2], stack=True)
+        return _over_images(on_pairs, x, stack=True)
     return _convolve(x, kernel, 1, ((1, 1), (1, 1)))
 
 
@@ -77,7 +78,7 @@ def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """The gradient of `_same` by its kernel: `[3, 3, C, D]`."""
     if _winograd_pays(x.shape[-1], g.shape[-1]):
         return _winograd_kernel_gradient(x, g)
-    return _over_images(_rows_by_columns, x, g, pixels=g.shape[1] * g.shape[2])
+    return _over_images(_rows_by_columns, g, x)
 
 
 # ------------------------------------------------------------------------ few channels
@@ -95,7 +96,7 @@ def _on_column_pairs(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _convolve(x, pairs, 1, ((1, 1), (0, 0))).reshape(batch, height, width, -1)
 
 
-def _rows_by_columns(x: jax.Array, g: jax.Array) -> jax.Array:
+def _rows_by_columns(g: jax.Array, x: jax.Array) -> jax.Array:
     """The kernel gradient as one matmul of three shifts of `x` with three shifts of `g`."""
     channels, features = x.shape[-1], g.shape[-1]
     rows, columns = _pad(x, 1, 1, 1), _pad(g, 2, 1, 1)
@@ -110,7 +111,7 @@ def _strided_kernel_gradient(x: jax.Array, g: jax.Array, margins: Margins) -> ja
     """The kernel gradient at stride 2, as one matmul with the nine shifts of `x`."""
     channels, features = x.shape[-1], g.shape[-1]
 
-    def of_images(x: jax.Array, g: jax.Array) -> jax.Array:
+    def of_images(g: jax.Array, x: jax.Array) -> jax.Array:
         height, width = g.shape[1:3]
         x = jnp.pad(x, ((0, 0), *margins, (0, 0)))
         rows = [x[:, i : i + 2 * height - 1 : 2] for i in range(3)]
@@ -118,7 +119,7 @@ def _strided_kernel_gradient(x: jax.Array, g: jax.Array, margins: Margins) -> ja
         product = _over_pixels(g, jnp.concatenate(patches, axis=-1))
         return product.reshape(features, 3, 3, channels).transpose(1, 2, 3, 0)
 
-    return _over_images(of_images, x, g, pixels=g.shape[1] * g.shape[2])
+    return _over_images(of_images, g, x)
 
 
 def _strided_on_blocks(x: jax.Array, kernel: jax.Array, margins: Margins) -> jax.Array:
@@ -219,7 +220,9 @@ def _separately(x: jax.Array) -> jax.Array:
 
 def _pad(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
     """Zeros around an axis; XLA's own padding takes twice as long, as it looks at each element."""
-    zeros = [jnp.zeros((*x.shape[:axis], n, *x.shape[axis + 1 :]), x.dtype) for n in (before, after)]
+    zeros = [
+        jnp.zeros((*x.shape[:axis], n, *x.shape[axis + 1 :]), x.dtype) for n in (before, after)
+    ]
     return _separately(jnp.concatenate([zeros[0], x, zeros[1]], axis))
 
 
@@ -230,11 +233,12 @@ def _over_pixels(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _over_images(
-    form: Callable[..., jax.Array], *arrays: jax.Array, pixels: int, stack: bool = False
+    form: Callable[..., jax.Array], *arrays: jax.Array, stack: bool = False
 ) -> jax.Array:
     """The sum (or stack) of `form` of a few images at a time, so that copies stay in the cache."""
-    batch = len(arrays[0])
-    few = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= max(1, 8192 // pixels))
+    batch, height, width = arrays[0].shape[:3]
+    most = max(1, _PIXELS_AT_ONCE // (height * width))
+    few = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
     if few == batch:
         return form(*arrays)
     parts = [x.reshape(batch // few, few, *x.shape[1:]) for x in arrays]
