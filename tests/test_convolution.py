@@ -51,6 +51,7 @@ SAME, TENSORFLOW = ((1, 1), (1, 1)), ((0, 1), (0, 1))
         ((4, 5, 4, 12), 12, 1, SAME),
         ((4, 4, 5, 16), 16, 1, SAME),  # an odd width has no pairs
         ((4, 3, 5, 20), 17, 1, SAME),
+        ((4, 3, 5, 33), 9, 1, SAME),
         ((2, 5, 8, 64), 65, 1, SAME),  # Winograd, with parts of tiles
         ((4, 8, 6, 5), 7, 2, TENSORFLOW),
         ((4, 6, 8, 5), 7, 2, SAME),

@@ -98,12 +98,19 @@ def _on_column_pairs(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _rows_by_columns(g: jax.Array, x: jax.Array) -> jax.Array:
     """The kernel gradient as one matmul of three shifts of `x` with three shifts of `g`."""
-    channels, features = x.shape[-1], g.shape[-1]
-    rows, columns = _pad(x, 1, 1, 1), _pad(g, 2, 1, 1)
-    height, width = g.shape[1:3]
-    rows = jnp.concatenate([rows[:, i : i + height] for i in range(3)], axis=-1)
+    batch, height, width, features = g.shape
+    channels = x.shape[-1]
+    columns = _pad(g, 2, 1, 1)
     columns = jnp.concatenate([columns[:, :, 2 - j : 2 - j + width] for j in range(3)], axis=-1)
-    product = _over_pixels(rows, columns)
+    if channels < 32:
+        rows = _pad(x, 1, 1, 1)
+        rows = jnp.concatenate([rows[:, i : i + height] for i in range(3)], axis=-1)
+        product = _over_pixels(rows, columns)
+    else:  # XLA's fast library takes no transposed matrix on the left: 9.9 ms to 7.5
+        x = _separately(x.reshape(-1, channels).T).reshape(channels, batch, height, width)
+        rows = _pad(x, 2, 1, 1)
+        rows = jnp.concatenate([rows[:, :, i : i + height] for i in range(3)])
+        product = jnp.dot(rows.reshape(3 * channels, -1), columns.reshape(-1, 3 * features))
     return product.reshape(3, channels, 3, features).swapaxes(1, 2)
 
 
