@@ -63,6 +63,7 @@ def _convolve(x, kernel, stride, margins):
     return lax.conv_general_dilated(x, kernel, (stride, stride), margins, dimension_numbers=_LAYOUT)
 
 
+@jax.jit  # traced once for all layers of the same shape
 def _same(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """With stride 1, and one pixel of padding all around."""
     channels, features = kernel.shape[2:]
@@ -74,6 +75,7 @@ def _same(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _convolve(x, kernel, 1, ((1, 1), (1, 1)))
 
 
+@jax.jit
 def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """The gradient of `_same` by its kernel: `[3, 3, C, D]`."""
     if _winograd_pays(x.shape[-1], g.shape[-1]):
@@ -194,8 +196,8 @@ def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
 def _input_tiles(x: jax.Array) -> jax.Array:
     """Transforms the 6x6 pixels around each tile of 4x4: `[6, 6, B, rows, columns, C]`."""
     rows, columns = (-(-n // 4) for n in x.shape[1:3])
-    x = _pad(x, 1, 1, 4 * rows + 1 - x.shape[1])
-    x = _pad(x, 2, 1, 4 * columns + 1 - x.shape[2])
+    ends = [(1, 4 * tiles + 1 - n) for tiles, n in zip((rows, columns), x.shape[1:3], strict=True)]
+    x = _separately(jnp.pad(x, ((0, 0), *ends, (0, 0))))
     parts = [x[:, i : i + 4 * rows - 3 : 4] for i in range(6)]
     x = _separately(jnp.stack([_sum(b, parts) for b in _B]))
     parts = [x[:, :, :, j : j + 4 * columns - 3 : 4] for j in range(6)]
@@ -205,8 +207,8 @@ def _input_tiles(x: jax.Array) -> jax.Array:
 def _output_tiles(g: jax.Array) -> jax.Array:
     """The gradient of the products, from the result's: `[6, 6, B, rows, columns, D]`."""
     rows, columns = (-(-n // 4) for n in g.shape[1:3])
-    g = _pad(g, 1, 0, 4 * rows - g.shape[1])
-    g = _pad(g, 2, 0, 4 * columns - g.shape[2])
+    ends = [(0, 4 * tiles - n) for tiles, n in zip((rows, columns), g.shape[1:3], strict=True)]
+    g = jnp.pad(g, ((0, 0), *ends, (0, 0)))
     g = g.reshape(len(g), rows, 4, columns, 4, -1)
     g = _separately(jnp.stack([_sum(a, [g[:, :, i] for i in range(4)]) for a in _A.T]))
     return _separately(jnp.stack([_sum(a, [g[..., j, :] for j in range(4)]) for a in _A.T], axis=1))
