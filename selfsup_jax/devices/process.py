@@ -119,11 +119,13 @@ def _divide_temporaries() -> None:
 
     XLA takes all of it as one block, and what is above the threshold glibc always returns. Only
     where there is nothing but the CPU: accelerators have allocators of their own. A flag that XLA
-    does not know would end the process, hence the versions.
+    does not know would end the process, hence the versions. It also warns of each array that is
+    larger than a block, thousands of times: not where its warnings are asked for.
     """
     flag, given = "xla_multiheap_size_constraint_per_heap", os.environ.get("XLA_FLAGS", "")
     known = jax.__version_info__ < (0, 13)
-    if known and flag not in given and _only_cpus():
+    silent = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") >= "2"  # `selfsup_jax/__init__.py`
+    if known and silent and flag not in given and _only_cpus():
         os.environ["XLA_FLAGS"] = f"{given} --{flag}={25 * 10**6}".strip()
 
 
