@@ -1,14 +1,14 @@
 """3x3 convolutions in float32 as XLA's CPU compiler makes them fast, each gradient in its own form.
 
-XLA computes a convolution on the CPU as one matmul per image row or so, at nearly the peak rate
-where there are enough channels. Three things are slow, and have another form here (milliseconds on
-one core for 256 images, the width-1/4 ResNet-18's layers; measured 23 November 2026, jax 0.10.2):
+With enough channels, XLA's convolutions run at nearly the peak rate of matmuls on the CPU. Three
+things are slow, and have another form here (milliseconds on one core for 256 images, layers of the
+ResNet-18 a quarter as wide; measured 23 November 2026, jax 0.10.2; more in `benchmarks/README.md`):
 
-- the kernel gradient, for which XLA first moves the batch to the last axis: 76 ms for 16 channels
-  of 32 px with that move, 12 as matmuls of shifted copies, a few images at a time;
-- up to 16 channels: two neighbouring columns as one pixel of twice the channels, 12 ms to 8;
-- from 64 channels on, Winograd's algorithm has a quarter of the multiplications: 5.2 ms to 2.8 for
-  64 channels of 8 px, 9 to 4 for the kernel gradient.
+- the kernel gradient, for which XLA first moves the batch to the last axis: 27 ms for 16 channels
+  of 32 px, and more for that move, 10 as matmuls of shifted copies, a few images at a time;
+- up to 16 channels: two neighbouring columns as one pixel of twice the channels, 12.6 ms to 8.3;
+- from 64 channels on, Winograd's algorithm has a quarter of the multiplications: 5.4 ms to 2.9 for
+  64 channels of 8 px, 9.5 to 4.8 for the kernel gradient.
 
 What is larger than the cache is done a few images at a time, in a loop.
 """
