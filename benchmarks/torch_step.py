@@ -11,11 +11,19 @@ With the defaults: ResNet-18 a quarter as wide, 32 px, float32.
 Both sides compute the same: no augmentation, SGD, no probe, as `gpu/step_jax.py` and
 `gpu/step_torch.py` say; ours as a run has it, with two devices on two cores. `--full` times ours
 with everything that a run has.
+
+    python -m selfsup_jax.data.pack --name=cifar10 --out=cifar10.npz
+    python -m benchmarks.torch_step --torch-python=PYTHON --data=cifar10.npz --steps=20 --rounds=5
+
+With `--data`, whole training loops: ours with the images on the device, all augmentation, the
+online probe and all metrics; theirs with lightly's transforms and loader, whose processes run on
+the same cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -23,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.gpu import step_shared
@@ -78,20 +86,102 @@ def their_step(args: argparse.Namespace, case: Case) -> Callable[[], Any]:
     return call
 
 
+def our_loop(args: argparse.Namespace, case: Case) -> Callable[[], Any]:
+    """As `our_step` on CIFAR-10, with all that a run has: crops, augmentation, optimizer, probe."""
+    import importlib
+
+    import jax
+
+    from benchmarks.gpu import step_jax
+    from selfsup_jax.data import inputs
+    from selfsup_jax.devices import parallel, process
+    from selfsup_jax.training import calls
+
+    config = step_jax.config_of(case, "full", args.dtype)
+    config.data.update(name="arrays", dir=args.data)
+    process.use_cpu_devices(args.cpu_devices, case.batch, 1, config.bn_groups)
+    process.keep_freed_memory()
+    data = inputs.load_data(config)
+    build = importlib.import_module(f"{case.method}_jax.method").build
+    method = build(config, data.train.num_classes, 10_000, 0)
+    feed, batches = inputs.feed(config, data.train), inputs.train_batches(config, data, 0)
+    call = calls.Call(method.train_step, feed, calls.steps_per_call(config, feed))
+    holder = [parallel.replicate(method.init_state, jax.random.PRNGKey(0))]
+
+    def step() -> None:
+        batch = next(batches)
+        batch.pop("name", None)
+        holder[0], *rest = call(holder[0], [batch])
+        jax.block_until_ready(rest)
+
+    return step
+
+
+def their_loop(args: argparse.Namespace, case: Case) -> Iterator[Callable[[], Any]]:
+    """As `their_step` on lightly's views, from its loader; a new one, with new workers, a round."""
+    import numpy as np
+    import torch
+    from lightly import transforms
+    from PIL import Image
+
+    from benchmarks.gpu import step_torch
+
+    # The views of lightly's benchmark of CIFAR-10.
+    sharp = {"input_size": case.px, "gaussian_blur": 0.0}
+    views = {
+        "byol": lambda: transforms.BYOLTransform(
+            transforms.BYOLView1Transform(**sharp), transforms.BYOLView2Transform(**sharp)
+        ),
+        "moco": lambda: transforms.MoCoV2Transform(**sharp),
+        "simclr": lambda: transforms.SimCLRTransform(cj_strength=0.5, **sharp),
+    }[case.method]()
+    images = np.load(args.data)["train_images"]
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, i: int) -> list[torch.Tensor]:
+            return views(Image.fromarray(images[i]))
+
+    options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": args.workers}
+    loader = torch.utils.data.DataLoader(Images(), case.batch, **options)
+    train = step_torch.Step(args, case, args.worker == "compile", torch.device("cpu"))
+    while True:
+        batches = iter(loader)
+
+        def step(batches: Any = batches) -> None:
+            train.update(*(x.contiguous(memory_format=torch.channels_last) for x in next(batches)))
+            float(train.loss)
+
+        yield step
+        del batches, step  # the workers end with the last reference
+
+
+def rounds(args: argparse.Namespace, case: Case) -> Iterator[Callable[[], Any]]:
+    """The steps of each round."""
+    if args.data and args.worker != "ours":
+        return their_loop(args, case)
+    make = (our_loop if args.data else our_step) if args.worker == "ours" else their_step
+    return itertools.repeat(make(args, case))
+
+
 def work(args: argparse.Namespace) -> None:
-    """A worker: for each line with a number, times so many steps."""
+    """A worker: for each line with a number, times so many steps, after the warm-up."""
     (case,) = step_shared.cases(args)
     start = time.perf_counter()
-    step = our_step(args, case) if args.worker == "ours" else their_step(args, case)
-    step()
+    steps_of_rounds = rounds(args, case)
+    next(steps_of_rounds)()
     print(json.dumps({"first_s": time.perf_counter() - start}), flush=True)
-    for _ in range(3):
-        step()
     for line in sys.stdin:
+        step = next(steps_of_rounds)
+        for _ in range(args.warmup):
+            step()
         steps, start, used = int(line), time.perf_counter(), time.process_time()
         for _ in range(steps):
             step()
         row = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - used}
+        del step
         print(json.dumps({k: v / steps for k, v in row.items()}), flush=True)
 
 
@@ -131,6 +221,7 @@ class Worker:
 def compare(args: argparse.Namespace, case: str, theirs: list[str]) -> list[tuple[str, float, str]]:
     """The rows of one case."""
     rest = [f"--{k}={getattr(args, k)}" for k in ("px", "depth", "width", "dtype")]
+    rest += [f"--{k}={getattr(args, k)}" for k in ("data", "workers", "warmup")]
     rest += [f"--cpu-devices={args.cpu_devices}", *(["--full"] if args.full else [])]
     pythons = {"ours": sys.executable} | dict.fromkeys(theirs, args.torch_python)
     workers = [Worker(python, variant, case, rest) for variant, python in pythons.items()]
@@ -145,12 +236,13 @@ def compare(args: argparse.Namespace, case: str, theirs: list[str]) -> list[tupl
             (f"{name} step", 1e3 * worker.median("s"), "ms"),
             (f"{name} fastest round", 1e3 * min(row["s"] for row in worker.rows), "ms"),
             (f"{name} images per second", batch / worker.median("s"), "1/s"),
-            (f"{name} CPU time", 1e3 * worker.median("cpu_s"), "ms"),
             (f"{name} first step", worker.first, "s"),
         ]
+        if not args.data:  # it would lack the loader's
+            rows.append((f"{name} CPU time", 1e3 * worker.median("cpu_s"), "ms"))
         if worker is not ours:
             pairs = list(zip(worker.rows, ours.rows, strict=True))
-            for field, of in (("s", "time"), ("cpu_s", "CPU time")):
+            for field, of in (("s", "time"), ("cpu_s", "CPU time"))[: 1 if args.data else 2]:
                 ratio = statistics.median(a[field] / b[field] for a, b in pairs)
                 rows.append((f"{case} {of}, {worker.variant} over ours", ratio, "x"))
     return rows
@@ -168,22 +260,27 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=3, help="of each variant in a round")
     p.add_argument("--cpu-devices", type=int, default=0, help="ours; 0: as in a run")
     p.add_argument("--full", action="store_true", help="ours with all that a run has")
+    p.add_argument("--warmup", type=int, default=2, help="steps before each round's")
+    p.add_argument("--data", default="", help="CIFAR-10 as .npz: whole loops, with the input")
+    p.add_argument("--workers", type=int, default=2, help="processes of lightly's loader")
     p.add_argument("--json", default="", help="where to write the same as flat JSON")
     p.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker:
         return work(args)
     theirs = args.torch
-    probe = [args.torch_python, "-c", "import torch, torchvision"]
+    packages = ["torch", "torchvision", *(["lightly"] if args.data else [])]
+    probe = [args.torch_python, "-c", f"import {', '.join(packages)}"]
     try:
         subprocess.run(probe, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        print(f"{args.torch_python} has no PyTorch with torchvision (--torch-python): ours alone")
+        print(f"{args.torch_python} lacks {', '.join(packages)} (--torch-python): ours alone")
         theirs = []
     from benchmarks import report
 
     rows = [row for case in args.cases for row in compare(args, case, theirs)]
-    title = f"steps: ResNet-{args.depth} x{args.width:g}, {args.px} px, {args.dtype}"
+    what = "loops" if args.data else "steps"
+    title = f"{what}: ResNet-{args.depth} x{args.width:g}, {args.px} px, {args.dtype}"
     return report.show(title, rows, args.json)
 
 

@@ -136,7 +136,10 @@ class Step:
 
     def __call__(self, i: int) -> None:
         """One update on batch i."""
-        x1, x2 = (self.images(view) for view in self.batches[i % 2])
+        self.update(*(self.images(view) for view in self.batches[i % 2]))
+
+    def update(self, x1: torch.Tensor, x2: torch.Tensor) -> None:
+        """One update on two views, normalised float32 `[B, 3, H, W]`."""
         loss = getattr(self, self.case.method)(x1, x2)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
