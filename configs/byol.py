@@ -122,7 +122,7 @@ def folder() -> ConfigDict:
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in about four minutes."""
     config = datasets.on_digits(_paper())
-    config.epochs = 46.0
+    config.epochs = 36.0
     config.tau_base = 0.98
     config.projector.hidden_sizes = (512,)
     config.projector.output_size = 128

@@ -109,7 +109,12 @@ def on_folder(config: ConfigDict) -> ConfigDict:
 
 
 def on_digits(config: ConfigDict) -> ConfigDict:
-    """The demo: 5,000 embedded digits at 16 px, an encoder a quarter as wide, batch 64."""
+    """The demo: 5,000 embedded digits at 16 px, ResNet-10 a quarter as wide, batch 64.
+
+    ResNet-10 takes half the time of ResNet-18 here. With blocks that start as they are drawn, and
+    not as the identity, a network this small learns more in the same number of steps (BYOL, 46
+    epochs, one seed: 95.7 % and 92.4 % with 10 labels, against 94.1 % and 82.7 %).
+    """
     config = our_recipe(config)
     config.batch_size = 64
     config.data.name = "digits"
@@ -117,9 +122,10 @@ def on_digits(config: ConfigDict) -> ConfigDict:
     config.data.test_resize = 20  # a digit fills 20 of 28 pixels: this removes the margins
     config.views["global"].area = (0.4, 1.0)
     config.data.resize_method = "area"  # bicubic without antialiasing skips lines (28 to 16 px)
-    config.encoder.depth = 18
+    config.encoder.depth = 10
     config.encoder.width = 0.25
     config.encoder.stem = "cifar"
+    config.encoder.zero_init_gamma = False
     for view in common.sections_of_views(config):
         view.update(
             flip_prob=0.0,

@@ -102,7 +102,7 @@ def folder() -> ConfigDict:
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in a few minutes."""
     config = datasets.on_digits(_paper())
-    config.epochs = 46.0
+    config.epochs = 36.0
     _heads(config, hidden=(256,), output=256, predictor=64)
     config.optimizer.learning_rate = 0.3
     config.optimizer.weight_decay = 4e-4

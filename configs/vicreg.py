@@ -91,7 +91,7 @@ def folder() -> ConfigDict:
 def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in a few minutes."""
     config = datasets.on_digits(_paper())
-    config.epochs = 46.0
+    config.epochs = 36.0
     config.projector = common.wide_head(256)
     config.optimizer = common.adamw(warmup_epochs=2.0)
     return config

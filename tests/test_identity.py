@@ -88,8 +88,9 @@ def with_data_info(config) -> identity.Flat:
     return flat(config) | {f"data_info.{name}": value for name, value in DATA_INFO.items()}
 
 
-# A run writes what "auto" is on its devices.
-DEMO = with_data_info(byol.get_config("demo,compute_dtype=float32"))
+# The demo as it was then. A run writes what "auto" is on its devices.
+THEN = "demo,compute_dtype=float32,encoder.depth=18,encoder.zero_init_gamma=True,epochs=46"
+DEMO = with_data_info(byol.get_config(THEN))
 
 
 def earlier(config: dict) -> dict:
@@ -128,7 +129,7 @@ def test_an_earlier_config_is_read_as_that_of_todays_preset():
     assert tree["data_info"] == DATA_INFO and tree["views"]["global"]["area"] == [0.4, 1.0]
     assert identity.flatten(tree) == before
     # What the other tests make of a config of today is what that version wrote.
-    config = byol.get_config("demo,compute_dtype=float32")
+    config = byol.get_config(THEN)
     assert earlier(json.loads(config.to_json())) == EARLIER
 
 

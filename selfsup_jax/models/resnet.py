@@ -16,6 +16,7 @@ from selfsup_jax.models.norm import BatchNorm, relu
 
 # depth -> (blocks of each of the four stages, whether they are bottlenecks)
 STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
+    10: ((1, 1, 1, 1), False),
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
     50: ((3, 4, 6, 3), True),
@@ -58,7 +59,7 @@ class ResNet(nn.Module):
     """The encoder f: images to representation.
 
     Attributes:
-        depth: 18, 34, 50, 101, 152 or 200.
+        depth: 10 (one block a stage), 18, 34, 50, 101, 152 or 200.
         width: multiplies the channels of every stage (64, 128, 256, 512).
         stem: `imagenet` (7x7 stride 2, max-pool) or `cifar` (3x3 stride 1).
         padding: `same` (BYOL: TensorFlow's), `torch` (MoCo: symmetric) or `fixed` (SimCLR:
