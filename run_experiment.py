@@ -48,6 +48,13 @@ _CACHE = flags.DEFINE_string(
     os.path.join("~", ".cache", "selfsup_jax", "compiled"),
     "where compiled programs are kept from run to run; empty for nowhere",
 )
+_PLAN = flags.DEFINE_string(
+    "plan",
+    None,
+    "train nothing: what a run needs on such as v5e:4x4, v5e:8x8:batch, gpu:h100x8",
+)
+_PLAN_IMAGES = flags.DEFINE_integer("plan_images", None, "training images, for --plan's hours")
+_PLAN_PRICE = flags.DEFINE_float("plan_price", None, "of a chip for an hour, for --plan's cost")
 
 
 def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -76,6 +83,8 @@ def main(argv: list[str]) -> None:
             )
         if not isinstance(_CONFIG.value, ConfigDict):
             raise UserError(_unreadable(flags.FLAGS["config"].config_filename))
+        if _PLAN.value:
+            return _plan(_CONFIG.value, _WORKDIR.value)
         from selfsup_jax.devices import parallel, process
 
         process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -92,6 +101,13 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; nothing that was saved is lost", file=sys.stderr, flush=True)
         _exit(128 + signal.SIGINT)
+
+
+def _plan(config: ConfigDict, workdir: str) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler for another chip needs none
+    from selfsup_jax.plan import command
+
+    command.run(config, _PLAN.value, workdir, _PLAN_IMAGES.value, _PLAN_PRICE.value)
 
 
 def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:

@@ -29,13 +29,19 @@ _engine = "pmap"  # see `use_engine`
 # ------------------------------------------------------------------- the global batch
 
 
-def check_batch(batch_size: int, accumulate_steps: int, bn_groups: int) -> None:
+def check_batch(
+    batch_size: int, accumulate_steps: int, bn_groups: int, devices: int | None = None
+) -> None:
     """Checks that the global batch divides over devices, microbatches and batch-norm groups.
+
+    Args:
+        batch_size, accumulate_steps, bn_groups: as in a config.
+        devices: how many; None for all that are attached.
 
     Raises:
         UserError: it does not; the message has the field and what would be valid.
     """
-    devices = jax.device_count()
+    devices = devices or jax.device_count()
     unit = devices * accumulate_steps
     if batch_size % unit:
         raise bad_field(
@@ -146,13 +152,14 @@ def use_engine(name: str) -> None:
 
 
 def step_over_devices(
-    train_step: Callable[..., Any], engine: str | None = None
+    train_step: Callable[..., Any], engine: str | None = None, devices: Any = None
 ) -> Callable[..., Any]:
     """Maps `train_step(state, batch, axis_name=...)` over all devices; the state is donated.
 
     Args:
         train_step: a function of one device's state and part of the batch.
         engine: one of `ENGINES`; None for the one set by `use_engine`.
+        devices: with pmap, which; None for all that are attached.
 
     Returns:
         A function of a replicated state and a batch from `shard`. Its arguments and results have a
@@ -160,7 +167,7 @@ def step_over_devices(
     """
     step = functools.partial(train_step, axis_name=AXIS_NAME)
     if (engine or _engine) == "pmap":
-        return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,))
+        return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,), devices=devices)
 
     def on_device(state: Any, batch: Any) -> Any:
         result = step(*jax.tree.map(lambda x: x[0], (state, batch)))

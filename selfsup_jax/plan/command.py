@@ -1,0 +1,208 @@
+"""`run_experiment.py --plan=PODS`: one plan or a table of several, on the screen and in a file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from selfsup_jax import config as configs
+from selfsup_jax import durations
+from selfsup_jax.build import Build, find
+from selfsup_jax.devices import parallel
+from selfsup_jax.errors import UserError
+from selfsup_jax.plan import chips, compiled
+from selfsup_jax.plan.chips import Pod
+from selfsup_jax.plan.estimate import Run, estimate
+from selfsup_jax.run import files
+from selfsup_jax.viz.plots import pods as drawing
+
+# Training images and classes of well-known data sets, so that none need be opened.
+_KNOWN = {
+    "imagenet2012": (1_281_167, 1000),
+    "cifar10": (50_000, 10),
+    "cifar100": (50_000, 100),
+    "imagenette": (9_469, 10),
+    "stl10": (100_000, None),
+    "digits": (4_000, 10),
+}
+
+
+def run(
+    config: ConfigDict,
+    pods: str,
+    workdir: str,
+    images: int | None = None,
+    price: float | None = None,
+    input_ms: float = 2.1,
+    build: Build | None = None,
+) -> list[dict[str, Any]]:
+    """Plans a pretraining run; prints it, writes `plan.json` and for several pods `plan.png`.
+
+    Args:
+        config: of the run.
+        pods: such as `v5e:4x4`, `v5e:4x4,v5e:8x8` or, for the largest batch, `v5e:4x4:batch`.
+        workdir: where the files are written.
+        images: training images; None for what is known of the data set's name.
+        price: of a chip for an hour.
+        input_ms: CPU milliseconds of the host for an image (`benchmarks/input_pipeline.py`).
+        build: the method's `build`; None for that of the package that `config.method` names.
+
+    Raises:
+        UserError: an invalid config or pod; the batch does not divide; no compiler.
+    """
+    if config.job != "pretrain":
+        raise UserError(f"--plan: for pretraining, not for config.job={config.job!r}")
+    names = [name.removesuffix(":batch") for name in pods.split(",")]
+    planned = [chips.pod(name) for name in names]
+    config = config.copy_and_resolve_references()
+    if config.compute_dtype == "auto":
+        config.compute_dtype = "bfloat16"  # what all these chips compute in
+    configs.check_values(config)
+    build = build or find(config.method)
+    known, classes = _KNOWN.get(config.data.name.split("/")[0], (None, None))
+    images = images or known
+    for pod, name in zip(planned, pods.split(","), strict=True):
+        if not name.endswith(":batch"):
+            _check_batch(config, pod)
+    plans = []
+    for pod, name in zip(planned, pods.split(","), strict=True):
+        if name.endswith(":batch"):
+            config.batch_size = largest_batch(config, build, classes, pod)
+        program = compiled.program(config, build, classes, pod)
+        plan = estimate(_run(config, pod, images, price, input_ms), pod, program)
+        plans.append(plan)
+        print("\n".join(described(plan, pod)) + "\n", flush=True)
+        if program.text:
+            with files.writing_to(workdir):
+                os.makedirs(workdir, exist_ok=True)
+                with files.whole_file(os.path.join(workdir, "plan.hlo")) as f:
+                    f.write(program.text)
+    with files.writing_to(workdir):
+        os.makedirs(workdir, exist_ok=True)
+        only = plans[0] if len(plans) == 1 else {"plans": plans}
+        files.write_json(os.path.join(workdir, "plan.json"), only)
+        if len(plans) > 1:
+            print(table(plans))
+            drawing.draw(os.path.join(workdir, "plan.png"), plans)
+    return plans
+
+
+def _check_batch(config: Any, pod: Pod) -> None:
+    groups, parts = config.bn_groups, config.accumulate_steps
+    parallel.check_batch(config.batch_size, parts, groups, devices=pod.chips)
+
+
+def _run(config: Any, pod: Pod, images: int | None, price: float | None, input_ms: float) -> Run:
+    steps, cpu_ms = None, input_ms
+    if images:
+        steps = durations.total_and_warmup(config, images)[0]
+        stored = images * config.data.image_size**2 * 3
+        if config.data.placement != "host" and stored < config.data.device_share * pod.chip.memory:
+            cpu_ms = 0.0  # the images are on the chips
+    elif config.steps is not None:
+        steps = config.steps
+    return Run(config.batch_size, steps, price, cpu_ms / 1e3)
+
+
+def largest_batch(config: Any, build: Build, classes: int | None, pod: Pod) -> int:
+    """The largest global batch that fits, to 8 images a chip.
+
+    Memory is nearly a linear function of the batch: two programs give the line, further ones make
+    sure. Takes three to six compilations.
+    """
+    if not pod.is_tpu:
+        raise UserError(f"--plan={pod.name}:batch: a GPU's temporaries are not known beforehand")
+
+    def needed(per_chip: int) -> float | None:
+        config.batch_size = per_chip * pod.chips
+        program = compiled.program(config, build, classes, pod)
+        fits = not program.shortage and program.temporaries is not None
+        print(f"{config.batch_size} images, {per_chip} a chip: {'fits' if fits else 'too many'}")
+        return program.arguments + program.temporaries if fits else None  # type: ignore[operator]
+
+    low = 8
+    first = needed(low)
+    if first is None:
+        raise UserError(f"--plan={pod.name}: not even {low} images a chip fit into its memory")
+    high = 4 * low
+    second = needed(high)
+    while second is None:
+        high -= 8
+        if high == low:
+            return low * pod.chips
+        second = needed(high)
+    per_image = max(1.0, (second - first) / (high - low))
+    most = int(high + (pod.chip.memory - second) / per_image) // 8 * 8
+    while most > high and needed(most) is None:
+        most -= max(8, most // 32 // 8 * 8)
+    return max(most, high) * pod.chips
+
+
+def described(plan: dict[str, Any], pod: Pod) -> list[str]:
+    """A plan in a few lines of text."""
+    gib, kind = 2.0**30, "chip" if pod.is_tpu else "GPU"
+    lines = [
+        f"plan for {pod.name}: {pod.chips} x {pod.kind}, {plan['batch_size']} images a step "
+        f"({plan['batch_per_chip']} a {kind}); {'compiled' if pod.is_tpu else 'traced'} in "
+        f"{plan['compile_seconds']:.0f} s"
+    ]
+    memory, arguments = plan["memory_bytes"] / gib, plan["argument_bytes"] / gib
+    if plan["temporary_bytes"] is not None:
+        used = plan["temporary_bytes"] / gib
+        does = "fits" if plan["fits"] else "DOES NOT FIT"
+        lines.append(
+            f"  memory    {does}: state and batch {arguments:.2f} + temporaries {used:.2f} "
+            f"of {memory:.1f} GiB a {kind}"
+        )
+    elif plan["fits"] is None:
+        lines.append(
+            f"  memory    state and batch {arguments:.2f} of {memory:.1f} GiB a {kind}; "
+            "temporaries are not known beforehand"
+        )
+    if "shortage" in plan:
+        return [*lines, f"  memory    DOES NOT FIT: {plan['shortage']}"]
+    by = {name: 1e3 * plan[f"step_seconds_by_{name}"] for name in ("flops", "memory", "links")}
+    what = "moves" if pod.is_tpu else "moves at least"
+    lines += [
+        f"  a step    {plan['flops_per_step'] / 1e12:.3g} TFLOP ({by['flops']:.3g} ms at the "
+        f"peak), {what} {plan['hbm_bytes_per_step'] / gib:.3g} GiB ({by['memory']:.3g} ms), sends "
+        f"{plan['sent_bytes_per_step'] / 2**20:.3g} MiB ({by['links']:.3g} ms)",
+        f"  speed     at most {plan['images_per_second_upper_bound']:,.0f} images/s: "
+        f"{1e3 * plan['step_seconds_lower_bound']:.3g} ms a step, bound by {plan['bound_by']}",
+    ]
+    if "cpu_cores_per_host" in plan:
+        there = f" of its {pod.chip.cores}" * bool(pod.chip.cores)
+        lines.append(
+            f"  input     {plan['images_per_second_and_host']:,.0f} images/s from each of "
+            f"{pod.hosts} hosts: {plan['cpu_cores_per_host']:.1f} cores{there}"
+        )
+    if "hours" in plan:
+        cost = f", {plan['cost']:,.0f} at this price" if "cost" in plan else ""
+        lines.append(
+            f"  the run   {plan['steps']:,} steps: at least {plan['hours']:,.3g} hours, "
+            f"{plan['chip_hours']:,.4g} {kind}-hours{cost}"
+        )
+    else:
+        lines.append("  the run   its length is not known: give --plan_images or --config.steps")
+    return lines
+
+
+def table(plans: list[dict[str, Any]]) -> str:
+    """Several plans, a line each."""
+    rows = [("pod", "chips", "images a chip", "fits", "ms a step", "images/s", "hours", "chip-h")]
+    for plan in plans:
+        fits = {True: "yes", False: "no", None: "?"}[plan["fits"]]
+        row = [plan["pod"], f"{plan['chips']}", f"{plan['batch_per_chip']}", fits]
+        if "step_seconds_lower_bound" in plan:
+            row.append(f"{1e3 * plan['step_seconds_lower_bound']:.3g}")
+            row.append(f"{plan['images_per_second_upper_bound']:,.0f}")
+        if "hours" in plan:
+            row += [f"{plan['hours']:.3g}", f"{plan['chip_hours']:.4g}"]
+        rows.append((*row, *[""] * (8 - len(row))))
+    widths = [max(len(row[i]) for row in rows) for i in range(8)]
+    return "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
