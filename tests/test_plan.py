@@ -90,7 +90,13 @@ def test_a_compiled_program_is_read():
 
 
 def made_up(**fields):
-    values = {"flops": 197e12, "moved": 81.9e9, "arguments": 2**30, "temporaries": 2**31}
+    values = {
+        "flops": 197e12,
+        "moved": 163.8e9,
+        "arrays": 81.9e9,
+        "arguments": 2**30,
+        "temporaries": 2**31,
+    }
     values |= {"collectives": hlo.Collectives({"all-reduce": 3}, 20e9), "seconds": 1.0} | fields
     return compiled.Program(**values)
 
@@ -101,9 +107,10 @@ def test_the_slowest_bound_counts():
     assert (plan["fits"], plan["bound_by"], plan["all_reduces"]) == (True, "flops", 3)
     assert plan["step_seconds_lower_bound"] == pytest.approx(1.0)
     assert plan["step_seconds_by_memory"] == plan["step_seconds_by_links"] == pytest.approx(0.1)
+    assert plan["step_seconds_by_all_bytes"] == pytest.approx(0.2)
     assert plan["cpu_cores_per_host"] == pytest.approx(400 * 0.002)
     assert (plan["hours"], plan["chip_hours"], plan["cost"]) == pytest.approx((1, 16, 32))
-    slow = estimate.estimate(run, chips.pod("v5e:4x4"), made_up(moved=1638e9))
+    slow = estimate.estimate(run, chips.pod("v5e:4x4"), made_up(arrays=1638e9))
     assert slow["bound_by"] == "memory" and slow["hours"] == pytest.approx(2.0)
     too_large = estimate.estimate(run, chips.pod("v5e:4x4"), made_up(temporaries=16 * 2**30))
     assert too_large["fits"] is False

@@ -164,14 +164,20 @@ def described(plan: dict[str, Any], pod: Pod) -> list[str]:
     if "shortage" in plan:
         return [*lines, f"  memory    DOES NOT FIT: {plan['shortage']}"]
     by = {name: 1e3 * plan[f"step_seconds_by_{name}"] for name in ("flops", "memory", "links")}
-    what = "moves" if pod.is_tpu else "moves at least"
     lines += [
         f"  a step    {plan['flops_per_step'] / 1e12:.3g} TFLOP ({by['flops']:.3g} ms at the "
-        f"peak), {what} {plan['hbm_bytes_per_step'] / gib:.3g} GiB ({by['memory']:.3g} ms), sends "
-        f"{plan['sent_bytes_per_step'] / 2**20:.3g} MiB ({by['links']:.3g} ms)",
+        f"peak), arrays of {plan['hbm_array_bytes_per_step'] / gib:.3g} GiB ({by['memory']:.3g} "
+        f"ms), sends {plan['sent_bytes_per_step'] / 2**20:.3g} MiB ({by['links']:.3g} ms)",
         f"  speed     at most {plan['images_per_second_upper_bound']:,.0f} images/s: "
         f"{1e3 * plan['step_seconds_lower_bound']:.3g} ms a step, bound by {plan['bound_by']}",
     ]
+    if "step_seconds_by_all_bytes" in plan:
+        every = plan["step_seconds_by_all_bytes"]
+        lines.append(
+            f"            {plan['batch_size'] / every:,.0f} ({1e3 * every:.3g} ms) if all "
+            f"{plan['hbm_bytes_per_step'] / gib:.3g} GiB that the compiler counts went through "
+            "the memory"
+        )
     if "cpu_cores_per_host" in plan:
         there = f" of its {pod.chip.cores}" * bool(pod.chip.cores)
         lines.append(

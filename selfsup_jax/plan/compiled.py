@@ -26,8 +26,10 @@ class Program(NamedTuple):
 
     Attributes:
         flops: floating-point operations.
-        moved: bytes read from and written to its memory, as the compiler counts them; for a GPU
-            only those of convolutions and matmuls, each operand and result once.
+        moved: bytes that its instructions read and write, as the compiler counts them: also what
+            they find in the chip's fast memory, and what a fused one reads twice.
+        arrays: bytes of the arrays in its main memory, once for each kernel that reads or writes
+            them; for a GPU those of convolutions and matmuls.
         arguments: bytes of state and batch.
         temporaries: bytes of all else that is in memory at one time.
         collectives: what it says to the others.
@@ -37,7 +39,8 @@ class Program(NamedTuple):
     """
 
     flops: float
-    moved: float
+    moved: float | None
+    arrays: float
     arguments: float
     temporaries: float | None
     collectives: hlo.Collectives
@@ -95,12 +98,13 @@ def _on_tpu(method: Any, state: Any, batch: Any, pod: Pod) -> Program:
         nothing = hlo.Collectives({}, 0.0)
         arguments = bytes_of(state) + bytes_of(batch) / pod.chips
         seconds = time.perf_counter() - start
-        return Program(0.0, 0.0, arguments, None, nothing, seconds, shortage=message)
+        return Program(0.0, None, 0.0, arguments, None, nothing, seconds, shortage=message)
     seconds = time.perf_counter() - start
     cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
     return Program(
         flops=cost["flops"],
         moved=cost["bytes accessed"],
+        arrays=float(sum(kernel.moved for kernel in hlo.kernels(text))),
         arguments=memory.argument_size_in_bytes,
         # The new state takes the old one's place, except for what is not donated.
         temporaries=memory.temp_size_in_bytes
@@ -154,7 +158,8 @@ def _on_gpu(method: Any, state: Any, batch: Any, pod: Pod) -> Program:
     gradients = bytes_of(state.online_params)
     return Program(
         flops=lowered.cost_analysis()["flops"],
-        moved=_moved_by_products(lowered.as_text()),
+        moved=None,
+        arrays=_moved_by_products(lowered.as_text()),
         arguments=bytes_of(state) + bytes_of(batch),
         temporaries=None,
         collectives=hlo.Collectives({}, 2 * share * gradients),

@@ -29,7 +29,7 @@ def estimate(run: Run, pod: Pod, program: Program) -> dict[str, Any]:
     chip, temporaries = pod.chip, program.temporaries
     bounds = {
         "flops": program.flops / chip.flops,
-        "memory": program.moved / chip.bandwidth,
+        "memory": program.arrays / chip.bandwidth,
         "links": program.collectives.sent / chip.links if pod.chips > 1 else 0.0,
     }
     fits: bool | None = None
@@ -56,6 +56,7 @@ def estimate(run: Run, pod: Pod, program: Program) -> dict[str, Any]:
     plan |= {
         "flops_per_step": program.flops,
         "hbm_bytes_per_step": program.moved,
+        "hbm_array_bytes_per_step": program.arrays,
         "sent_bytes_per_step": program.collectives.sent,
         **{f"{name.replace('-', '_')}s": n for name, n in program.collectives.counts.items()},
         **{f"step_seconds_by_{name}": value for name, value in bounds.items()},
@@ -63,6 +64,8 @@ def estimate(run: Run, pod: Pod, program: Program) -> dict[str, Any]:
         "bound_by": max(bounds, key=lambda name: bounds[name]),
         "images_per_second_upper_bound": rate,
     }
+    if program.moved is not None:
+        plan["step_seconds_by_all_bytes"] = program.moved / chip.bandwidth
     if pod.is_tpu:
         plan.setdefault("all_reduces", 0)
     if run.cpu_seconds:
