@@ -40,6 +40,14 @@ def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]
         yield checkpoints
 
 
+def saved(workdir: str) -> str:
+    """What a run that ends now has saved, in words for the line that tells why it ends."""
+    step = checkpoint.newest_step(workdir)
+    if step is None:
+        return "nothing is saved yet; the same command on every host starts again"
+    return f"step {step:,} is saved in {workdir}; the same command on every host resumes from it"
+
+
 @contextlib.contextmanager
 def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
     """The checkpoints of a workdir that is already locked; raises as `opened` does."""
@@ -53,7 +61,8 @@ def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Chec
     if len(set(latest)) > 1:
         raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
     try:
-        yield checkpoints
+        with hosts.saves(lambda: saved(workdir)):
+            yield checkpoints
     except BaseException:
         with contextlib.suppress(Exception):  # keep the first error
             checkpoints.close()

@@ -1,0 +1,161 @@
+"""A job of several hosts in this process: how it is joined, and the ways in which it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from selfsup_jax.devices.link import Link, Loss
+from selfsup_jax.errors import LOST, UserError
+
+_NOT_SAVED = "the same command on every host starts again"
+
+
+class Job:
+    """The job that this process is part of; the processes find each other through `link`.
+
+    Attributes:
+        step: where this process is, None before the first.
+        saved: tells what of a training is saved, in words for the last line.
+        agrees: True while SIGTERM ends all hosts after the same step, see `reached_preemption`.
+        sigterm: True once SIGTERM was received.
+    """
+
+    def __init__(self, process: int, processes: int, host_timeout: float):
+        self.step: int | None = None
+        self.saved: Callable[[], str] = lambda: _NOT_SAVED
+        self.agrees = self.sigterm = False
+        self.link = Link(process, processes, host_timeout, self._lost)
+        self._tell_jax: Callable[[int], Any] | None = None
+
+    def start(
+        self, address: str, start_timeout: float, local_devices: Sequence[int] | None
+    ) -> None:
+        """Joins the other processes, and starts `jax.distributed`."""
+        link = self.link
+        local = link.join(*parse_address(address), start_timeout)
+        # Nothing between JAX and its service on the loopback interface.
+        without_proxy = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
+        os.environ["no_grpc_proxy"] = ",".join(filter(None, ["127.0.0.1", without_proxy]))
+        jax.distributed.initialize(
+            local.coordinator,
+            link.processes,
+            link.process,
+            local_device_ids=local_devices,
+            coordinator_bind_address=local.bind,
+            # Ours is shorter, and ends a process with one line.
+            heartbeat_timeout_seconds=int(100 + 4 * link.timeout),
+        )
+        if threading.current_thread() is threading.main_thread():
+            self._watch_sigterm()
+
+    # ------------------------------------------------------------------------ how it ends
+
+    def _lost(self, loss: Loss) -> None:
+        line = loss.line
+        if loss.status == LOST:
+            where = "" if self.step is None else f", at step {self.step:,}"
+            line += f"{where}; {self.saved()}"
+            self.link.end(LOST, line)
+        leave(loss.status, line)
+
+    def end(self, status: int, line: str) -> None:
+        """Tells the others that this process ends with this status, and why; they end too."""
+        self.link.end(status, line)
+
+    def finish(self) -> None:
+        """Waits for all others before the process ends: it may still be needed."""
+        self.link.finish()
+
+    def wait_if_lost(self, error: BaseException) -> None:
+        """If a collective failed, waits until it is known which process is lost, if one is.
+
+        Then the process ends here, with one line about that.
+        """
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        if any(isinstance(e, jax.errors.JaxRuntimeError) for e in causes):
+            time.sleep(self.link.timeout + 2)
+
+    # ---------------------------------------------------------------------------- SIGTERM
+
+    def _watch_sigterm(self) -> None:
+        """Acts on SIGTERM at once, also while the main thread is in a computation or waits.
+
+        `jax.distributed` catches the signal for `reached_preemption`. Where nothing calls that, as
+        in evaluation, the signal would have no effect.
+        """
+        self._tell_jax = _handler(signal.SIGTERM)
+        ours, interpreters = socket.socketpair()
+        for end in (ours, interpreters):
+            end.setblocking(False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(interpreters.fileno(), warn_on_full_buffer=False)
+        self._sockets = (ours, interpreters)
+
+        def received() -> None:
+            if signal.SIGTERM in ours.recv(4096):
+                self._terminate()
+
+        self.link.loop.call_soon_threadsafe(self.link.loop.add_reader, ours, received)
+
+    def _terminate(self) -> None:
+        self.sigterm = True
+        if self.agrees and self._tell_jax is not None:
+            self._tell_jax(signal.SIGTERM)
+        else:
+            threading.Thread(target=self.stop_now).start()  # not the thread of the link
+
+    def stop_now(self) -> NoReturn:
+        """Ends this process and the others at once, as SIGTERM does where no step can be saved."""
+        status = 128 + signal.SIGTERM
+        line = f"SIGTERM: stopped; {self.saved()}"
+        self.end(status, line)
+        leave(status, line)
+
+
+def leave(status: int, line: str) -> NoReturn:
+    """Ends the process with one line, whatever its other threads wait for."""
+    prefix = "error: " if status < 128 else ""
+    newline = "\n" if sys.stderr.isatty() else ""  # below the progress line
+    # One write: the main thread may print at the same time.
+    os.write(2, f"{newline}{prefix}{line}\n".encode())
+    os._exit(status)
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[IPv6]:PORT` as host and port.
+
+    Raises:
+        UserError: it is neither.
+    """
+    match = re.fullmatch(
+        r"\[([0-9a-fA-F:.%\w]+)\]:(\d{1,5})|([\w.-]+):(\d{1,5})", address, re.ASCII
+    )
+    port = int(match[2] or match[4]) if match else 0
+    if match is None or not 0 < port < 2**16:
+        raise UserError(
+            f"--coordinator_address={address!r}: must be HOST:PORT of process 0, such as "
+            "10.0.0.1:1234, with a port from 1 to 65535"
+        )
+    return match[1] or match[3], port
+
+
+def _handler(number: int) -> Callable[[int], Any] | None:
+    """The C function that handles a signal, if there is one: the first field of `sigaction`."""
+    action = ctypes.create_string_buffer(1024)
+    if os.name != "posix" or ctypes.CDLL(None).sigaction(number, None, action):
+        return None
+    address = ctypes.cast(action, ctypes.POINTER(ctypes.c_void_p))[0]
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address and address > 1 else None
