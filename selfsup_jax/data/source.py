@@ -66,7 +66,7 @@ class Source:
         def name(i: int) -> str:
             return self.describe(i).removeprefix(directory)
 
-        facts = {"images": self.num_examples, "classes": self.num_classes}
+        facts: dict[str, Any] = {"images": self.num_examples, "classes": self.num_classes}
         facts["names of the classes"] = digest(repr(self.class_names).encode())
         if self.labels is not None:
             facts["labels"] = digest(np.ascontiguousarray(self.labels).tobytes())

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import jax
 
 from selfsup_jax.devices.link import Link, Loss
-from selfsup_jax.errors import LOST, UserError
+from selfsup_jax.devices.wire import LOOPBACK
+from selfsup_jax.errors import UserError
 
 _NOT_SAVED = "the same command on every host starts again"
 
@@ -44,9 +45,7 @@ class Job:
         """Joins the other processes, and starts `jax.distributed`."""
         link = self.link
         local = link.join(*parse_address(address), start_timeout)
-        # Nothing between JAX and its service on the loopback interface.
-        without_proxy = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
-        os.environ["no_grpc_proxy"] = ",".join(filter(None, ["127.0.0.1", without_proxy]))
+        _no_proxy_for_loopback()
         jax.distributed.initialize(
             local.coordinator,
             link.processes,
@@ -63,10 +62,10 @@ class Job:
 
     def _lost(self, loss: Loss) -> None:
         line = loss.line
-        if loss.status == LOST:
+        if not loss.told:
             where = "" if self.step is None else f", at step {self.step:,}"
             line += f"{where}; {self.saved()}"
-            self.link.end(LOST, line)
+            self.link.end(loss.status, line)
         leave(loss.status, line)
 
     def end(self, status: int, line: str) -> None:
@@ -140,16 +139,22 @@ def parse_address(address: str) -> tuple[str, int]:
     Raises:
         UserError: it is neither.
     """
-    match = re.fullmatch(
-        r"\[([0-9a-fA-F:.%\w]+)\]:(\d{1,5})|([\w.-]+):(\d{1,5})", address, re.ASCII
-    )
-    port = int(match[2] or match[4]) if match else 0
+    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([\w.-]+)):(\d{1,5})", address, re.ASCII)
+    port = int(match[3]) if match else 0
     if match is None or not 0 < port < 2**16:
         raise UserError(
             f"--coordinator_address={address!r}: must be HOST:PORT of process 0, such as "
             "10.0.0.1:1234, with a port from 1 to 65535"
         )
-    return match[1] or match[3], port
+    return match[1] or match[2], port
+
+
+def _no_proxy_for_loopback() -> None:
+    """So that gRPC, with an HTTP proxy in the environment, connects to this machine directly."""
+    if any(name in os.environ for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+        variable = "no_grpc_proxy"  # it takes the place of `no_proxy`
+        others = os.environ.get(variable, os.environ.get("no_proxy", ""))
+        os.environ[variable] = ",".join(filter(None, [LOOPBACK, others]))
 
 
 def _handler(number: int) -> Callable[[int], Any] | None:

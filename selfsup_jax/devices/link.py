@@ -31,10 +31,12 @@ class Loss(NamedTuple):
     Attributes:
         status: the exit status: `LOST`, or that of a process that ended by itself.
         line: one line about it.
+        told: whether the line is another process's own, which says all.
     """
 
     status: int
     line: str
+    told: bool
 
 
 class Addresses(NamedTuple):
@@ -50,7 +52,7 @@ class Link:
     Args:
         process, processes: which of how many this is.
         timeout: seconds without a sign of life after which another process is lost.
-        on_loss: called once, from the link's thread, if the job can't go on.
+        on_loss: called once, in a thread of its own, if the job can't go on.
     """
 
     def __init__(
@@ -195,19 +197,19 @@ class Link:
             self._lose(message["process"], message["why"])
         elif kind == "ended":
             line = f"{self.named(message['process'])}: {message['line']}"
-            self._stop(Loss(message["status"], line))
+            self._stop(Loss(message["status"], line, told=True))
 
     def _lose(self, process: int, why: str) -> None:
         if not self._started.done():
             line = "has ended before all processes had started"
             self._started.set_exception(UserError(f"{self.named(process)} {line}"))
         elif not self._all_done.done():
-            self._stop(Loss(LOST, f"{self.named(process)} {why}"))
+            self._stop(Loss(LOST, f"{self.named(process)} {why}", told=False))
 
     def _stop(self, loss: Loss) -> None:
         on_loss, self._on_loss = self._on_loss, None
         if on_loss is not None:
-            on_loss(loss)
+            threading.Thread(target=on_loss, args=(loss,)).start()
 
     def named(self, process: int) -> str:
         """`process 3 of 8 (its machine)`."""

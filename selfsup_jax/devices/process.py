@@ -77,7 +77,7 @@ def _join_the_cluster(start_timeout: float, host_timeout: float) -> None:
         )
     except (ImportError, AttributeError, TypeError):
         address = processes = process = None
-    if address is None or process is None or (processes or 0) < 2:
+    if address is None or process is None or processes is None or processes < 2:
         jax.distributed.initialize(initialization_timeout=int(start_timeout))
     else:
         hosts.join(address, processes, process, start_timeout, host_timeout, local_devices)
