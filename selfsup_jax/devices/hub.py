@@ -115,7 +115,7 @@ class Hub:
             self._pulse.heard(process)
         kind = message.get("kind")
         if kind == "beat":
-            self._send[process]({"kind": "beat"})
+            self._send[process]({"kind": "beat", "quiet": self._pulse.quiet()})
         elif kind == "give":
             self._give(process, message["round"], message["value"])
         elif kind == "done":

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -77,15 +76,15 @@ class Job:
         self.link.finish()
 
     def wait_if_lost(self, error: BaseException) -> None:
-        """If a collective failed, waits until it is known which process is lost, if one is.
+        """If the error may be that of a collective, waits until it is known if a process is lost.
 
-        Then the process ends here, with one line about that.
+        If one is, this process ends here, with one line about that.
         """
         causes = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
-        if any(isinstance(e, jax.errors.JaxRuntimeError) for e in causes):
-            time.sleep(self.link.timeout + 2)
+        if not all(isinstance(e, (UserError, OSError)) for e in causes):
+            self.link.wait_for_signs_of_life()
 
     # ---------------------------------------------------------------------------- SIGTERM
 

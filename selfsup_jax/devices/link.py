@@ -68,6 +68,7 @@ class Link:
         self._rounds: dict[str, asyncio.Future[dict[str, list[int]]]] = {}
         self._pulse = wire.Pulse(timeout)
         self._tasks: list[asyncio.Task[None]] = []
+        self._all_heard_at = 0.0  # every process was alive then
         self._send: Callable[[Message], None] = lambda message: None
         threading.Thread(target=self.loop.run_forever, name="hosts", daemon=True).start()
 
@@ -120,6 +121,7 @@ class Link:
         await self._hub.serve(listener)
         self._send = functools.partial(self._hub.receive, 0)
         self._hub.join(self._hello(), self._receive)
+        self._tasks.append(asyncio.create_task(self._beat()))
 
     def _hello(self) -> Message:
         return {
@@ -191,6 +193,8 @@ class Link:
             self._started.set_result(None)
         elif kind == "exchanged":
             self._round(message["round"]).set_result(message["groups"])
+        elif kind == "beat":
+            self._all_heard_at = time.monotonic() - message["quiet"]
         elif kind == "done":
             self._all_done.set_result(None)
         elif kind == "lost":
@@ -247,6 +251,13 @@ class Link:
         if not self._all_done.done():
             with contextlib.suppress(Exception):
                 self._wait(tell(), _GRACE)
+
+    def wait_for_signs_of_life(self) -> None:
+        """Waits until all processes are known to be alive now, or until this one ends at a loss."""
+        now = time.monotonic()
+        while self._all_heard_at <= now and self._on_loss is not None:
+            time.sleep(0.1)
+        time.sleep(1.0)  # for what `on_loss` does
 
     def finish(self) -> None:
         """Waits until all processes have come here: then none needs another any more."""

@@ -80,6 +80,10 @@ class Pulse:
         """The process is not watched any more."""
         self._heard.pop(process, None)
 
+    def quiet(self) -> float:
+        """Seconds since the last sign of life of the process that was heard longest ago."""
+        return max((time.monotonic() - at for at in self._heard.values()), default=0.0)
+
     def silent(self) -> list[int]:
         """The processes without a sign of life for `timeout` seconds."""
         now = time.monotonic()
