@@ -74,11 +74,15 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
     """
     if _job is None:
         return
-    groups = _job.link.exchange(what, dict(facts))
-    if len(groups) == 1:
-        return
+    compare(_job.link.exchange(what, dict(facts)))
+
+
+def compare(groups: Sequence[tuple[Any, list[int]]]) -> None:
+    """Raises `HostsDiffer` if there is more than one of the facts that processes gave."""
     names = sorted({name for given, _ in groups for name in given})
     different = [described for name in names if (described := _difference(name, groups))]
+    if not different:
+        return
     more = len(different) - _MOST_FIELDS
     shown = different[:_MOST_FIELDS] + [f"and {more} more"] * (more > 0)
     raise HostsDiffer(f"the hosts differ: {'; '.join(shown)}")

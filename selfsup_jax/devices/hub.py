@@ -141,11 +141,12 @@ class Hub:
     def _leave(self, process: int, why: str) -> None:
         """A member is gone; before the start another may come in its place."""
         self._pulse.forget(process)
-        if self._send.pop(process, None) is None or process in self._done:
+        if process not in self._send or process in self._done:
             return
-        if self._started:
+        if self._started:  # if it only slept, it reads this too
             self._broadcast({"kind": "lost", "process": process, "why": why})
-        else:
+        del self._send[process]
+        if not self._started:
             del self._names[process]
             self._tell_who_is_there()
 

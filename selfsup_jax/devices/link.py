@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import os
 import platform
 import threading
 import time
@@ -113,7 +114,7 @@ class Link:
             listener = wire.listen(port)
         except OSError as e:
             raise UserError(
-                f"port {port} of this machine can't be used for the other processes: {e.strerror}; "
+                f"port {port} of this machine can't be used for the other processes: {_reason(e)}; "
                 "if an earlier job still runs, stop it, or give another port in "
                 "--coordinator_address"
             ) from e
@@ -143,7 +144,7 @@ class Link:
                     break
                 reason = "what listens there is not process 0 of this job"
             except OSError as e:  # also a name that is not known, and a timeout
-                reason = e.strerror or "no answer"
+                reason = _reason(e)
             if time.monotonic() >= deadline:
                 raise UserError(
                     f"process 0 can't be reached at {host}:{port} (--coordinator_address) within "
@@ -281,6 +282,13 @@ class Link:
 
         self._wait(cancel())
         self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def _reason(e: OSError) -> str:
+    """The system's words; asyncio adds its own to some errors."""
+    if e.errno is not None and e.errno > 0:
+        return os.strerror(e.errno)
+    return e.strerror or str(e) or "no answer"
 
 
 def members(processes: list[int]) -> str:
