@@ -33,24 +33,13 @@ class Hub:
         self._done: set[int] = set()
         self._started = False
         self._pulse = wire.Pulse(timeout)
-        self._tasks: list[asyncio.Task[None]] = []
 
-    async def serve(self, listener: socket.socket) -> None:
+    async def serve(self, listener: socket.socket) -> asyncio.Server:
         """Accepts the other processes, in the background."""
-        self._server = await asyncio.start_server(self._accept, sock=listener, limit=wire.LIMIT)
-        self._tasks.append(asyncio.create_task(self._watch()))
-
-    def close(self) -> None:
-        """Closes all connections."""
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
+        return await asyncio.start_server(self._accept, sock=listener, limit=wire.LIMIT)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.append(task)
-        with contextlib.suppress(asyncio.CancelledError), contextlib.closing(writer):
+        with contextlib.closing(writer):
             hello = await wire.read(reader) or {}
             if hello.get("kind") == "jax":
                 await self._forward(reader, writer)
@@ -66,7 +55,7 @@ class Hub:
                 break
             except OSError:  # process 0 is about to start it
                 await asyncio.sleep(0.05)
-        await asyncio.gather(wire.pipe(reader, service[1]), wire.pipe(service[0], writer))
+        await wire.join(reader, writer, *service)
 
     async def _member(
         self, hello: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -150,7 +139,8 @@ class Hub:
             del self._names[process]
             self._tell_who_is_there()
 
-    async def _watch(self) -> None:
+    async def watch(self) -> None:
+        """Notices members that are silent."""
         while True:
             await asyncio.sleep(self._pulse.interval)
             for process in self._pulse.silent():

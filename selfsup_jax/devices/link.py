@@ -71,7 +71,9 @@ class Link:
         self._tasks: list[asyncio.Task[None]] = []
         self._all_heard_at = 0.0  # every process was alive then
         self._send: Callable[[Message], None] = lambda message: None
-        threading.Thread(target=self.loop.run_forever, name="hosts", daemon=True).start()
+        self._servers: list[asyncio.Server] = []
+        self._thread = threading.Thread(target=self.loop.run_forever, name="hosts", daemon=True)
+        self._thread.start()
 
     def _wait(self, what: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
         return asyncio.run_coroutine_threadsafe(what, self.loop).result(timeout)
@@ -98,6 +100,7 @@ class Link:
             await self._connect(host, port, deadline, seconds)
             forward = functools.partial(self._forward, host, port)
             server = await asyncio.start_server(forward, wire.LOOPBACK, 0)
+            self._servers.append(server)
             addresses = Addresses(f"{wire.LOOPBACK}:{server.sockets[0].getsockname()[1]}", None)
         await asyncio.wait([self._started], timeout=max(0.0, deadline - time.monotonic()))
         if not self._started.done():
@@ -118,10 +121,11 @@ class Link:
                 "if an earlier job still runs, stop it, or give another port in "
                 "--coordinator_address"
             ) from e
-        self._hub = Hub(self.processes, self.timeout, jax_port)
-        await self._hub.serve(listener)
-        self._send = functools.partial(self._hub.receive, 0)
-        self._hub.join(self._hello(), self._receive)
+        hub = Hub(self.processes, self.timeout, jax_port)
+        self._servers.append(await hub.serve(listener))
+        self._tasks.append(asyncio.create_task(hub.watch()))
+        self._send = functools.partial(hub.receive, 0)
+        hub.join(self._hello(), self._receive)
         self._tasks.append(asyncio.create_task(self._beat()))
 
     def _hello(self) -> Message:
@@ -142,6 +146,7 @@ class Link:
                 first = await asyncio.wait_for(wire.read(reader), min(left, _GRACE))
                 if first is not None:
                     break
+                writer.close()
                 reason = "what listens there is not process 0 of this job"
             except OSError as e:  # also a name that is not known, and a timeout
                 reason = _reason(e)
@@ -154,13 +159,14 @@ class Link:
         self._send = lambda message: writer.write(wire.encode(message))
         self._pulse.heard(0)
         self._receive(first)
-        self._tasks.append(asyncio.create_task(self._listen(reader)))
+        self._tasks.append(asyncio.create_task(self._listen(reader, writer)))
         self._tasks.append(asyncio.create_task(self._beat()))
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        while (message := await wire.read(reader)) is not None:
-            self._pulse.heard(0)
-            self._receive(message)
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while (message := await wire.read(reader)) is not None:
+                self._pulse.heard(0)
+                self._receive(message)
         self._lose(0, "has died: its connection closed")
 
     async def _beat(self) -> None:
@@ -175,11 +181,12 @@ class Link:
         self, host: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Connects this process's JAX client with the service of process 0."""
-        with contextlib.suppress(OSError):
-            remote = await asyncio.open_connection(host, port)
-            remote[1].write(wire.encode({"kind": "jax"}))
-            await asyncio.gather(wire.pipe(reader, remote[1]), wire.pipe(remote[0], writer))
-        await asyncio.wait([self._all_done])  # until then the local side stays open
+        with contextlib.closing(writer):
+            with contextlib.suppress(OSError):
+                remote = await asyncio.open_connection(host, port)
+                remote[1].write(wire.encode({"kind": "jax"}))
+                await wire.join(reader, writer, *remote)
+            await asyncio.Event().wait()  # the local side stays open until this task is cancelled
 
     # --------------------------------------------------------------------- what is received
 
@@ -275,13 +282,18 @@ class Link:
 
         async def cancel() -> None:
             self._on_loss = None
-            if self.process == 0:
-                self._hub.close()
-            for task in self._tasks:
+            for server in self._servers:
+                server.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0)  # the transports close
 
         self._wait(cancel())
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
 
 
 def _reason(e: OSError) -> str:

@@ -41,6 +41,17 @@ async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
             await writer.drain()
 
 
+async def join(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    other_reader: asyncio.StreamReader,
+    other_writer: asyncio.StreamWriter,
+) -> None:
+    """Joins two connections with `pipe`, both ways; the second is closed in the end."""
+    with contextlib.closing(other_writer):
+        await asyncio.gather(pipe(reader, other_writer), pipe(other_reader, writer))
+
+
 def listen(port: int) -> socket.socket:
     """A socket that listens on all of this machine's addresses, as JAX's own service.
 

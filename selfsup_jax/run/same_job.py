@@ -19,15 +19,19 @@ _PATHS = ("data.dir", "checkpoint", "publish_dir")
 def facts(config: ConfigDict, **flags: Any) -> dict[str, Any]:
     """The config's fields except for paths, the code's hash, versions, and the given flags."""
     fields = identity.flat(config)
-    config_facts = {
-        f"config.{name}": value
-        for name, value in fields.items()
-        if not any(name == path or name.endswith(f".{path}") for path in _PATHS)
-    }
     methods = {str(v) for k, v in fields.items() if k == "method" or k.endswith(".method")}
     versions = {f"version of {name}": value for name, value in checkpoint.versions().items()}
     given = {f"--{name}": value for name, value in flags.items()}
-    return config_facts | {"code": code_hash(methods)} | versions | given
+    return config_facts(config) | {"code": code_hash(methods)} | versions | given
+
+
+def config_facts(config: ConfigDict) -> dict[str, Any]:
+    """`config.FIELD` -> value, for all fields that are no paths."""
+    return {
+        f"config.{name}": value
+        for name, value in identity.flat(config).items()
+        if not any(f".{name}".endswith(f".{path}") for path in _PATHS)
+    }
 
 
 def code_hash(methods: set[str]) -> str:
