@@ -75,7 +75,7 @@ def _join_the_cluster(start_timeout: float, host_timeout: float) -> None:
         address, processes, process, local_devices = (
             ClusterEnv.auto_detect_unset_distributed_params(*found, int(start_timeout))
         )
-    except (ImportError, AttributeError, TypeError):
+    except (ImportError, AttributeError, TypeError, ValueError):  # another version of JAX
         address = processes = process = None
     if address is None or process is None or processes is None or processes < 2:
         jax.distributed.initialize(initialization_timeout=int(start_timeout))
