@@ -103,6 +103,8 @@ def main(argv: list[str]) -> None:
         process.keep_freed_memory()
         process.keep_compiled(_CACHE.value)
         parallel.use_engine(_PARALLEL.value)
+        if hosts.several():
+            hosts.check_same("the devices", process.local_devices())
         run_job(_CONFIG.value, _WORKDIR.value)
     except UserError as e:
         _tell_other_hosts(2, str(e), e)

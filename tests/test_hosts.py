@@ -153,7 +153,7 @@ def test_strangers_do_not_disturb_the_start(members):
             b"GET / HTTP/1.1\r\n\r\n",
             b"[1]\n",
             b'{"process": "x"}\n',
-            b'{"process": 9}\n',
+            b'{"process": 9, "processes": 2}\n',
         ):
             while True:
                 try:
@@ -428,7 +428,7 @@ def test_the_line_of_a_loss_tells_step_and_what_is_saved(one_job):
         one_job._lost(loss)
     assert left.value.args == (
         LOST,
-        "process 1 of 2 has died; the same command on every host starts again",
+        "process 1 of 2 has died; the same command on every host goes on from what is saved",
     )
     with hosts.saves(lambda: "step 30 is saved"):
         hosts.at_step(37)

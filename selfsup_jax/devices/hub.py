@@ -72,7 +72,7 @@ class Hub:
         """A process wants to take part; it is told if it can't."""
         process, processes = hello["process"], hello.get("processes")
         line = ""
-        if processes != self._processes:
+        if processes != self._processes or not 0 <= process < self._processes:
             line = f"--num_processes={processes}: process 0 has {self._processes}"
         elif process in self._names:
             line = (

@@ -18,7 +18,7 @@ from selfsup_jax.devices.link import Link, Loss
 from selfsup_jax.devices.wire import LOOPBACK
 from selfsup_jax.errors import UserError
 
-_NOT_SAVED = "the same command on every host starts again"
+_SAVED = "the same command on every host goes on from what is saved"
 
 
 class Job:
@@ -26,14 +26,14 @@ class Job:
 
     Attributes:
         step: where this process is, None before the first.
-        saved: tells what of a training is saved, in words for the last line.
+        saved: tells what is saved, in words for the last line.
         agrees: True while SIGTERM ends all hosts after the same step, see `reached_preemption`.
         sigterm: True once SIGTERM was received.
     """
 
     def __init__(self, process: int, processes: int, host_timeout: float):
         self.step: int | None = None
-        self.saved: Callable[[], str] = lambda: _NOT_SAVED
+        self.saved: Callable[[], str] = lambda: _SAVED
         self.agrees = self.sigterm = False
         self.link = Link(process, processes, host_timeout, self._lost)
         self._tell_jax: Callable[[int], Any] | None = None

@@ -191,7 +191,7 @@ class Link:
     # --------------------------------------------------------------------- what is received
 
     def _receive(self, message: Message) -> None:
-        kind = message["kind"]
+        kind = message.get("kind")
         if kind == "waiting":
             self._missing = message["missing"]
         elif kind == "refused":

@@ -172,6 +172,12 @@ def devices() -> dict[str, Any]:
     return {"device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count()}
 
 
+def local_devices() -> dict[str, Any]:
+    """The kind and the number of this host's devices, for comparing hosts."""
+    local = jax.local_devices()
+    return {"kind of the devices": local[0].device_kind, "devices per host": len(local)}
+
+
 def profiler(workdir: str, first_step: int, num_steps: int) -> Callable[[int], Any]:
     """A function of the step that traces `num_steps` steps from `first_step` on (0: none)."""
     if not first_step:
