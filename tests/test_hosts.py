@@ -21,6 +21,7 @@ from conftest import REPOSITORY, process_env
 from ml_collections import ConfigDict
 
 from configs import byol
+from selfsup_jax.data import inputs
 from selfsup_jax.data.source import Source
 from selfsup_jax.devices import hosts, job, wire
 from selfsup_jax.devices.link import Link
@@ -269,6 +270,18 @@ def test_what_tells_one_split_from_another():
     assert {k for k in black if black[k] != gray[k]} == {"pixels"}
 
 
+def test_hosts_compare_the_splits_that_they_load(tmp_path, monkeypatch):
+    """By name, since a job may load several; before anything is decoded."""
+    folder = tiny_runs.write_images(tmp_path / "images", classes=2, count=20)
+    config = tiny_runs.tiny_config(folder, data__train_split="train[:50%]", eval__enabled=True)
+    compared = {}
+    monkeypatch.setattr(hosts, "check_same", compared.__setitem__)
+    inputs.load_data(config)
+    assert compared.keys() == {"data.train_split", "data.test_split"}
+    assert compared["data.train_split"]["data.train_split: images"] == 10
+    assert compared["data.train_split"]["data.train_split: first"].startswith("/class_")
+
+
 # ----------------------------------------------------------------------- losses and the end
 
 
@@ -490,16 +503,19 @@ def start_two(workdir, *arguments):
         *("--config.monitor.knn_every_steps=0", "--config.monitor.plots_every_steps=0"),
         *(f"--coordinator_address={LOOPBACK}:{port}", "--num_processes=2", *arguments),
     ]
-    return [
-        subprocess.Popen(
-            [*command, f"--process_id={i}"],
-            cwd=REPOSITORY,
-            env=process_env() | {"TINY_PAUSE": "0.05"},
-            stdout=subprocess.DEVNULL,
-            stderr=(workdir.parent / f"{i}.txt").open("w"),
-        )
-        for i in range(2)
-    ]
+    processes = []
+    for i in range(2):
+        with (workdir.parent / f"{i}.txt").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [*command, f"--process_id={i}"],
+                    cwd=REPOSITORY,
+                    env=process_env() | {"TINY_PAUSE": "0.05"},
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                )
+            )
+    return processes
 
 
 def wait_for(processes, folder, text):
