@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny_runs
@@ -27,7 +28,8 @@ from selfsup_jax.devices import hosts, job, wire
 from selfsup_jax.devices.link import Link
 from selfsup_jax.devices.wire import LOOPBACK
 from selfsup_jax.errors import LOST, HostsDiffer, Stopped, UserError
-from selfsup_jax.run import identity, same_job, signals
+from selfsup_jax.run import identity, same_job, signals, workdir
+from selfsup_jax.run.checkpoint import Checkpoints
 
 PATIENCE = 60.0  # seconds; far more than anything here takes
 
@@ -257,7 +259,7 @@ def test_what_tells_one_split_from_another():
     names = [f"{i}.png" for i in range(50)]
     facts = source(names).facts("/here/")
     assert (facts["images"], facts["first"], facts["last"]) == (50, "0.png", "49.png")
-    assert source(names, "/there/").facts("/there/") == facts  # mounted elsewhere
+    assert source(names, "/there/").facts("/there") == facts  # mounted elsewhere
     for other in (
         source(names[:-1]),
         source([*names[:20], "x.png", *names[21:]]),
@@ -279,7 +281,7 @@ def test_hosts_compare_the_splits_that_they_load(tmp_path, monkeypatch):
     inputs.load_data(config)
     assert compared.keys() == {"data.train_split", "data.test_split"}
     assert compared["data.train_split"]["data.train_split: images"] == 10
-    assert compared["data.train_split"]["data.train_split: first"].startswith("/class_")
+    assert compared["data.train_split"]["data.train_split: first"].startswith("class_")
 
 
 # ----------------------------------------------------------------------- losses and the end
@@ -489,14 +491,28 @@ def test_sigterm_that_came_too_late_for_a_step(one_job):
         raise Stopped("saved", 143)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("error", [UserError("x"), Stopped("saved", 143)])
+def test_no_save_is_begun_after_the_error_of_one_host(tmp_path, monkeypatch, processes, error):
+    """A save waits for all hosts; the others, at their next step, would wait for this one."""
+    closed = []
+    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(hosts, "gather_hosts", lambda tree: tree)
+    config = tiny_runs.tiny_config(tmp_path)
+    with pytest.raises(type(error)), workdir.checkpoints_of(config, str(tmp_path)):
+        raise error
+    assert bool(closed) == (processes == 1 or isinstance(error, Stopped))
+
+
 # ------------------------------------------------------------------------ real processes
 
 
-def start_two(workdir, *arguments):
+def start_two(directory, *arguments):
     port = wire.free_port()
     command = [
         *(sys.executable, "tests/tiny_process.py", "--config=configs/byol.py:demo"),
-        *(f"--workdir={workdir}", "--compilation_cache=", "--config.batch_size=16"),
+        *(f"--workdir={directory}", "--compilation_cache=", "--config.batch_size=16"),
         *("--config.data.image_size=8", "--config.data.test_resize=8"),
         *("--config.optimizer.warmup_steps=1", "--config.log_every_steps=1"),
         *("--config.checkpoint_every_steps=2", "--config.monitor.diagnostics_every_steps=0"),
@@ -505,7 +521,7 @@ def start_two(workdir, *arguments):
     ]
     processes = []
     for i in range(2):
-        with (workdir.parent / f"{i}.txt").open("w") as log:
+        with (directory.parent / f"{i}.txt").open("w") as log:
             processes.append(
                 subprocess.Popen(
                     [*command, f"--process_id={i}"],

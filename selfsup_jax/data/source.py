@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,7 @@ class Source:
             return hashlib.sha256(content).hexdigest()[:12]
 
         def name(i: int) -> str:
-            return self.describe(i).removeprefix(directory)
+            return self.describe(i).removeprefix(directory).lstrip(os.sep)
 
         facts: dict[str, Any] = {"images": self.num_examples, "classes": self.num_classes}
         facts["names of the classes"] = digest(repr(self.class_names).encode())

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from selfsup_jax.data.inputs import Data
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.run import checkpoint, identity
 from selfsup_jax.run.files import write_json
 from selfsup_jax.run.progress import log
@@ -63,9 +63,11 @@ def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Chec
     try:
         with hosts.saves(lambda: saved(workdir)):
             yield checkpoints
-    except BaseException:
-        with contextlib.suppress(Exception):  # keep the first error
-            checkpoints.close()
+    except BaseException as e:
+        # After an error of one host the others are still at their steps, and no save can be begun.
+        if jax.process_count() == 1 or isinstance(e, Stopped):
+            with contextlib.suppress(Exception):  # keep the first error
+                checkpoints.close()
         raise
     checkpoints.close()
 
