@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -28,8 +29,7 @@ from selfsup_jax.devices import hosts, job, wire
 from selfsup_jax.devices.link import Link
 from selfsup_jax.devices.wire import LOOPBACK
 from selfsup_jax.errors import LOST, HostsDiffer, Stopped, UserError
-from selfsup_jax.run import identity, same_job, signals, workdir
-from selfsup_jax.run.checkpoint import Checkpoints
+from selfsup_jax.run import checkpoint, identity, same_job, signals, workdir
 
 PATIENCE = 60.0  # seconds; far more than anything here takes
 
@@ -496,7 +496,8 @@ def test_sigterm_that_came_too_late_for_a_step(one_job):
 def test_no_save_is_begun_after_the_error_of_one_host(tmp_path, monkeypatch, processes, error):
     """A save waits for all hosts; the others, at their next step, would wait for this one."""
     closed = []
-    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self))
+    made = types.SimpleNamespace(latest_step=None, close=lambda: closed.append(True))
+    monkeypatch.setattr(checkpoint, "Checkpoints", lambda *_: made)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(hosts, "gather_hosts", lambda tree: tree)
     config = tiny_runs.tiny_config(tmp_path)
