@@ -3,11 +3,16 @@
 Exit status:
     0    the job is finished;
     2    a problem that the user can correct, reported in one line: flags, config, data, workdir, a
-         full disk, a loss that is not finite. Saved files stay;
+         full disk, a loss that is not finite, hosts that differ or are missing at the start. Saved
+         files stay;
+    75   another host of the job has died or does not answer, reported in one line: a scheduler
+         should run the same command again on all hosts, which resumes from the last checkpoint;
     130  Ctrl-C, 143  SIGTERM: stopped after a step and saved a checkpoint; the same command resumes
          from it. Before the first step and during the final evaluation there is nothing to save:
          SIGTERM then ends the process at once;
     any other status is a bug and shows a traceback.
+
+If one of several hosts ends with an error or a signal, the others end with its status and line.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -37,6 +43,12 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many hosts take part")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+_START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 300.0, "seconds within which all hosts must have started"
+)
+_HOST_TIMEOUT = flags.DEFINE_float(
+    "host_timeout", 60.0, "seconds without a sign of life after which a host counts as lost"
+)
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "without an accelerator: devices to make of the CPU; 0 chooses one or two"
 )
@@ -85,22 +97,66 @@ def main(argv: list[str]) -> None:
             raise UserError(_unreadable(flags.FLAGS["config"].config_filename))
         if _PLAN.value:
             return _plan(_CONFIG.value, _WORKDIR.value)
-        from selfsup_jax.devices import parallel, process
+        from selfsup_jax.devices import hosts, parallel, process
 
-        process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        process.start(
+            *(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value),
+            *(_START_TIMEOUT.value, _HOST_TIMEOUT.value),
+        )
+        if hosts.several():
+            from selfsup_jax.run import same_job
+
+            facts = same_job.facts(_CONFIG.value, parallel=_PARALLEL.value)
+            hosts.check_same("the config", facts)
         process.use_cpu_devices(_CPU_DEVICES.value, *_cut_of_the_batch(_CONFIG.value))
         process.keep_freed_memory()
         process.keep_compiled(_CACHE.value)
         parallel.use_engine(_PARALLEL.value)
+        if hosts.several():
+            hosts.check_same("the devices", process.local_devices())
         run_job(_CONFIG.value, _WORKDIR.value)
     except UserError as e:
+        _tell_other_hosts(2, str(e), e)
         _fail(e)
     except Stopped as e:
         print(e, file=sys.stderr, flush=True)
+        _finish()
         _exit(e.status)
     except KeyboardInterrupt:
-        print("stopped; nothing that was saved is lost", file=sys.stderr, flush=True)
-        _exit(128 + signal.SIGINT)
+        line, status = "stopped; nothing that was saved is lost", 128 + signal.SIGINT
+        _tell_other_hosts(status, line)
+        print(line, file=sys.stderr, flush=True)
+        _exit(status)
+    except Exception as e:
+        _tell_other_hosts(1, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}", e)
+        if not _several_hosts():
+            raise
+        traceback.print_exc()
+        _exit(1)
+    _finish()
+    if _several_hosts():
+        _exit(0)
+
+
+def _tell_other_hosts(status: int, line: str, error: Exception | None = None) -> None:
+    """Ends the other hosts of the job, if there are any, with this status and line."""
+    if "selfsup_jax.devices.hosts" in sys.modules:
+        from selfsup_jax.devices import hosts
+
+        hosts.end(status, line, error)
+
+
+def _finish() -> None:
+    """Waits for the other hosts of the job, if there are any."""
+    from selfsup_jax.devices import hosts
+
+    hosts.finish()
+
+
+def _several_hosts() -> bool:
+    from selfsup_jax.devices import hosts
+
+    return hosts.several()
 
 
 def _plan(config: ConfigDict, workdir: str) -> None:

@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+# The exit status if another process of the job is lost: EX_TEMPFAIL of sysexits.h. The same command
+# goes on from the last checkpoint, so schedulers should restart it.
+LOST = 75
+
 
 class UserError(ValueError):
     """Something in the config, the data or the workdir is invalid.
@@ -17,6 +21,10 @@ class UserError(ValueError):
 
 class NoData(UserError):
     """A data set is unknown, missing or not prepared."""
+
+
+class HostsDiffer(UserError):
+    """The hosts of a job have different configs, code or data; each of them raises it."""
 
 
 class NotFinite(UserError):

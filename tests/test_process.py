@@ -4,8 +4,9 @@ import os
 
 import jax
 import pytest
+from jax._src.clusters import ClusterEnv
 
-from selfsup_jax.devices import process
+from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import UserError
 
 
@@ -37,10 +38,13 @@ def test_explicit_flags_go_before(monkeypatch):
     assert not asked
 
 
-def test_a_negative_count_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("count", "batch", "most"), [(-1, 64, 64), (100_000, 64, 64), (65, 64, 64), (257, 0, 256)]
+)
+def test_counts_that_no_machine_can_make_are_refused(monkeypatch, count, batch, most):
     monkeypatch.setenv("XLA_FLAGS", "")
-    with pytest.raises(UserError, match="--cpu_devices=-1"):
-        process.use_cpu_devices(-1, 64, 1, 1)
+    with pytest.raises(UserError, match=f"--cpu_devices={count}: must be from 0 to {most}"):
+        process.use_cpu_devices(count, batch, 1, 1)
 
 
 def test_blocks_of_temporaries_on_the_cpu_only(monkeypatch):
@@ -58,9 +62,9 @@ def test_blocks_of_temporaries_on_the_cpu_only(monkeypatch):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """The arguments of each `jax.distributed.initialize`, with nothing in the environment."""
+    """The arguments of each `hosts.join`, with nothing in the environment."""
     calls: list[tuple] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(hosts, "join", lambda *args: calls.append(args))
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_")) or "COORDINATOR" in name:
             monkeypatch.delenv(name)
@@ -73,6 +77,7 @@ def joined(monkeypatch):
         (("127.0.0.1:1", 2, None), "all three"),
         ((None, 2, 0), "all three"),
         (("127.0.0.1:1", 2, 2), "--process_id=2.*num_processes - 1 = 1"),
+        (("127.0.0.1:1", 0, 0), "--num_processes=0: must be at least 1"),
     ],
 )
 def test_start_refuses_half_a_job(joined, arguments, message):
@@ -82,8 +87,16 @@ def test_start_refuses_half_a_job(joined, arguments, message):
 
 
 def test_start_takes_its_arguments(joined):
-    process.start("127.0.0.1:1", 2, 1)
-    assert joined == [("127.0.0.1:1", 2, 1)]
+    process.start("127.0.0.1:1", 2, 1, 9.0, 8.0)
+    assert joined == [("127.0.0.1:1", 2, 1, 9.0, 8.0)]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["start_timeout", "host_timeout"])
+def test_timeouts_are_checked(joined, name, seconds):
+    with pytest.raises(UserError, match=f"--{name}="):
+        process.start(**{name: seconds})
+    assert not joined
 
 
 @pytest.mark.parametrize(
@@ -104,5 +117,19 @@ def test_start_joins_others_where_the_environment_names_them(
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    process.start()
-    assert joined == ([()] if others else [])
+    found = ("host:1", 4, 2, [0])
+    monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: found)
+    process.start(None, None, None, 9.0, 8.0)
+    assert joined == ([("host:1", 4, 2, 9.0, 8.0, [0])] if others else [])
+
+
+def test_a_cluster_of_one_or_of_an_unknown_kind_is_left_to_jax(joined, monkeypatch):
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: started.append(options))
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    for found in (("host:1", 1, 0, None), ("host:1", None, None, None), ()):
+        monkeypatch.setattr(
+            ClusterEnv, "auto_detect_unset_distributed_params", lambda *_, found=found: found
+        )
+        process.start(None, None, None, 9.0)
+    assert not joined and started == [{"initialization_timeout": 9}] * 3

@@ -81,7 +81,9 @@ def _load(
             "shuffle_buffer": data.shuffle_buffer,
             "several_labels": several_labels,
         }
-    return sources.load(data.name, data.dir, split, field, **options)
+    source = sources.load(data.name, data.dir, split, field, **options)
+    hosts.check_same(field, {f"{field}: {k}": v for k, v in source.facts(data.dir).items()})
+    return source
 
 
 def _placed(data: ConfigDict, source: sources.Source) -> sources.Source:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +54,31 @@ class Source:
     def num_classes(self) -> int | None:
         """The number of classes, or None without labels."""
         return len(self.class_names) if self.class_names else None
+
+    def facts(self, directory: str) -> dict[str, Any]:
+        """What tells this split from another: numbers, hashes, the first and the last example.
+
+        Names are taken relative to `directory`, which may differ from host to host.
+        """
+
+        def digest(content: bytes) -> str:
+            return hashlib.sha256(content).hexdigest()[:12]
+
+        def name(i: int) -> str:
+            return self.describe(i).removeprefix(directory).lstrip(os.sep)
+
+        facts: dict[str, Any] = {"images": self.num_examples, "classes": self.num_classes}
+        facts["names of the classes"] = digest(repr(self.class_names).encode())
+        if self.labels is not None:
+            facts["labels"] = digest(np.ascontiguousarray(self.labels).tobytes())
+        if self.stream is None and self.num_examples:
+            # Evenly spread, because a million names take a second.
+            some = np.linspace(0, self.num_examples - 1, min(1000, self.num_examples)).astype(int)
+            facts |= {"first": name(0), "last": name(self.num_examples - 1)}
+            facts["names"] = digest("\0".join(name(i) for i in some).encode())
+        if self.kind == "array":  # the names are positions, and say nothing
+            facts["pixels"] = digest(self.images[:4].tobytes() + self.images[-4:].tobytes())
+        return facts
 
 
 def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]) -> Source:

@@ -1,12 +1,22 @@
-"""The hosts of a job: which host writes, waiting for each other, gathering arrays."""
+"""The hosts of a job: which one writes, waiting for each other, gathering arrays, agreeing."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from selfsup_jax.devices import job
+from selfsup_jax.devices.link import members
+from selfsup_jax.errors import HostsDiffer
+
+_job: job.Job | None = None  # see `join`
+_MOST_FIELDS = 20  # in one message
 
 
 def is_writer() -> bool:
@@ -45,3 +55,126 @@ def gather_hosts(tree: Any) -> Any:
         return np.concatenate([part[:n] for part, n in zip(stacked, all_rows, strict=True)])
 
     return jax.tree.map(gather, tree)
+
+
+# ------------------------------------------------------------------------------ the same job
+
+
+def check_same(what: str, facts: Mapping[str, Any]) -> None:
+    """Compares what must be equal on all hosts; all hosts must call it.
+
+    Nothing is computed on devices, where hosts that differ would wait for each other for ever.
+
+    Args:
+        what: names the call: the same on all hosts.
+        facts: name -> a value that JSON can hold.
+
+    Raises:
+        HostsDiffer: on every host, with each name, its values, and which processes have them.
+    """
+    if _job is None:
+        return
+    compare(_job.link.exchange(what, dict(facts)))
+
+
+def compare(groups: Sequence[tuple[Any, list[int]]]) -> None:
+    """Raises `HostsDiffer` if there is more than one of the facts that processes gave."""
+    names = sorted({name for given, _ in groups for name in given})
+    different = [described for name in names if (described := _difference(name, groups))]
+    if not different:
+        return
+    more = len(different) - _MOST_FIELDS
+    shown = different[:_MOST_FIELDS] + [f"and {more} more"] * (more > 0)
+    raise HostsDiffer(f"the hosts differ: {'; '.join(shown)}")
+
+
+def _difference(name: str, groups: Sequence[tuple[Any, list[int]]]) -> str:
+    """`config.seed is 0 on process 0, 1 on process 1`; empty if all have the same value."""
+    holders: dict[str, list[int]] = {}
+    for given, processes in groups:
+        value = json.dumps(given[name]) if name in given else "missing"
+        holders.setdefault(value, []).extend(processes)
+    if len(holders) == 1:
+        return ""
+    each = (f"{value} on {members(sorted(who))}" for value, who in holders.items())
+    return f"{name} is {', '.join(each)}"
+
+
+# ------------------------------------------------------------------ the start and the end
+
+
+def join(
+    address: str,
+    processes: int,
+    process: int,
+    start_timeout: float,
+    host_timeout: float,
+    local_devices: Sequence[int] | None = None,
+) -> None:
+    """Joins the other processes of the job; from then on, the loss of one ends this one.
+
+    Raises:
+        UserError: some can't be found within `start_timeout` seconds, or the address is invalid.
+    """
+    global _job
+    job.parse_address(address)  # before anything is started
+    _job = job.Job(process, processes, host_timeout)
+    _job.start(address, start_timeout, local_devices)
+
+
+def at_step(step: int) -> None:
+    """Notes where this process is, for the line that tells of a lost host."""
+    if _job is not None:
+        _job.step = step
+
+
+@contextlib.contextmanager
+def saves(saved: Callable[[], str]) -> Iterator[None]:
+    """In this block, `saved` tells what is saved, in the line that tells of a lost host."""
+    if _job is None:
+        yield
+        return
+    before, _job.saved = _job.saved, saved
+    yield
+    _job.saved, _job.step = before, None
+
+
+@contextlib.contextmanager
+def sigterm_agreed() -> Iterator[None]:
+    """In this block, SIGTERM ends no process at once: all hosts call `reached_preemption`."""
+    if _job is None:
+        yield
+        return
+    _job.agrees = True
+    try:
+        yield
+    finally:
+        _job.agrees = False
+    if _job.sigterm:  # it came too late for a step
+        _job.stop_now()
+
+
+def finish() -> None:
+    """Waits until no host needs another any more; call it before the process ends well."""
+    if _job is not None:
+        _job.finish()
+
+
+def end(status: int, line: str, error: BaseException | None = None) -> None:
+    """Tells the other hosts why this one ends before them; they end with this status and line.
+
+    If the error is that of a collective, the process may end here: with a line about a lost host.
+    """
+    if _job is None:
+        return
+    if error is not None:
+        _job.wait_if_lost(error)
+    if isinstance(error, HostsDiffer):
+        _job.finish()  # all have the same line of their own
+    else:
+        _job.end(status, line)
+
+
+def several() -> bool:
+    """True if this process has joined others with `join`."""
+    return _job is not None

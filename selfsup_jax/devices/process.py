@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from selfsup_jax.devices import hosts
 from selfsup_jax.devices.collectives import groups_of_microbatch
 from selfsup_jax.errors import UserError
 
@@ -20,33 +21,68 @@ def start(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    start_timeout: float = 300.0,
+    host_timeout: float = 60.0,
 ) -> None:
     """Joins the other hosts of the job, given by the arguments or the environment, if any.
 
     On TPU pods, under Slurm or Open MPI, and if `JAX_COORDINATOR_ADDRESS` is set,
     `jax.distributed` finds the other hosts by itself. Must be called before any device is used.
 
+    Args:
+        coordinator_address: `HOST:PORT` of process 0.
+        num_processes, process_id: which of how many this is.
+        start_timeout: seconds within which all must have started.
+        host_timeout: seconds without a sign of life after which a host is lost.
+
     Raises:
-        UserError: only some of the three arguments are given.
+        UserError: only some of the first three arguments are given, or one is invalid; process 0
+            can't be reached; processes are missing.
     """
     given = [x is not None for x in (coordinator_address, num_processes, process_id)]
+    for flag, seconds in (("start_timeout", start_timeout), ("host_timeout", host_timeout)):
+        if not 1 <= seconds <= 1e6:
+            raise UserError(f"--{flag}={seconds:g}: must be from 1 to 1,000,000 seconds")
+    timeouts = (start_timeout, host_timeout)
     if any(given):
         if not all(given):
             raise UserError(
                 "--coordinator_address, --num_processes and --process_id go together: "
                 "give all three, or none to start from the environment"
             )
-        if not 0 <= process_id < num_processes:  # type: ignore[operator]
+        assert coordinator_address is not None and num_processes is not None
+        assert process_id is not None
+        if num_processes < 1:
+            raise UserError(f"--num_processes={num_processes}: must be at least 1")
+        if not 0 <= process_id < num_processes:
             raise UserError(
                 f"--process_id={process_id}: must be from 0 to num_processes - 1 = "
-                f"{num_processes - 1}"  # type: ignore[operator]
+                f"{num_processes - 1}"
             )
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        hosts.join(coordinator_address, num_processes, process_id, *timeouts)
     elif _environment_has_a_cluster():
-        jax.distributed.initialize()
+        _join_the_cluster(*timeouts)
     elif _on_a_tpu_vm():
         with contextlib.suppress(ValueError):  # a TPU machine outside a pod
-            jax.distributed.initialize()
+            _join_the_cluster(*timeouts)
+
+
+def _join_the_cluster(start_timeout: float, host_timeout: float) -> None:
+    """Joins the hosts that JAX finds in the environment."""
+    found = (os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None)
+    # JAX has no public name for this; without it, `jax.distributed` finds and starts all itself.
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        address, processes, process, local_devices = (
+            ClusterEnv.auto_detect_unset_distributed_params(*found, int(start_timeout))
+        )
+    except (ImportError, AttributeError, TypeError, ValueError):  # another version of JAX
+        address = processes = process = None
+    if address is None or process is None or processes is None or processes < 2:
+        jax.distributed.initialize(initialization_timeout=int(start_timeout))
+    else:
+        hosts.join(address, processes, process, start_timeout, host_timeout, local_devices)
 
 
 def _environment_has_a_cluster() -> bool:
@@ -87,8 +123,9 @@ def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_group
     explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if explicit or jax.distributed.is_initialized():
         return
-    if count < 0:
-        raise UserError(f"--cpu_devices={count}: must not be negative")
+    most = min(256, batch_size or 256)  # each needs an image, and takes a second to make
+    if not 0 <= count <= most:
+        raise UserError(f"--cpu_devices={count}: must be from 0 to {most}")
     if not count:
         groups = groups_of_microbatch(bn_groups, accumulate_steps)
         unit = 2 * max(1, accumulate_steps) * groups  # MoCo divides a device's part by groups
@@ -161,6 +198,12 @@ def device_memory() -> dict[str, float]:
 def devices() -> dict[str, Any]:
     """The kind and the number of the job's devices, for `results.json`."""
     return {"device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count()}
+
+
+def local_devices() -> dict[str, Any]:
+    """The kind and the number of this host's devices, for comparing hosts."""
+    local = jax.local_devices()
+    return {"kind of the devices": local[0].device_kind, "devices per host": len(local)}
 
 
 def profiler(workdir: str, first_step: int, num_steps: int) -> Callable[[int], Any]:

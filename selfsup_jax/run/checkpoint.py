@@ -170,6 +170,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def newest_step(workdir: str) -> int | None:
+    """The newest step that is complete on disk, or None; waits for nothing."""
+    return max(ocp.utils.checkpoint_steps(os.path.join(workdir, "checkpoints")), default=None)
+
+
 def upgraded_meta(meta: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's `meta`, with the names of an earlier version replaced by the current ones."""
     return {("data_info" if name == "found" else name): value for name, value in meta.items()}

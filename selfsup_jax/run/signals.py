@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -24,6 +25,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._agreed = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignals:
         return self
@@ -32,13 +34,15 @@ class StopSignals:
         """Installs the handlers, when a step can be saved; before, a signal ends the process."""
         if threading.current_thread() is threading.main_thread():  # a requirement of Python
             several_hosts = jax.process_count() > 1
+            self._agreed.enter_context(hosts.sigterm_agreed())
             for number in (signal.SIGINT,) if several_hosts else (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._record)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        self._agreed.__exit__(*exception)
 
     def _record(self, number: int, frame: types.FrameType | None) -> None:
         del frame

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from selfsup_jax.data.inputs import Data
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.run import checkpoint, identity
 from selfsup_jax.run.files import write_json
 from selfsup_jax.run.progress import log
@@ -40,6 +40,14 @@ def opened(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]
         yield checkpoints
 
 
+def saved(workdir: str) -> str:
+    """What a run that ends now has saved, in words for the line that tells why it ends."""
+    step = checkpoint.newest_step(workdir)
+    if step is None:
+        return "nothing is saved yet; the same command on every host starts again"
+    return f"step {step:,} is saved in {workdir}; the same command on every host resumes from it"
+
+
 @contextlib.contextmanager
 def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
     """The checkpoints of a workdir that is already locked; raises as `opened` does."""
@@ -53,10 +61,13 @@ def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Chec
     if len(set(latest)) > 1:
         raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
     try:
-        yield checkpoints
-    except BaseException:
-        with contextlib.suppress(Exception):  # keep the first error
-            checkpoints.close()
+        with hosts.saves(lambda: saved(workdir)):
+            yield checkpoints
+    except BaseException as e:
+        # After an error of one host the others are still at their steps, and no save can be begun.
+        if jax.process_count() == 1 or isinstance(e, Stopped):
+            with contextlib.suppress(Exception):  # keep the first error
+                checkpoints.close()
         raise
     checkpoints.close()
 

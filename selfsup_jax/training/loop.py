@@ -171,6 +171,7 @@ def train(
     guard = nan_guard.NanGuard(spec.workdir)
     profile = _profiler(spec)
     batches = spec.batches(first_step)
+    hosts.at_step(first_step)
     hosts.reached_preemption(first_step)  # so that the hosts agree on a later step
     postponed = announced = False
     ends = functools.partial(_ends_call, spec, first_step)
@@ -183,6 +184,7 @@ def train(
             checkpoints.write()  # of the previous call, while the device computes this one
             guard.add(step + 1, metrics, names)
             step, batch = step + count, given[-1]
+            hosts.at_step(step)
             profile(step)
             if step == first_step + 1:
                 jax.block_until_ready(state.step)
