@@ -15,6 +15,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 import runpy
 import signal
 import sys
@@ -24,6 +25,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import parsing
+from selfsup_jax import command_line
 from selfsup_jax.errors import Stopped, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -74,8 +76,9 @@ def main(argv: list[str]) -> None:
                 "--config and --workdir are needed, such as "
                 "--config=configs/byol.py:demo --workdir=runs/demo"
             )
-        if not isinstance(_CONFIG.value, ConfigDict):
-            raise UserError(_unreadable(flags.FLAGS["config"].config_filename))
+        from selfsup_jax.config import check_fields
+
+        check_fields(_CONFIG.value)  # before the slower imports
         from selfsup_jax.devices import parallel, process
 
         process.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -104,25 +107,62 @@ def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags with absl; reports every mistake in one line."""
+    try:
+        return read_flags(argv)
+    except UserError as e:
+        _fail(e)
+
+
+def read_flags(argv: list[str]) -> list[str]:
+    """Parses the flags with absl.
+
+    Raises:
+        UserError: a mistake in a flag, a word that is no flag, or an error in the config file.
+    """
     # The library parses a field's name as Python, where `global` is a keyword.
     sys.argv = [_with_brackets(arg) for arg in argv]
     try:
-        return flags.FLAGS(sys.argv)
-    except flags.Error as e:
-        # An exception in a config file is the last line of a traceback.
-        message = str(e).strip().splitlines()[-1].removeprefix("ValueError: ")
-        _fail(message.replace('["global"].', ".global."))
-    except OSError:  # the config file is missing
-        _fail(_unreadable(_given_config(argv)))
-    except (AttributeError, KeyError, ValueError) as e:  # an unknown field, section or name
-        _fail(_unknown_field(argv) or " ".join(str(e).split()))
+        rest = flags.FLAGS(sys.argv)
+    except (Exception, SystemExit) as e:
+        explained = _explained(e, argv)
+        if isinstance(e, SystemExit) and not explained:  # --help
+            raise
+        raise UserError(explained or " ".join(f"{type(e).__name__}: {e}".split())) from e
+    config = _CONFIG.value
+    names = list(flags.FLAGS)
+    if config is not None:
+        if not isinstance(config, ConfigDict):
+            raise UserError(_not_a_config(config))
+        _refuse_sections(config, argv)
+        names = [f"config.{field}" for field in parsing.field_names(config)] + names
+    command_line.refuse_words(argv, rest[1:], names)
+    return rest
+
+
+def _explained(error: BaseException, argv: list[str]) -> str:
+    """An error of parsing the flags, in one line; "" for one that is not known."""
+    given = _given_config(argv)
+    path = given.partition(":")[0]
+    raised = [e for e in command_line.chain(error) if isinstance(e, parsing.ConfigError)]
+    if raised:
+        return str(raised[-1])  # the library's own has the traceback as its text
+    if where := command_line.raised_by(path, error):
+        return where
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"{path}: has no function get_config"
+    if isinstance(error, OSError):  # the config file is missing
+        return _unreadable(given)
+    if isinstance(error, flags.Error):
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        return message.replace('["global"].', ".global.")
+    return "" if isinstance(error, SystemExit) else _unknown_field(argv)
 
 
 def _with_brackets(arg: str) -> str:
     """`--config.views.global.area=...` -> `--config.views["global"].area=...`."""
     name, equals, value = arg.partition("=")
     if name.lstrip("-").startswith("config."):
-        name = name.replace(".global.", '["global"].')
+        name = re.sub(r"\.global(?=\.|$)", '["global"]', name)
     return name + equals + value
 
 
@@ -137,12 +177,34 @@ def _unreadable(config: str) -> str:
     return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
 
 
-def _unknown_field(argv: list[str]) -> str | None:
+def _not_a_config(value: Any) -> str:
+    """Why the flag has no config: the file cannot be read, or returns something else."""
+    name = flags.FLAGS["config"].config_filename
+    try:
+        value.lock  # noqa: B018  # raises what the library kept of the file's error
+    except OSError as e:
+        return command_line.raised_by(name.partition(":")[0], e) or _unreadable(name)
+    except AttributeError:
+        pass
+    return f"--config={name}: get_config returns no ConfigDict but {type(value).__name__}"
+
+
+def _refuse_sections(config: ConfigDict, argv: list[str]) -> None:
+    """Raises `UserError` if a whole section is overridden: its fields would be lost."""
+    fields = parsing.field_names(config)
+    for arg in argv[1:]:
+        name, equals, _ = arg.lstrip("-").partition("=")
+        key = name.removeprefix("config.").replace('["global"]', ".global")
+        if equals and name.startswith("config.") and key not in fields and parsing.has(config, key):
+            raise UserError(f"--config.{key}: is a section; give its fields, as --config.{key}.NAME")
+
+
+def _unknown_field(argv: list[str]) -> str:
     """The message for the first override of a field that the config doesn't have."""
     path, _, preset = _given_config(argv).partition(":")
     if not os.path.isfile(path):
-        return None
-    config = runpy.run_path(path)["get_config"](preset)
+        return ""
+    config = runpy.run_path(path)["get_config"](*([preset] if preset else []))
     for arg in argv[1:]:
         key = arg.lstrip("-").partition("=")[0]
         if key.startswith("config."):
@@ -150,7 +212,7 @@ def _unknown_field(argv: list[str]) -> str | None:
                 parsing.check_field(config, key.removeprefix("config."))
             except ValueError as e:
                 return str(e)
-    return None
+    return ""
 
 
 def _fail(message: object) -> NoReturn:

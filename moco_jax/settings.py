@@ -13,8 +13,8 @@ from selfsup_jax.errors import bad_field
 
 def check(config: Any) -> None:
     """Raises `UserError` if the queue or the batch cannot be divided as the config requires."""
-    checks.in_range(config, ["tau_base"], 0, 1)
-    checks.in_range(config, ["temperature"], 0, above=True)
+    rules = {"tau_base": checks.share, "temperature": checks.positive, "symmetric": checks.flag}
+    checks.fields(config, rules | {"queue_size": checks.whole(1, largest=2**26)})
     groups = collectives.groups_of_microbatch(config.bn_groups, config.accumulate_steps)
     devices = jax.device_count()
     unit = groups * devices * config.accumulate_steps
@@ -28,7 +28,7 @@ def check(config: Any) -> None:
             f"{max(1, round(config.batch_size / unit)) * unit}",
         )
     keys = config.batch_size * (2 if config.symmetric else 1)
-    if config.queue_size < 1 or config.queue_size % keys:
+    if config.queue_size % keys:
         both = " x 2 views (symmetric)" if config.symmetric else ""
         raise bad_field(
             "queue_size",

@@ -36,7 +36,7 @@ def to_steps(
             of the whole duration is left out.
 
     Raises:
-        UserError: the duration is negative, or none is given.
+        UserError: the duration is negative or too long, or none is given.
     """
     units = {
         "steps": 1.0,
@@ -46,19 +46,24 @@ def to_steps(
     for unit, steps in units.items():
         value = section[prefix + unit]
         if value is not None:
-            if value < 0:
-                raise bad_field(f"{path}{prefix}{unit}", value, "must not be negative")
+            count = round(value * steps)
             if unit == "epochs" and not whole_epochs:
-                return round(value * num_examples) // batch_size
-            return round(value * steps)
+                count = round(value * num_examples) // batch_size
+            if not 0 <= count < 2**31:  # the device counts in int32
+                raise bad_field(f"{path}{prefix}{unit}", value, "must be from 0 to 2^31 - 1 steps")
+            return count
     raise bad_field(f"{path}{prefix}epochs", None, f"give {prefix}steps, _examples or _epochs")
 
 
 def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
     """The number of training steps, and how many of them are warm-up.
 
+    A warm-up in epochs that is as long as the run, as where a preset's run is cut short with
+    `config.steps`, becomes a tenth of it. One that is given in steps or examples is meant so.
+
     Raises:
-        UserError: an epoch is smaller than one batch, or the training has no steps.
+        UserError: an epoch is smaller than one batch, the training has no steps, or they are all
+            warm-up.
     """
     batch = config.batch_size
     if batch > num_examples:
@@ -70,9 +75,14 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
     warmup = to_steps(config.optimizer, num_examples, batch, "warmup_", "optimizer.", whole)
     if total < 1:
         raise UserError("config.epochs, .examples and .steps: the length rounds to 0 steps")
-    if warmup >= total:
-        log(f"the warm-up of {warmup} steps is longer than the training of {total}")
-    return total, warmup
+    if warmup < total:
+        return total, warmup
+    for field in ("warmup_steps", "warmup_examples"):
+        if config.optimizer[field] is not None:
+            valid = f"is {warmup} steps: must be fewer than the run's {total}"
+            raise bad_field(f"optimizer.{field}", config.optimizer[field], valid)
+    log(f"the warm-up of {warmup} steps is as long as the run: scaled to {total // 10} of {total}")
+    return total, total // 10
 
 
 def described(config: Any, num_examples: int, total_steps: int) -> str:

@@ -217,7 +217,7 @@ def blur_oracle(image: np.ndarray, sigma: float, kernel: int, padding: str) -> n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding", view_groups.BLUR_PADDINGS)
+@pytest.mark.parametrize("padding", ("zero", "reflect"))
 @pytest.mark.parametrize("kernel", [1, 5, 23])
 def test_blur_is_a_separable_convolution(padding, kernel):
     images = random_images(4, 14, 12).astype(np.float32) / 255  # not square

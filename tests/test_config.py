@@ -344,7 +344,7 @@ BAD_VALUES = [
     ("monitor.collapse_rank", float("nan"), "negative"),
     ("profile.first_step", -1, "negative"),
     ("tau_base", 1.5, "0 to 1"),
-    ("tau_base", float("nan"), "0 to 1"),
+    ("tau_base", float("nan"), "finite"),
     ("optimizer.momentum", -0.9, "0 to 1"),
     ("encoder.bn_decay", 9.0, "0 to 1"),
     ("data.max_undecodable", 1.1, "0 to 1"),

@@ -166,8 +166,9 @@ def _specs(config: ConfigDict) -> list[crops.CropSpec]:
     """How the crops of each view are drawn."""
     specs: list[crops.CropSpec] = []
     for _, group in views.groups_of(config.views):
-        crop = (group.size, tuple(group.area), tuple(group.aspect), config.data.resize_method)
-        specs += [crops.CropSpec(*crop)] * group.count
+        area, aspect = (tuple(map(float, pair)) for pair in (group.area, group.aspect))
+        spec = crops.CropSpec(group.size, area, aspect, config.data.resize_method)
+        specs += [spec] * group.count
     return specs
 
 
