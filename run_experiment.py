@@ -190,13 +190,13 @@ def _not_a_config(value: Any) -> str:
 
 
 def _refuse_sections(config: ConfigDict, argv: list[str]) -> None:
-    """Raises `UserError` if a whole section is overridden: its fields would be lost."""
+    """Raises `UserError` if a whole section is overridden: its other fields would be lost."""
     fields = parsing.field_names(config)
     for arg in argv[1:]:
         name, equals, _ = arg.lstrip("-").partition("=")
-        key = name.removeprefix("config.").replace('["global"]', ".global")
-        if equals and name.startswith("config.") and key not in fields and parsing.has(config, key):
-            raise UserError(f"--config.{key}: is a section; give its fields, as --config.{key}.NAME")
+        key = name.removeprefix("config.")
+        if equals and key != name and key not in fields and parsing.has(config, key):
+            raise UserError(f"--{name}: is a section; give its fields, as --{name}.NAME")
 
 
 def _unknown_field(argv: list[str]) -> str:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from selfsup_jax.errors import UserError, nearest
@@ -26,16 +26,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line; exit status 2."""
         self.exit(2, f"error: {message}\n")
-
-
-def run(main: Callable[[], None]) -> NoReturn:
-    """Calls `main` and exits; a `UserError` is printed in one line."""
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
 
 
 def refuse_words(argv: Sequence[str], words: Sequence[str], names: Iterable[str]) -> None:

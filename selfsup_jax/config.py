@@ -12,7 +12,16 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import checks, optim
 from selfsup_jax.build import Build
-from selfsup_jax.checks import different, flag, not_negative, one_of, optional, positive, text, whole
+from selfsup_jax.checks import (
+    different,
+    flag,
+    not_negative,
+    one_of,
+    optional,
+    positive,
+    text,
+    whole,
+)
 from selfsup_jax.data import inputs, views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError, bad_field
@@ -79,8 +88,8 @@ _JOBS: checks.Table = {
     "sets.*": text,
     **{"split": text, "format": one_of(("npz", "npy")), "rows_per_file": _COUNT},
     # Sweeps.
-    **{field: text for field in ("title", "published_title", "publish_dir")},
-    **{field: _NAMES for field in ("only", "columns", "metrics")},
+    **dict.fromkeys(("title", "published_title", "publish_dir"), text),
+    **dict.fromkeys(("only", "columns", "metrics"), _NAMES),
     "seeds": different(_SEED, "whole numbers, not negative"),
     "published.*": checks.any_number,
 }

@@ -81,7 +81,7 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
         if config.optimizer[field] is not None:
             valid = f"is {warmup} steps: must be fewer than the run's {total}"
             raise bad_field(f"optimizer.{field}", config.optimizer[field], valid)
-    log(f"the warm-up of {warmup} steps is as long as the run: scaled to {total // 10} of {total}")
+    log(f"the warm-up of {warmup} steps does not fit into {total}: scaled to {total // 10}")
     return total, total // 10
 
 

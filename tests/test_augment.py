@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
 from selfsup_jax.data import augment
+from selfsup_jax import checks
 from selfsup_jax.data import views as view_groups
 from selfsup_jax.data.augment import ViewAugmentation
 from selfsup_jax.errors import UserError
@@ -437,24 +438,25 @@ def test_the_last_section_is_that_of_all_further_views():
 @pytest.mark.parametrize(
     ("field", "value", "valid"),
     [
-        ("global.count", 0, "must be at least 1"),
-        ("global.count", -1, "must be at least 1"),
-        ("local.count", -1, "must be at least 1"),
-        ("local.size", 0, "must be at least 1"),
+        ("global.count", 0, "must be a whole number, at least 1"),
+        ("global.count", -1, "must be a whole number, at least 1"),
+        ("local.count", -1, "must be a whole number, not negative"),
+        ("local.size", 0, "must be a whole number, at least 1"),
         ("local.area", (0.5, 1.5), "must be (low, high) with 0 < low <= high <= 1.0"),
         ("local.aspect", (0.0, 1.0), "must be (low, high)"),
-        ("local.view_1.hue", 0.6, "must be from 0 to 0.5"),
+        ("local.view_1.hue", 0.6, "must be a finite number, from 0 to 0.5"),
         ("local.view_1.blur_kernel", 4, "must be odd and at least 1"),
-        ("global.view_2.flip_prob", 1.5, "must be from 0 to 1"),
-        ("std", (1.0, 0.0, 1.0), "must be three numbers, deviations above 0"),
+        ("global.view_2.flip_prob", 1.5, "must be a finite number, from 0 to 1"),
+        ("std", (1.0, 0.0, 1.0), "must be three numbers, each above 0"),
     ],
 )
 def test_a_bad_value_of_any_group_is_named(field, value, valid):
     config = ConfigDict({"views": section(local=(3, FULL), **{"global": (2, FULL, FULL)})})
     view_groups.check(config)
+    checks.fields(config, view_groups.FIELDS)
     config.update_from_flattened_dict({f"views.{field}": value})
     with pytest.raises(UserError) as error:
-        view_groups.check(config)
+        checks.fields(config, view_groups.FIELDS)
     message = str(error.value)
     assert message.startswith(f"config.views.{field}={value!r}: {valid}") and "\n" not in message
 
