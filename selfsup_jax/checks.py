@@ -135,18 +135,24 @@ def one_of(choices: Iterable[Any]) -> Rule:
     names = ", ".join(map(str, valid))
 
     def rule(value: Any) -> str:
-        if any(type(value) is type(choice) and value == choice for choice in valid):
+        if _among(value, valid):
             return ""
-        near = nearest(value, valid) if isinstance(value, str) else ""
-        hint = f"; did you mean {near}?" if near and near != ", ".join(sorted(valid)) else ""
+        words = sorted(map(str, valid))
+        near = nearest(value, words) if isinstance(value, str) else ""
+        hint = f"; did you mean {near}?" if near and near != ", ".join(words) else ""
         return f"must be one of {names}{hint}"
 
     return rule
 
 
 def optional(rule: Rule, *empty: Any) -> Rule:
-    """None, or one of the values `empty`, or what the rule accepts."""
-    return lambda value: "" if value is None or value in empty else rule(value)
+    """One of the values `empty` (None, if there are none), or what the rule accepts."""
+    return either(lambda value: "" if _among(value, empty or (None,)) else "no", rule)
+
+
+def _among(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether it is one of them, also in its type: True is not 1."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
 def each(

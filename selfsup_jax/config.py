@@ -70,7 +70,7 @@ _RUN: checks.Table = {  # of every pretraining config
 }
 _JOBS: checks.Table = {
     **_PROBE,
-    "C": checks.either(positive, different(positive, "numbers above 0")),
+    "C": different(positive, "numbers above 0"),
     **{"checkpoint": text, "follow": flag, "feature_batch_size": _BATCH},
     "follow_poll_seconds": checks.number(0, 86_400, above=True),
     "follow_patience_hours": checks.number(0, 1e6, above=True),
@@ -123,10 +123,15 @@ def check_fields(config: ConfigDict) -> None:
     if job == "pretrain":
         return _check_run(config)
     own = {name: value for name, value in config.items() if name != "variants"}
-    checks.fields(own, _UNRESOLVED, others=checks.finite)
+    checks.fields(own, _UNRESOLVED | _of_job(config), others=checks.finite)
     for variant, run in config.get("variants", {}).items():
         with of_variant(variant):
             _check_run(run)
+
+
+def _of_job(config: ConfigDict) -> checks.Table:
+    """The rules of a job's own where its field has another job's name."""
+    return {"C": positive} if config.job == "fewshot" else {}  # nothing to choose it on
 
 
 def _check_run(config: ConfigDict) -> None:
@@ -170,7 +175,7 @@ def check_values(config: ConfigDict) -> None:
     Raises:
         UserError: as `validate`.
     """
-    checks.fields(config, TABLE, others=checks.finite)
+    checks.fields(config, TABLE | _of_job(config), others=checks.finite)
     size, resize = config.data.image_size, config.data.test_resize
     if resize < size:
         raise bad_field("data.test_resize", resize, f"must be at least data.image_size={size}")

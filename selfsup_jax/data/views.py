@@ -15,6 +15,7 @@ FIELDS: checks.Table = {
     "views.*.size": SIZE,
     "views.*.area": checks.low_high(1.0),
     "views.*.aspect": checks.low_high(),
+    "views.*.view_*.flip_prob": checks.share,
     "views.*.view_*_prob": checks.share,
     "views.*.view_*.brightness": checks.not_negative,
     "views.*.view_*.contrast": checks.not_negative,
