@@ -123,39 +123,21 @@ def read_flags(argv: list[str]) -> list[str]:
     sys.argv = [_with_brackets(arg) for arg in argv]
     try:
         rest = flags.FLAGS(sys.argv)
+        config = _CONFIG.value
+        if _given_config(argv) and not isinstance(config, ConfigDict):
+            raise TypeError("the file cannot be read, or returns something else")
     except (Exception, SystemExit) as e:
-        explained = _explained(e, argv)
+        explained = _explained(argv) if _given_config(argv) else ""
         if isinstance(e, SystemExit) and not explained:  # --help
             raise
-        raise UserError(explained or " ".join(f"{type(e).__name__}: {e}".split())) from e
-    config = _CONFIG.value
-    names = list(flags.FLAGS)
-    if config is not None:
-        if not isinstance(config, ConfigDict):
-            raise UserError(_not_a_config(config))
-        _refuse_sections(config, argv)
-        names = [f"config.{field}" for field in parsing.field_names(config)] + names
+        message = (str(e).strip().splitlines() or [type(e).__name__])[-1]
+        message = message.removeprefix("ValueError: ").replace('["global"]', ".global")
+        raise UserError(explained or message) from e
+    fields = parsing.field_names(config) if config is not None else []
+    names = [f"config.{field}" for field in fields] + list(flags.FLAGS)
     command_line.refuse_words(argv, rest[1:], names)
+    _refuse_sections(fields, argv)
     return rest
-
-
-def _explained(error: BaseException, argv: list[str]) -> str:
-    """An error of parsing the flags, in one line; "" for one that is not known."""
-    given = _given_config(argv)
-    path = given.partition(":")[0]
-    raised = [e for e in command_line.chain(error) if isinstance(e, parsing.ConfigError)]
-    if raised:
-        return str(raised[-1])  # the library's own has the traceback as its text
-    if where := command_line.raised_by(path, error):
-        return where
-    if isinstance(error, AttributeError) and error.name == "get_config":
-        return f"{path}: has no function get_config"
-    if isinstance(error, OSError):  # the config file is missing
-        return _unreadable(given)
-    if isinstance(error, flags.Error):
-        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        return message.replace('["global"].', ".global.")
-    return "" if isinstance(error, SystemExit) else _unknown_field(argv)
 
 
 def _with_brackets(arg: str) -> str:
@@ -167,8 +149,39 @@ def _with_brackets(arg: str) -> str:
 
 
 def _given_config(argv: list[str]) -> str:
-    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("config=")]
-    return given[-1] if given else ""
+    """`FILE:PRESET` of the last `--config=FILE:PRESET` or `--config FILE:PRESET`; or ""."""
+    given = ""
+    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in ("-config", "--config"):
+            given = value if equals else after
+    return given
+
+
+def _explained(argv: list[str]) -> str:
+    """Why the flags cannot be parsed: the config file, or a field that it doesn't have; or ""."""
+    path, _, preset = _given_config(argv).partition(":")
+    if not os.path.isfile(path):
+        return _unreadable(_given_config(argv))
+    try:  # once more: the library's error has lost where it was raised
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            return f"{path}: has no function get_config"
+        config = get_config(*([preset] if preset else []))
+    except parsing.ConfigError as e:
+        return str(e)
+    except (Exception, SystemExit) as e:
+        return command_line.raised_by(path, e)
+    if not isinstance(config, ConfigDict):
+        return f"{path}: get_config returns no ConfigDict but {type(config).__name__}"
+    for arg in argv[1:]:
+        key = arg.lstrip("-").partition("=")[0]
+        if key.startswith("config."):
+            try:
+                parsing.check_field(config, key.removeprefix("config."))
+            except parsing.ConfigError as e:
+                return str(e)
+    return ""
 
 
 def _unreadable(config: str) -> str:
@@ -177,42 +190,13 @@ def _unreadable(config: str) -> str:
     return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
 
 
-def _not_a_config(value: Any) -> str:
-    """Why the flag has no config: the file cannot be read, or returns something else."""
-    name = flags.FLAGS["config"].config_filename
-    try:
-        value.lock  # noqa: B018  # raises what the library kept of the file's error
-    except OSError as e:
-        return command_line.raised_by(name.partition(":")[0], e) or _unreadable(name)
-    except AttributeError:
-        pass
-    return f"--config={name}: get_config returns no ConfigDict but {type(value).__name__}"
-
-
-def _refuse_sections(config: ConfigDict, argv: list[str]) -> None:
+def _refuse_sections(fields: list[str], argv: list[str]) -> None:
     """Raises `UserError` if a whole section is overridden: its other fields would be lost."""
-    fields = parsing.field_names(config)
     for arg in argv[1:]:
-        name, equals, _ = arg.lstrip("-").partition("=")
+        name, equals, _ = arg.lstrip("-").replace('["global"]', ".global").partition("=")
         key = name.removeprefix("config.")
-        if equals and key != name and key not in fields and parsing.has(config, key):
+        if equals and key not in (name, *fields):
             raise UserError(f"--{name}: is a section; give its fields, as --{name}.NAME")
-
-
-def _unknown_field(argv: list[str]) -> str:
-    """The message for the first override of a field that the config doesn't have."""
-    path, _, preset = _given_config(argv).partition(":")
-    if not os.path.isfile(path):
-        return ""
-    config = runpy.run_path(path)["get_config"](*([preset] if preset else []))
-    for arg in argv[1:]:
-        key = arg.lstrip("-").partition("=")[0]
-        if key.startswith("config."):
-            try:
-                parsing.check_field(config, key.removeprefix("config."))
-            except ValueError as e:
-                return str(e)
-    return ""
 
 
 def _fail(message: object) -> NoReturn:

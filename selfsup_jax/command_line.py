@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from selfsup_jax.errors import UserError, nearest
@@ -58,24 +58,14 @@ def meant(argv: Sequence[str], word: str, names: Iterable[str]) -> str:
 
 
 def raised_by(path: str, error: BaseException) -> str:
-    """`FILE:LINE: ERROR`, if the code in a file raised the error or one that led to it; else ""."""
-    for e in chain(error):
-        kind, said = type(e).__name__, " ".join(str(e).split())
-        if isinstance(e, SyntaxError) and _same(e.filename, path):
-            return f"{path}:{e.lineno}: {kind}: {e.msg}"
-        frames = traceback.extract_tb(e.__traceback__)
-        lines = [frame.lineno for frame in frames if _same(frame.filename, path)]
-        if lines:
-            what = "exits, with status" if isinstance(e, SystemExit) else f"{kind}:"
-            return f"{path}:{lines[-1]}: {what} {said}".rstrip(": ")
-    return ""
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    """`FILE:LINE: ERROR`: the line of the file that an error comes from, if one does."""
+    kind, said = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, SyntaxError) and _same(error.filename, path):
+        return f"{path}:{error.lineno}: {kind}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f":{frame.lineno}" for frame in frames if _same(frame.filename, path)]
+    what = "exits, with status" if isinstance(error, SystemExit) else f"{kind}:"
+    return f"{path}{lines[-1] if lines else ''}: {what} {said}".rstrip(": ")
 
 
 def _same(filename: str | None, path: str) -> bool:

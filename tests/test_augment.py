@@ -13,8 +13,8 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
-from selfsup_jax.data import augment
 from selfsup_jax import checks
+from selfsup_jax.data import augment
 from selfsup_jax.data import views as view_groups
 from selfsup_jax.data.augment import ViewAugmentation
 from selfsup_jax.errors import UserError

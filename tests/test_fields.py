@@ -25,7 +25,11 @@ PERHAPS = (-1, -0.5, 0, 0.0, 1, 3, 10**18, "", "no such", (), (1, 1), (0.5,), ("
 CASES = [(path, preset) for path, names in presets().items() for preset in names]
 RUNS = [case for case in CASES if config_of(*case).job == "pretrain"]
 PRETRAINING = {config_of(*case).method: case for case in reversed(RUNS)}
-OTHERS = {"/".join(case): case for case in CASES if case not in RUNS}
+OTHERS = {
+    "/".join(case): case
+    for case in CASES
+    if case not in RUNS and (config_of(*case).job != "sweep" or case[1] == presets()[case[0]][0])
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=":".join)
