@@ -13,8 +13,9 @@ from selfsup_jax.errors import bad_field
 
 def check(config: Any) -> None:
     """Raises `UserError` if the queue or the batch cannot be divided as the config requires."""
-    rules = {"tau_base": checks.share, "temperature": checks.positive, "symmetric": checks.flag}
-    checks.fields(config, rules | {"queue_size": checks.whole(1, largest=2**26)})
+    rules: checks.Table = {"symmetric": checks.flag, "queue_size": checks.whole(1, largest=2**26)}
+    rules |= {"tau_base": checks.share, "temperature": checks.positive}
+    checks.fields(config, rules)
     groups = collectives.groups_of_microbatch(config.bn_groups, config.accumulate_steps)
     devices = jax.device_count()
     unit = groups * devices * config.accumulate_steps

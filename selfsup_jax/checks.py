@@ -9,14 +9,14 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from selfsup_jax.errors import bad_field, nearest
 
 # `value -> ""`, or what would be valid, such as `must be from 0 to 1`.
 Rule = Callable[[Any], str]
-Table = Mapping[str, Rule]
+Table = dict[str, Rule]
 
 # Steps, sizes and indices are int32 on devices; float32 has 1e12's square and its inverse.
 _WHOLE, _NUMBER = 2**31 - 1, 1e12
@@ -129,15 +129,13 @@ def finite(value: Any) -> str:
     return any_number(value) if isinstance(value, float) or type(value) is int else ""
 
 
-def one_of(choices: Iterable[Any]) -> Rule:
-    """One of a few values."""
-    valid = tuple(choices)
-    names = ", ".join(map(str, valid))
+def one_of(choices: Collection[Any]) -> Rule:
+    """One of a few values; of the keys of a dictionary, also those that come later."""
 
     def rule(value: Any) -> str:
-        if _among(value, valid):
+        if _among(value, choices):
             return ""
-        words = sorted(map(str, valid))
+        names, words = ", ".join(map(str, choices)), sorted(map(str, choices))
         near = nearest(value, words) if isinstance(value, str) else ""
         hint = f"; did you mean {near}?" if near and near != ", ".join(words) else ""
         return f"must be one of {names}{hint}"

@@ -15,7 +15,9 @@ from selfsup_jax.errors import UserError, nearest
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, and that misses dashes."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """As argparse's; a word `name=value` without the dashes of an option is an error."""
         for word in sys.argv[1:] if args is None else args:
             name, equals, _ = word.partition("=")

@@ -117,7 +117,8 @@ def check_fields(config: ConfigDict) -> None:
         UserError: as `validate`.
     """
     job = config.get("job")
-    checks.fields(config, {"job": one_of(_FIELD_OF_JOB)})
+    if valid := one_of(_FIELD_OF_JOB)(job):
+        raise bad_field("job", job, valid)
     if _FIELD_OF_JOB[job] not in config:
         raise bad_field("job", job, f"has other fields, such as {_FIELD_OF_JOB[job]}")
     if job == "pretrain":
@@ -163,19 +164,23 @@ def validate(config: ConfigDict, build: Build) -> None:
         UserError: a field is invalid; the message has its name, its value and what is valid.
     """
     _check_run(config)
-    check_values(config)
+    _check_together(config)
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     reference.load(config.monitor.reference)  # raises if there is none of that name
     build(config, None, 1, 0)
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks the fields that are not the method's own, in the config of a run or a resolved job.
+    """Checks the resolved config of an evaluation job.
 
     Raises:
         UserError: as `validate`.
     """
     checks.fields(config, TABLE | _of_job(config), others=checks.finite)
+    _check_together(config)
+
+
+def _check_together(config: ConfigDict) -> None:
     size, resize = config.data.image_size, config.data.test_resize
     if resize < size:
         raise bad_field("data.test_resize", resize, f"must be at least data.image_size={size}")

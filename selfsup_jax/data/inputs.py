@@ -166,7 +166,8 @@ def _specs(config: ConfigDict) -> list[crops.CropSpec]:
     """How the crops of each view are drawn."""
     specs: list[crops.CropSpec] = []
     for _, group in views.groups_of(config.views):
-        area, aspect = (tuple(map(float, pair)) for pair in (group.area, group.aspect))
+        # Whole numbers in a config, as (1, 1), would be of another type in a graph.
+        area, aspect = ((float(low), float(high)) for low, high in (group.area, group.aspect))
         spec = crops.CropSpec(group.size, area, aspect, config.data.resize_method)
         specs += [spec] * group.count
     return specs
