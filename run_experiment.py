@@ -119,13 +119,14 @@ def read_flags(argv: list[str]) -> list[str]:
     """
     # The library parses a field's name as Python, where `global` is a keyword.
     sys.argv = [_with_brackets(arg) for arg in argv]
+    given = _given_config(argv)
     try:
         rest = flags.FLAGS(sys.argv)
         config = _CONFIG.value
-        if _given_config(argv) and not isinstance(config, ConfigDict):
+        if given and not isinstance(config, ConfigDict):
             raise TypeError("the file cannot be read, or returns something else")
     except (Exception, SystemExit) as e:
-        explained = _explained(argv) if _given_config(argv) else ""
+        explained = _explained(given, argv) if given else ""
         if isinstance(e, SystemExit) and not explained:  # --help
             raise
         message = (str(e).strip().splitlines() or [type(e).__name__])[-1]
@@ -147,20 +148,22 @@ def _with_brackets(arg: str) -> str:
 
 
 def _given_config(argv: list[str]) -> str:
-    """`FILE:PRESET` of the last `--config=FILE:PRESET` or `--config FILE:PRESET`; or ""."""
-    given = ""
+    """`FILE:PRESET` of `--config=FILE:PRESET` or `--config FILE:PRESET`; or ""."""
+    given = []
     for arg, after in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
         if name in ("-config", "--config"):
-            given = value if equals else after
-    return given
+            given.append(value if equals else after)
+    if len(given) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
+    return "".join(given)
 
 
-def _explained(argv: list[str]) -> str:
+def _explained(given: str, argv: list[str]) -> str:
     """Why the flags cannot be parsed: the config file, or a field that it doesn't have; or ""."""
-    path, _, preset = _given_config(argv).partition(":")
+    path, _, preset = given.partition(":")
     if not os.path.isfile(path):
-        return _unreadable(_given_config(argv))
+        return _unreadable(given)
     try:  # once more: the library's error has lost where it was raised
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:

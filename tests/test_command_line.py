@@ -129,6 +129,9 @@ def test_a_section_is_not_replaced(section):
             check(*argument)
 
 
+KNN_POLL = "config.follow_poll_seconds="
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -139,11 +142,14 @@ def test_a_section_is_not_replaced(section):
         (["--config.views.global.aspect=(1,)"], "config.views.global.aspect=(1,): must be (low"),
         (["--config.seed=1180591620717411303424"], "config.seed=1180591620717411303424: must be"),
         (["--config.steps="], "flag --config.steps=: "),
+        (["--config=configs/a.py", DEMO], "--config is given 2 times: configs/a.py, configs/byol"),
+        (["--config=configs/knn.py", "--config.follow_poll_seconds=inf"], KNN_POLL),
+        (["--config=configs/knn.py", "--config.follow_poll_seconds=1e9"], KNN_POLL),
     ],
 )
-def test_values_that_the_table_of_fields_does_not_know_alone(argv, told):
+def test_other_mistakes_are_one_line(argv, told):
     with pytest.raises(UserError) as error:
-        check(DEMO, *argv)
+        check(*([] if argv[0].startswith("--config=") else [DEMO]), *argv)
     assert str(error.value).startswith(told) and "\n" not in str(error.value)
 
 
