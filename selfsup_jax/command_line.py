@@ -51,6 +51,8 @@ def meant(argv: Sequence[str], word: str, names: Iterable[str]) -> str:
     if not equals and name.partition(":")[0].endswith(".py"):
         return f"--config={name}"
     choices = list(names)
+    if not any(choice.startswith("config.") for choice in choices):
+        choices += [name] * name.startswith("config.")  # the fields are not known
     for known in (name, f"config.{name}"):
         if known in choices:
             return f"--{known}={value}"

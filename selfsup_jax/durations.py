@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.run.progress import log
 
 
 def to_steps(
@@ -72,7 +71,7 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
         raise bad_field("batch_size", batch, valid)
     whole = config.whole_epochs
     total = to_steps(config, num_examples, batch, whole_epochs=whole)
-    warmup = to_steps(config.optimizer, num_examples, batch, "warmup_", "optimizer.", whole)
+    warmup = _warmup(config, num_examples)
     if total < 1:
         raise UserError("config.epochs, .examples and .steps: the length rounds to 0 steps")
     if warmup < total:
@@ -81,13 +80,24 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
         if config.optimizer[field] is not None:
             valid = f"is {warmup} steps: must be fewer than the run's {total}"
             raise bad_field(f"optimizer.{field}", config.optimizer[field], valid)
-    log(f"the warm-up of {warmup} steps does not fit into {total}: scaled to {total // 10}")
     return total, total // 10
 
 
+def _warmup(config: Any, num_examples: int) -> int:
+    """The steps of the warm-up as the config has them."""
+    path, whole = "optimizer.", config.whole_epochs
+    return to_steps(config.optimizer, num_examples, config.batch_size, "warmup_", path, whole)
+
+
 def described(config: Any, num_examples: int, total_steps: int) -> str:
-    """Describes the length of a training, such as `1,000 steps of 64 images (16 epochs)`."""
+    """Describes the length of a training, such as `1,000 steps of 64 images (16 epochs)`.
+
+    And that its warm-up was scaled, if it was: see `total_and_warmup`.
+    """
     batch = config.batch_size
     epoch = num_examples // batch if config.whole_epochs else num_examples / batch
     epochs = total_steps / epoch
-    return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs)"
+    warmup = _warmup(config, num_examples)
+    scaled = f"; the warm-up of {warmup:,} steps does not fit: scaled to {total_steps // 10:,}"
+    text = f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs)"
+    return text + scaled * (warmup >= total_steps)
