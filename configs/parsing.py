@@ -113,8 +113,17 @@ def check_field(config: ConfigDict, key: str) -> None:
     """Raises `ConfigError` with the nearest field names if the config has no field `key`."""
     if not has(config, key):
         _check_renamed(key)
-        near = _nearest(key, field_names(config))
+        near = _nearest(key, _alike(key, field_names(config)))
         raise ConfigError(f"unknown field config.{key}; did you mean: {near}?")
+
+
+def _alike(key: str, names: list[str]) -> list[str]:
+    """Without the fields of other variants than the key's: there may be thousands."""
+    variants = {name.split(".")[1]: None for name in names if name.startswith("variants.")}
+    own = key.split(".")[1] if key.count(".") else ""
+    near = [own] if own in variants else difflib.get_close_matches(own, variants, n=1, cutoff=0)
+    others = tuple(f"variants.{variant}." for variant in variants if variant not in near)
+    return [name for name in names if not name.startswith(others)]
 
 
 def _check_renamed(key: str) -> None:

@@ -57,6 +57,8 @@ def meant(argv: Sequence[str], word: str, names: Iterable[str]) -> str:
         if known in choices:
             return f"--{known}={value}"
     leaf = next((c for c in choices if c.endswith(f".{name}")), "")
+    # Thousands of fields of variants are too many to compare with.
+    choices = [c for c in choices if not c.startswith("config.variants.")]
     near = leaf or nearest(name if "." in name else f"config.{name}", choices, count=1)
     return f"--{near.partition(',')[0]}={value}"
 

@@ -99,5 +99,5 @@ def described(config: Any, num_examples: int, total_steps: int) -> str:
     epochs = total_steps / epoch
     warmup = _warmup(config, num_examples)
     scaled = f"; the warm-up of {warmup:,} steps does not fit: scaled to {total_steps // 10:,}"
-    text = f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs)"
-    return text + scaled * (warmup >= total_steps)
+    note = scaled if warmup >= total_steps else ""
+    return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs{note})"

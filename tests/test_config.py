@@ -492,8 +492,8 @@ def test_a_warm_up_as_long_as_the_run_is_scaled_or_refused():
     """A preset's, in epochs, is scaled, and told; one that is given in steps or images is meant."""
     config = byol.get_config("folder,steps=30")  # 10 epochs of warm-up
     assert total_and_warmup(config, 640) == (30, 3)
-    told = "30 steps of 64 images (3 epochs)"
-    scaled = "; the warm-up of 100 steps does not fit: scaled to 3"
+    told = "30 steps of 64 images (3 epochs"
+    scaled = "; the warm-up of 100 steps does not fit: scaled to 3)"
     assert described(config, 640, 30) == told + scaled
     config.optimizer.warmup_epochs = 2.9
     assert total_and_warmup(config, 640) == (30, 29)
@@ -505,7 +505,7 @@ def test_a_warm_up_as_long_as_the_run_is_scaled_or_refused():
             total_and_warmup(config, 640)
     config.optimizer.warmup_examples = 29 * 64
     assert total_and_warmup(config, 640) == (30, 29)
-    assert described(config, 640, 30) == told
+    assert described(config, 640, 30) == told + ")"
 
 
 def test_a_run_too_long_to_count_is_refused():
