@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,10 @@ from selfsup_jax.errors import bad_field
 
 def check(config: Any) -> None:
     """Raises `UserError` if the queue or the batch cannot be divided as the config requires."""
-    rules: checks.Table = {"symmetric": checks.flag, "queue_size": checks.whole(1, largest=2**26)}
+    rules: checks.Table = {
+        "symmetric": checks.flag,
+        "queue_size": checks.whole(-math.inf, largest=2**26),
+    }
     rules |= {"tau_base": checks.share, "temperature": checks.positive}
     checks.fields(config, rules)
     groups = collectives.groups_of_microbatch(config.bn_groups, config.accumulate_steps)
@@ -29,7 +33,7 @@ def check(config: Any) -> None:
             f"{max(1, round(config.batch_size / unit)) * unit}",
         )
     keys = config.batch_size * (2 if config.symmetric else 1)
-    if config.queue_size % keys:
+    if config.queue_size < 1 or config.queue_size % keys:
         both = " x 2 views (symmetric)" if config.symmetric else ""
         raise bad_field(
             "queue_size",

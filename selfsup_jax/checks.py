@@ -66,27 +66,26 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
     return _bounded("a finite number", int | float, low, high, _NUMBER, above)
 
 
-def whole(low: int, high: float = math.inf, *, largest: int = _WHOLE) -> Rule:
+def whole(low: float, high: float = math.inf, *, largest: int = _WHOLE) -> Rule:
     """A whole number from `low` to `high`; `largest` is named only where a value is above it."""
     return _bounded("a whole number", int, low, high, largest, False)
 
 
 def _bounded(kind: str, types: Any, low: float, high: float, largest: float, above: bool) -> Rule:
     if above:
-        span = f", above {low:g}" + (f", at most {high:g}" if high < math.inf else "")
+        span = f"above {low:g}" + (f", at most {high:g}" if high < math.inf else "")
     elif high < math.inf:
-        span = f", from {low:g} to {high:g}"
+        span = f"from {low:g} to {high:g}"
     else:
-        span = {0: ", not negative", -math.inf: ""}.get(low, f", at least {low:g}")
+        span = {0: "not negative", -math.inf: ""}.get(low, f"at least {low:g}")
 
     def rule(value: Any) -> str:
-        if isinstance(value, bool) or not isinstance(value, types):
-            return f"must be {kind}{span}"
-        if largest < abs(value) < math.inf:
+        if isinstance(value, bool) or not isinstance(value, types) or not abs(value) < math.inf:
+            return f"must be {kind}, {span}".rstrip(", ")
+        if abs(value) > largest:
             return f"must be at most {largest:,.12g}"
-        # Neither NaN nor infinity is in the range.
-        inside = (low < value if above else low <= value) and value <= min(high, largest)
-        return "" if inside and value > -math.inf else f"must be {kind}{span}"
+        inside = (low < value if above else low <= value) and value <= high
+        return "" if inside else f"must be {span}".replace("be not", "not be")
 
     return rule
 

@@ -438,15 +438,15 @@ def test_the_last_section_is_that_of_all_further_views():
 @pytest.mark.parametrize(
     ("field", "value", "valid"),
     [
-        ("global.count", 0, "must be a whole number, at least 1"),
-        ("global.count", -1, "must be a whole number, at least 1"),
-        ("local.count", -1, "must be a whole number, not negative"),
-        ("local.size", 0, "must be a whole number, at least 1"),
+        ("global.count", 0, "must be at least 1"),
+        ("global.count", -1, "must be at least 1"),
+        ("local.count", -1, "must not be negative"),
+        ("local.size", 0, "must be at least 1"),
         ("local.area", (0.5, 1.5), "must be (low, high) with 0 < low <= high <= 1.0"),
         ("local.aspect", (0.0, 1.0), "must be (low, high)"),
-        ("local.view_1.hue", 0.6, "must be a finite number, from 0 to 0.5"),
+        ("local.view_1.hue", 0.6, "must be from 0 to 0.5"),
         ("local.view_1.blur_kernel", 4, "must be odd and at least 1"),
-        ("global.view_2.flip_prob", 1.5, "must be a finite number, from 0 to 1"),
+        ("global.view_2.flip_prob", 1.5, "must be from 0 to 1"),
         ("std", (1.0, 0.0, 1.0), "must be three numbers, each above 0"),
     ],
 )
