@@ -30,7 +30,7 @@ from selfsup_jax.training import reference
 
 _COUNT, _COUNT_OR_0, _LENGTH = whole(1), whole(0), optional(whole(0))
 _BATCH = whole(1, largest=2**20)
-_SEED = whole(0, largest=2**32 - 1)  # of JAX's and scikit-learn's random numbers
+_SEED = whole(0)  # an argument of compiled functions: int32
 _PROBE: checks.Table = {
     "held_out_images": _COUNT_OR_0,
     "standardize": flag,
