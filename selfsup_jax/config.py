@@ -125,6 +125,8 @@ def check_fields(config: ConfigDict) -> None:
         return _check_run(config)
     own = {name: value for name, value in config.items() if name != "variants"}
     checks.fields(own, _UNRESOLVED | _of_job(config), others=checks.finite)
+    if "optimizer" in config:
+        optim.check(config)
     for variant, run in config.get("variants", {}).items():
         with of_variant(variant):
             _check_run(run)
