@@ -20,6 +20,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 import runpy
 import signal
 import sys
@@ -30,6 +31,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import parsing
+from selfsup_jax import command_line
 from selfsup_jax.errors import Stopped, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -76,8 +78,6 @@ def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     all_jobs = dict.fromkeys(jobs.NAMES, jobs.run)
     all_jobs |= {"pretrain": pretrain.pretrain, "sweep": sweep.run}
-    if config.job not in all_jobs:
-        raise UserError(f"config.job={config.job!r}: must be one of {', '.join(sorted(all_jobs))}")
     return all_jobs[config.job](config, workdir)
 
 
@@ -93,8 +93,9 @@ def main(argv: list[str]) -> None:
                 "--config and --workdir are needed, such as "
                 "--config=configs/byol.py:demo --workdir=runs/demo"
             )
-        if not isinstance(_CONFIG.value, ConfigDict):
-            raise UserError(_unreadable(flags.FLAGS["config"].config_filename))
+        from selfsup_jax.config import check_fields
+
+        check_fields(_CONFIG.value)  # before the slower imports
         if _PLAN.value:
             return _plan(_CONFIG.value, _WORKDIR.value)
         from selfsup_jax.devices import hosts, parallel, process
@@ -176,31 +177,84 @@ def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags with absl; reports every mistake in one line."""
+    try:
+        return read_flags(argv)
+    except UserError as e:
+        _fail(e)
+
+
+def read_flags(argv: list[str]) -> list[str]:
+    """Parses the flags with absl.
+
+    Raises:
+        UserError: a mistake in a flag, a word that is no flag, or an error in the config file.
+    """
     # The library parses a field's name as Python, where `global` is a keyword.
     sys.argv = [_with_brackets(arg) for arg in argv]
+    given = _given_config(argv)
     try:
-        return flags.FLAGS(sys.argv)
-    except flags.Error as e:
-        # An exception in a config file is the last line of a traceback.
-        message = str(e).strip().splitlines()[-1].removeprefix("ValueError: ")
-        _fail(message.replace('["global"].', ".global."))
-    except OSError:  # the config file is missing
-        _fail(_unreadable(_given_config(argv)))
-    except (AttributeError, KeyError, ValueError) as e:  # an unknown field, section or name
-        _fail(_unknown_field(argv) or " ".join(str(e).split()))
+        rest = flags.FLAGS(sys.argv)
+        config = _CONFIG.value
+        if given and not isinstance(config, ConfigDict):
+            raise TypeError("the file cannot be read, or returns something else")
+    except (Exception, SystemExit) as e:
+        explained = _explained(given, argv) if given else ""
+        if isinstance(e, SystemExit) and not explained:  # --help
+            raise
+        message = (str(e).strip().splitlines() or [type(e).__name__])[-1]
+        message = message.removeprefix("ValueError: ").replace('["global"]', ".global")
+        raise UserError(explained or message) from e
+    fields = parsing.field_names(config) if config is not None else []
+    names = [f"config.{field}" for field in fields] + list(flags.FLAGS)
+    command_line.refuse_words(argv, rest[1:], names)
+    _refuse_sections(fields, argv)
+    return rest
 
 
 def _with_brackets(arg: str) -> str:
     """`--config.views.global.area=...` -> `--config.views["global"].area=...`."""
     name, equals, value = arg.partition("=")
     if name.lstrip("-").startswith("config."):
-        name = name.replace(".global.", '["global"].')
+        name = re.sub(r"\.global(?=\.|$)", '["global"]', name)
     return name + equals + value
 
 
 def _given_config(argv: list[str]) -> str:
-    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("config=")]
-    return given[-1] if given else ""
+    """`FILE:PRESET` of `--config=FILE:PRESET` or `--config FILE:PRESET`; or ""."""
+    given = []
+    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in ("-config", "--config"):
+            given.append(value if equals else after)
+    if len(given) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
+    return "".join(given)
+
+
+def _explained(given: str, argv: list[str]) -> str:
+    """Why the flags cannot be parsed: the config file, or a field that it doesn't have; or ""."""
+    path, _, preset = given.partition(":")
+    if not os.path.isfile(path):
+        return _unreadable(given)
+    try:  # once more: the library's error has lost where it was raised
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            return f"{path}: has no function get_config"
+        config = get_config(*([preset] if preset else []))
+    except parsing.ConfigError as e:
+        return str(e)
+    except (Exception, SystemExit) as e:
+        return command_line.raised_by(path, e)
+    if not isinstance(config, ConfigDict):
+        return f"{path}: get_config returns no ConfigDict but {type(config).__name__}"
+    for arg in argv[1:]:
+        key = arg.lstrip("-").partition("=")[0]
+        if key.startswith("config."):
+            try:
+                parsing.check_field(config, key.removeprefix("config."))
+            except parsing.ConfigError as e:
+                return str(e)
+    return ""
 
 
 def _unreadable(config: str) -> str:
@@ -209,20 +263,13 @@ def _unreadable(config: str) -> str:
     return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
 
 
-def _unknown_field(argv: list[str]) -> str | None:
-    """The message for the first override of a field that the config doesn't have."""
-    path, _, preset = _given_config(argv).partition(":")
-    if not os.path.isfile(path):
-        return None
-    config = runpy.run_path(path)["get_config"](preset)
+def _refuse_sections(fields: list[str], argv: list[str]) -> None:
+    """Raises `UserError` if a whole section is overridden: its other fields would be lost."""
     for arg in argv[1:]:
-        key = arg.lstrip("-").partition("=")[0]
-        if key.startswith("config."):
-            try:
-                parsing.check_field(config, key.removeprefix("config."))
-            except ValueError as e:
-                return str(e)
-    return None
+        name, equals, _ = arg.lstrip("-").replace('["global"]', ".global").partition("=")
+        key = name.removeprefix("config.")
+        if equals and key not in (name, *fields):
+            raise UserError(f"--{name}: is a section; give its fields, as --{name}.NAME")
 
 
 def _fail(message: object) -> NoReturn:

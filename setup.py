@@ -41,6 +41,7 @@ setup(
         "test": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # two test files in parallel: compilation uses one core
+            "hypothesis>=6.100",  # random mistakes in configs and flags
             "ruff>=0.12",
             "mypy>=1.15",
         ],

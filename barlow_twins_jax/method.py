@@ -34,7 +34,7 @@ def loss(
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
     """Builds Barlow Twins from `configs/barlow_twins.py`; raises `UserError` if invalid."""
-    checks.in_range(config, ["off_diagonal_weight"], 0)
+    checks.fields(config, {"off_diagonal_weight": checks.not_negative})
     checks.equals(config, "accumulate_steps", 1, "the correlation is that of one global batch")
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
     return Method(

@@ -81,7 +81,7 @@ def _size(shape: str) -> int:
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
-    del argv
+    report.refuse_words(argv)
     config, gpus = _CONFIG.value, _GPUS.value
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", target_config=_H100, topology=f"1x1x{gpus}"

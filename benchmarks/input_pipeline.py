@@ -20,7 +20,7 @@ _SECONDS = flags.DEFINE_float("seconds", 10.0, "how long to measure")
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
-    del argv
+    report.refuse_words(argv)
     config = _CONFIG.value
     data = inputs.load_data(config)
     batches = inputs.train_batches(config, data, first_step=0)

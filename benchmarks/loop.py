@@ -79,7 +79,7 @@ def loop_seconds(config: Any, method: Any, data: inputs.Data, steps: int) -> flo
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
-    del argv
+    report.refuse_words(argv)
     config = _CONFIG.value.copy_and_resolve_references()
     process.use_cpu_devices(0, config.batch_size, config.accumulate_steps, config.bn_groups)
     process.keep_freed_memory()

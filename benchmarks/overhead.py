@@ -125,7 +125,7 @@ def saving(config: Any, method: Any, state: Any, step_seconds: float) -> list[re
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
-    del argv
+    report.refuse_words(argv)
     config = _CONFIG.value
     process.use_cpu_devices(0, config.batch_size, config.accumulate_steps, config.bn_groups)
     process.keep_freed_memory()

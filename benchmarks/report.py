@@ -6,14 +6,28 @@ import datetime
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
+
+from selfsup_jax import command_line
+from selfsup_jax.errors import UserError
 
 Row = tuple[str, float, str]  # name, value, unit
+
+
+def refuse_words(argv: Sequence[str]) -> None:
+    """Ends the process, with status 2, if words are left that belong to no flag."""
+    try:
+        command_line.refuse_words(sys.argv, argv[1:], list(flags.FLAGS))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 def median_seconds(fn: Callable[..., Any], *args: Any, repeats: int = 5) -> float:

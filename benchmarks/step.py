@@ -222,7 +222,7 @@ def parts(config: Any, method: Any, batch: dict, repeats: int) -> dict[str, floa
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
-    del argv
+    report.refuse_words(argv)
     process.keep_freed_memory()
     config = _CONFIG.value
     method = find(config.method)(config, _CLASSES.value, 1000, 10)

@@ -72,9 +72,9 @@ def start(
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
     """Builds BYOL from `configs/byol.py`; raises `UserError` for an invalid field."""
-    checks.in_range(config, ["tau_base"], 0, 1)
-    checks.in_range(config, ["negatives_weight"], 0)
-    checks.in_range(config, ["temperature"], 0, above=True)
+    rules: checks.Table = dict.fromkeys(("use_predictor", "use_target_network"), checks.flag)
+    rules |= {"tau_base": checks.share, "temperature": checks.positive}
+    checks.fields(config, rules | {"negatives_weight": checks.not_negative})
     if config.use_predictor:
         checks.equals(
             config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -34,6 +35,10 @@ RENAMED = {
 RENAMED_PRESETS = {"hundredth": "1pct", "tenth": "10pct", "all": "100pct"}
 
 
+class ConfigError(ValueError):
+    """The preset or a field in `file.py:preset,field=value` is not valid."""
+
+
 def parse(
     arg: str | None, /, *functions: Callable[..., ConfigDict], **named: Callable[..., ConfigDict]
 ) -> ConfigDict:
@@ -48,25 +53,26 @@ def parse(
         named: presets that have other names.
 
     Raises:
-        ValueError: a preset or field is unknown; the message has the nearest valid names.
+        ConfigError: a preset or field is unknown; the message has the nearest valid names.
     """
     presets = {function.__name__: function for function in functions} | named
     outside_brackets = r",(?![^(]*\))"
     parts = [part.strip() for part in re.split(outside_brackets, arg or "") if part.strip()]
     name = parts.pop(0) if parts and "=" not in parts[0] else next(iter(presets))
     if name not in presets and name in RENAMED_PRESETS:
-        raise ValueError(f"unknown preset {name!r}: it is now {RENAMED_PRESETS[name]}")
+        raise ConfigError(f"unknown preset {name!r}: it is now {RENAMED_PRESETS[name]}")
     if name not in presets:
-        raise ValueError(f"unknown preset {name!r}; did you mean: {_nearest(name, presets)}?")
+        raise ConfigError(f"unknown preset {name!r}; did you mean: {_nearest(name, presets)}?")
     fields = {}
     for part in parts:
         key, separator, text = part.partition("=")
         if not separator:
-            raise ValueError(f"{part!r} is not field=value; presets come first: {name},{part}=...")
+            raise ConfigError(f"{part!r} is not field=value; presets come first: {name},{part}=...")
         fields[key.strip()] = _literal(text.strip())
     make = presets[name]
-    if not isinstance(fields.get("epochs", 1), int | float):
-        raise ValueError(f"config.epochs={fields['epochs']!r}: must be a number")
+    epochs = fields.get("epochs", 1)  # recipes depend on it
+    if not isinstance(epochs, int | float) or not 0 <= epochs <= 1e12:
+        raise ConfigError(f"config.epochs={epochs!r}: must be a number, not negative")
     taken = set(inspect.signature(make).parameters) & set(fields)
     config = make(**{key: fields.pop(key) for key in taken})
     for key, value in fields.items():
@@ -81,7 +87,7 @@ def set_field(config: ConfigDict, key: str, value: object) -> None:
     except for the seed.
     """
     if "variants" in config and key.partition(".")[0] not in config:
-        runs = [run for run in config.variants.values() if key != "seed" and _has(run, key)]
+        runs = [run for run in config.variants.values() if key != "seed" and has(run, key)]
         for run in runs:
             set_field(run, key, value)
         if runs:
@@ -90,20 +96,34 @@ def set_field(config: ConfigDict, key: str, value: object) -> None:
         own = set(config) - {"variants", "published"}
         names = {name for run in config.variants.values() for name in field_names(run)}
         near = _nearest(key, (names | own) - {"seed"})
-        raise ValueError(f"unknown field config.{key}; did you mean: {near}?")
+        raise ConfigError(f"unknown field config.{key}; did you mean: {near}?")
     check_field(config, key)
+    if key not in field_names(config):
+        raise ConfigError(f"config.{key}: is a section; give its fields, as {key}.NAME=value")
+    *sections, leaf = key.split(".")
+    section = functools.reduce(ConfigDict.__getitem__, sections, config)
     try:
-        config.update_from_flattened_dict({key: value})
+        section[leaf] = value
     except TypeError as e:
-        raise ValueError(f"config.{key}={value!r}: {e}") from e
+        kind = section.get_type(leaf).__name__
+        raise ConfigError(f"config.{key}={value!r}: must be of type {kind}") from e
 
 
 def check_field(config: ConfigDict, key: str) -> None:
-    """Raises `ValueError` with the nearest field names if the config has no field `key`."""
-    if not _has(config, key):
+    """Raises `ConfigError` with the nearest field names if the config has no field `key`."""
+    if not has(config, key):
         _check_renamed(key)
-        near = _nearest(key, field_names(config))
-        raise ValueError(f"unknown field config.{key}; did you mean: {near}?")
+        near = _nearest(key, _alike(key, field_names(config)))
+        raise ConfigError(f"unknown field config.{key}; did you mean: {near}?")
+
+
+def _alike(key: str, names: list[str]) -> list[str]:
+    """Without the fields of other variants than the key's: there may be thousands."""
+    variants = {name.split(".")[1]: None for name in names if name.startswith("variants.")}
+    own = key.split(".")[1] if key.count(".") else ""
+    near = [own] if own in variants else difflib.get_close_matches(own, variants, n=1, cutoff=0)
+    others = tuple(f"variants.{variant}." for variant in variants if variant not in near)
+    return [name for name in names if not name.startswith(others)]
 
 
 def _check_renamed(key: str) -> None:
@@ -111,13 +131,12 @@ def _check_renamed(key: str) -> None:
         if key == old or key.startswith(f"{old}."):
             name, space, hint = new.partition(" ")
             name += key.removeprefix(old)
-            raise ValueError(f"unknown field config.{key}: it is now {name}{space}{hint}")
+            raise ConfigError(f"unknown field config.{key}: it is now {name}{space}{hint}")
 
 
-def _has(config: ConfigDict, key: str) -> bool:
+def has(config: ConfigDict, key: str) -> bool:
     """Whether the config has such a field or section."""
-    names = field_names(config)
-    return key in names or key in {name.rpartition(".")[0] for name in names}
+    return any(f"{name}.".startswith(f"{key}.") for name in field_names(config)) and bool(key)
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -136,11 +155,12 @@ def _nearest(name: str, choices) -> str:
     leaf = {choice.rpartition(".")[2]: choice for choice in choices}
     close = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
     close += [leaf[m] for m in difflib.get_close_matches(name.rpartition(".")[2], leaf, n=3)]
-    return ", ".join(dict.fromkeys(close)) or ", ".join(sorted(choices))
+    top = {choice.partition(".")[0] for choice in choices}
+    return ", ".join(dict.fromkeys(close)) or ", ".join(sorted(top))
 
 
 def _literal(text: str) -> object:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text

@@ -43,7 +43,7 @@ def imagenet(scaling: str = "linear") -> ConfigDict:
 def _paper(scaling: str = "linear") -> ConfigDict:
     """The paper's recipe for any data."""
     if scaling not in _BASE_RATES:
-        raise ValueError(f"scaling={scaling!r}: must be one of {', '.join(_BASE_RATES)}")
+        raise parsing.ConfigError(f"scaling={scaling!r}: must be one of {', '.join(_BASE_RATES)}")
     config = common.pretrain_defaults()
     config.method = "simclr"
     config.epochs = 1000.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -13,8 +14,12 @@ from selfsup_jax.errors import bad_field
 
 def check(config: Any) -> None:
     """Raises `UserError` if the queue or the batch cannot be divided as the config requires."""
-    checks.in_range(config, ["tau_base"], 0, 1)
-    checks.in_range(config, ["temperature"], 0, above=True)
+    rules: checks.Table = {
+        "symmetric": checks.flag,
+        "queue_size": checks.whole(-math.inf, largest=2**26),
+    }
+    rules |= {"tau_base": checks.share, "temperature": checks.positive}
+    checks.fields(config, rules)
     groups = collectives.groups_of_microbatch(config.bn_groups, config.accumulate_steps)
     devices = jax.device_count()
     unit = groups * devices * config.accumulate_steps

@@ -1,47 +1,158 @@
 """Checks a config before anything is compiled; a mistake is reported in one clear line.
 
-Fields that all configs share are checked here; the modules of encoders, heads, optimizers, views
-and methods check their own fields.
+`TABLE` has the type and the range of every field but the methods' own, which their `build` checks.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
 from selfsup_jax import checks, optim
 from selfsup_jax.build import Build
+from selfsup_jax.checks import (
+    different,
+    flag,
+    not_negative,
+    one_of,
+    optional,
+    positive,
+    text,
+    whole,
+)
 from selfsup_jax.data import inputs, views
 from selfsup_jax.devices import parallel
-from selfsup_jax.errors import bad_field
+from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models import encoders, heads
 from selfsup_jax.training import reference
 
-_AT_LEAST_ONE = (
-    *("batch_size", "feature_batch_size", "accumulate_steps", "bn_groups", "log_every_steps"),
-    *("checkpoint_every_steps", "keep_checkpoints", "profile.num_steps", "rows_per_file"),
-    *("data.image_size", "data.shuffle_buffer", "bank_rows", "query_rows", "max_iterations"),
-    *("eval.batch_size", "eval.knn_k", "eval.max_train_images", "eval.max_test_images"),
-    *("eval.fewshot_labels", "eval.fewshot_draws", "eval.linear.max_iterations"),
-    *("monitor.max_rows", "monitor.knn_train_images", "monitor.knn_test_images"),
-    *("monitor.map_images", "monitor.view_pairs"),
-)
-_ABOVE_ZERO = (
-    *("eval.knn_temperature", "eval.linear.tolerance", "tolerance", "follow_poll_seconds"),
-    "follow_patience_hours",
-)
-_NOT_NEGATIVE = (
-    *(
-        "seed",
-        "steps_per_call",
-        "keep_every_steps",
-        "data.cache_gib",
-        "data.max_train_images",
-        "held_out_images",
-    ),
-    *("head_learning_rate", "eval.linear.held_out_images", "profile.first_step"),
-    *("monitor.diagnostics_every_steps", "monitor.knn_every_steps"),
-    *("monitor.plots_every_steps", "monitor.collapse_std", "monitor.collapse_rank"),
-)
+_COUNT, _COUNT_OR_0, _LENGTH = whole(1), whole(0), optional(whole(0))
+_BATCH = whole(1, largest=2**20)
+_SEED = whole(0)  # an argument of compiled functions: int32
+_PROBE: checks.Table = {
+    "held_out_images": _COUNT_OR_0,
+    "standardize": flag,
+    "max_iterations": _COUNT,
+    "tolerance": positive,
+}
+_NAMES = checks.each(text, "a tuple of texts, as \"('a','b')\"")
+
+_RUN: checks.Table = {  # of every pretraining config
+    **{"job": text, "method": text, "seed": _SEED},
+    **{"steps": _LENGTH, "examples": _LENGTH, "epochs": optional(not_negative)},
+    "whole_epochs": flag,
+    **{"batch_size": _BATCH, "accumulate_steps": _BATCH, "bn_groups": _BATCH},
+    "compute_dtype": one_of(("auto", "float32", "bfloat16")),
+    **{f"data.{field}": text for field in ("name", "dir", "train_split", "test_split")},
+    "data.download": flag,
+    "data.image_size": views.SIZE,
+    "data.test_resize": views.SIZE,
+    "data.resize_method": one_of(views.RESIZE_METHODS),
+    "data.cache_gib": not_negative,
+    "data.shuffle_buffer": _COUNT,
+    "data.placement": one_of(inputs.PLACEMENTS),
+    "data.device_share": checks.share,
+    "data.max_undecodable": checks.share,
+    **{"steps_per_call": _COUNT_OR_0, "log_every_steps": _COUNT, "checkpoint_every_steps": _COUNT},
+    **{"keep_checkpoints": _COUNT, "keep_every_steps": _COUNT_OR_0},
+    "monitor.*_every_steps": _COUNT_OR_0,
+    **{f"monitor.{field}": not_negative for field in ("collapse_std", "collapse_rank")},
+    "monitor.reference": text,
+    "monitor.*": _COUNT,
+    **{"profile.first_step": _COUNT_OR_0, "profile.num_steps": _COUNT},
+    **{"eval.batch_size": _BATCH, "eval.knn_temperature": positive},
+    **{f"eval.{field}": flag for field in ("enabled", "random_init", "pixels")},
+    **{f"eval.linear.{field}": rule for field, rule in _PROBE.items()},
+    "eval.linear.C": different(positive, "numbers above 0"),
+    "eval.*": _COUNT,
+}
+_JOBS: checks.Table = {
+    **_PROBE,
+    "C": different(positive, "numbers above 0"),
+    **{"checkpoint": text, "follow": flag, "feature_batch_size": _BATCH},
+    "follow_poll_seconds": checks.number(0, 86_400, above=True),
+    "follow_patience_hours": checks.number(0, 1e6, above=True),
+    **{"data.max_train_images": _COUNT_OR_0, "data.allow_unseen_classes": flag},
+    **{"protocol": one_of(("fast", "sgd")), "random_init": flag, "train_batch_norm": flag},
+    "learning_rates": different(positive, "numbers above 0"),
+    **{"label_share": checks.number(0, 1, above=True), "label_list": text},
+    "head_learning_rate": not_negative,
+    "neighbours": different(_COUNT, "whole numbers above 0"),
+    "temperatures": different(positive, "numbers above 0"),
+    **{"bank_rows": _COUNT, "query_rows": _COUNT},
+    "labels_per_class": different(_COUNT, "whole numbers above 0"),
+    "draws": whole(2),  # for an interval
+    "penalties": different(positive, "numbers above 0"),
+    "sets.*": text,
+    **{"split": text, "format": one_of(("npz", "npy")), "rows_per_file": _COUNT},
+    # Sweeps.
+    **dict.fromkeys(("title", "published_title", "publish_dir"), text),
+    **dict.fromkeys(("only", "columns", "metrics"), _NAMES),
+    "seeds": different(_SEED, "whole numbers, not negative"),
+    "published.*": checks.any_number,
+}
+TABLE = _RUN | _JOBS | encoders.FIELDS | heads.FIELDS | optim.FIELDS | views.FIELDS
+# Fields of an evaluation job that may be empty: they are then those of the run.
+_OF_THE_RUN: checks.Table = {
+    field: optional(TABLE[field], "", 0, ())
+    for field in (
+        *("compute_dtype", "data.image_size", "data.test_resize", "data.resize_method"),
+        *("views.*.size", "views.*.area", "views.*.aspect", "neighbours", "temperatures"),
+    )
+}
+# Job -> a field of its configs alone.
+_FIELD_OF_JOB = {
+    **{"pretrain": "method", "sweep": "variants", "linear_probe": "protocol", "knn": "neighbours"},
+    **{"finetune": "label_share", "transfer": "sets", "fewshot": "draws", "embed": "format"},
+}
+_UNRESOLVED = TABLE | _OF_THE_RUN | {"views.*.view_*.flip_prob": optional(checks.share)}
+
+
+def check_fields(config: ConfigDict) -> None:
+    """Checks the type and the range of each field in a config of any job, as it was given.
+
+    Raises:
+        UserError: as `validate`.
+    """
+    job = config.get("job")
+    if valid := one_of(_FIELD_OF_JOB)(job):
+        raise bad_field("job", job, valid)
+    if _FIELD_OF_JOB[job] not in config:
+        raise bad_field("job", job, f"has other fields, such as {_FIELD_OF_JOB[job]}")
+    if job == "pretrain":
+        return _check_run(config)
+    own = {name: value for name, value in config.items() if name != "variants"}
+    checks.fields(own, _UNRESOLVED | _of_job(config), others=checks.finite)
+    if "optimizer" in config:
+        optim.check(config)
+    for variant, run in config.get("variants", {}).items():
+        with of_variant(variant):
+            _check_run(run)
+
+
+def _of_job(config: ConfigDict) -> checks.Table:
+    """The rules of a job's own where its field has another job's name."""
+    return {"C": positive} if config.job == "fewshot" else {}  # nothing to choose it on
+
+
+def _check_run(config: ConfigDict) -> None:
+    there = {field for field, _ in checks.leaves(config)}
+    for field in (*_RUN, *optim.FIELDS, "views.global.count", "views.mean", "views.std"):
+        if field not in there and "*" not in field and field != "tau_schedule":
+            raise UserError(f"config.{field}: is missing; start from the config of a method")
+    checks.fields(config, TABLE, others=checks.finite)
+
+
+@contextlib.contextmanager
+def of_variant(variant: str) -> Iterator[None]:
+    """A `UserError` in this block names a field of this variant of a sweep."""
+    try:
+        yield
+    except UserError as e:
+        message = str(e).removeprefix("config.")
+        raise UserError(f"config.variants.{variant}.{message}") from e
 
 
 def validate(config: ConfigDict, build: Build) -> None:
@@ -54,31 +165,28 @@ def validate(config: ConfigDict, build: Build) -> None:
     Raises:
         UserError: a field is invalid; the message has its name, its value and what is valid.
     """
-    check_values(config)
-    checks.numbers(config, "eval.linear.C")
+    _check_run(config)
+    _check_together(config)
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     reference.load(config.monitor.reference)  # raises if there is none of that name
     build(config, None, 1, 0)
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks each value on its own, in the config of a pretraining run or an evaluation job.
+    """Checks the resolved config of an evaluation job.
 
     Raises:
         UserError: as `validate`.
     """
-    checks.one_of(config, "compute_dtype", ("auto", "float32", "bfloat16"))
-    checks.one_of(config, "data.resize_method", views.RESIZE_METHODS)
-    checks.one_of(config, "data.placement", inputs.PLACEMENTS)
-    checks.in_range(config, _AT_LEAST_ONE, 1)
-    checks.in_range(config, _ABOVE_ZERO, 0, above=True)
-    checks.in_range(config, _NOT_NEGATIVE, 0)
-    checks.in_range(config, ("data.max_undecodable", "data.device_share", "label_share"), 0, 1)
+    checks.fields(config, TABLE | _of_job(config), others=checks.finite)
+    _check_together(config)
+
+
+def _check_together(config: ConfigDict) -> None:
     size, resize = config.data.image_size, config.data.test_resize
     if resize < size:
         raise bad_field("data.test_resize", resize, f"must be at least data.image_size={size}")
-    encoders.check(config)
-    heads.check(config)
-    optim.check(config)
+    if "optimizer" in config:
+        optim.check(config)
     if "views" in config:
         views.check(config)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.run.progress import log
 
 
 def to_steps(
@@ -36,7 +35,7 @@ def to_steps(
             of the whole duration is left out.
 
     Raises:
-        UserError: the duration is negative, or none is given.
+        UserError: the duration is negative or too long, or none is given.
     """
     units = {
         "steps": 1.0,
@@ -46,19 +45,24 @@ def to_steps(
     for unit, steps in units.items():
         value = section[prefix + unit]
         if value is not None:
-            if value < 0:
-                raise bad_field(f"{path}{prefix}{unit}", value, "must not be negative")
+            count = round(value * steps)
             if unit == "epochs" and not whole_epochs:
-                return round(value * num_examples) // batch_size
-            return round(value * steps)
+                count = round(value * num_examples) // batch_size
+            if not 0 <= count < 2**31:  # the device counts in int32
+                raise bad_field(f"{path}{prefix}{unit}", value, "must be from 0 to 2^31 - 1 steps")
+            return count
     raise bad_field(f"{path}{prefix}epochs", None, f"give {prefix}steps, _examples or _epochs")
 
 
 def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
     """The number of training steps, and how many of them are warm-up.
 
+    A warm-up in epochs that is as long as the run, as where a preset's run is cut short with
+    `config.steps`, becomes a tenth of it. One that is given in steps or examples is meant so.
+
     Raises:
-        UserError: an epoch is smaller than one batch, or the training has no steps.
+        UserError: an epoch is smaller than one batch, the training has no steps, or they are all
+            warm-up.
     """
     batch = config.batch_size
     if batch > num_examples:
@@ -67,17 +71,33 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
         raise bad_field("batch_size", batch, valid)
     whole = config.whole_epochs
     total = to_steps(config, num_examples, batch, whole_epochs=whole)
-    warmup = to_steps(config.optimizer, num_examples, batch, "warmup_", "optimizer.", whole)
+    warmup = _warmup(config, num_examples)
     if total < 1:
         raise UserError("config.epochs, .examples and .steps: the length rounds to 0 steps")
-    if warmup >= total:
-        log(f"the warm-up of {warmup} steps is longer than the training of {total}")
-    return total, warmup
+    if warmup < total:
+        return total, warmup
+    for field in ("warmup_steps", "warmup_examples"):
+        if config.optimizer[field] is not None:
+            valid = f"is {warmup} steps: must be fewer than the run's {total}"
+            raise bad_field(f"optimizer.{field}", config.optimizer[field], valid)
+    return total, total // 10
+
+
+def _warmup(config: Any, num_examples: int) -> int:
+    """The steps of the warm-up as the config has them."""
+    path, whole = "optimizer.", config.whole_epochs
+    return to_steps(config.optimizer, num_examples, config.batch_size, "warmup_", path, whole)
 
 
 def described(config: Any, num_examples: int, total_steps: int) -> str:
-    """Describes the length of a training, such as `1,000 steps of 64 images (16 epochs)`."""
+    """Describes the length of a training, such as `1,000 steps of 64 images (16 epochs)`.
+
+    And that its warm-up was scaled, if it was: see `total_and_warmup`.
+    """
     batch = config.batch_size
     epoch = num_examples // batch if config.whole_epochs else num_examples / batch
     epochs = total_steps / epoch
-    return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs)"
+    warmup = _warmup(config, num_examples)
+    scaled = f"; the warm-up of {warmup:,} steps does not fit: scaled to {total_steps // 10:,}"
+    note = scaled if warmup >= total_steps else ""
+    return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs{note})"

@@ -18,6 +18,9 @@ class UserError(ValueError):
     exception is a bug and shows its traceback.
     """
 
+    def __init__(self, message: object):
+        super().__init__(" ".join(str(message).splitlines()))  # what is quoted may have more
+
 
 class NoData(UserError):
     """A data set is unknown, missing or not prepared."""

@@ -9,16 +9,16 @@ FOLDER. `selfsup_jax.evaluation.encoder.load` and the evaluation jobs' `config.c
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from selfsup_jax.command_line import Parser
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 
 
 def main() -> None:
     """Runs the command in this file's docstring."""
-    parser = argparse.ArgumentParser(description="Writes a run's encoder as a small folder.")
+    parser = Parser(description="Writes a run's encoder as a small folder.")
     parser.add_argument("checkpoint")
     parser.add_argument("folder")
     args = parser.parse_args()

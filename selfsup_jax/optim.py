@@ -14,10 +14,36 @@ import optax
 from selfsup_jax import checks
 from selfsup_jax.errors import bad_field
 
-OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
-SCHEDULES = ("cosine", "step", "constant")
-SCALINGS = ("linear", "sqrt", "none")
-TAU_SCHEDULES = ("cosine", "constant")
+_RULES: checks.Table = {
+    "name": checks.one_of(("sgd", "lars", "adamw", "lamb")),
+    "scaling": checks.one_of(("linear", "sqrt", "none")),
+    "schedule": checks.one_of(("cosine", "step", "constant")),
+    "learning_rate": checks.not_negative,
+    "weight_decay": checks.not_negative,
+    "weight_decay_end": checks.optional(checks.not_negative),
+    "trust_coefficient": checks.not_negative,
+    "excluded_rate": checks.not_negative,
+    "clip_norm": checks.not_negative,
+    "momentum": checks.share,
+    "beta_2": checks.share,
+    "end_fraction": checks.share,
+    "drop_factor": checks.share,
+    "drops": checks.each(
+        checks.number(0, 1, above=True),
+        "fractions of the run, above 0 and below 1, in ascending order",
+        lambda drops: 1 not in drops and list(drops) == sorted(set(drops)),
+    ),
+    "adam_epsilon": checks.positive,
+    "exclude": checks.patterns,
+    "constant_rate": checks.patterns,
+    "nesterov": checks.flag,
+    "rate_inside_momentum": checks.flag,
+    "warmup_steps": checks.optional(checks.whole(0)),
+    "warmup_examples": checks.optional(checks.whole(0)),
+    "warmup_epochs": checks.optional(checks.not_negative),
+}
+FIELDS = {f"optimizer.{name}": rule for name, rule in _RULES.items()}
+FIELDS["tau_schedule"] = checks.one_of(("cosine", "constant"))
 
 
 def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
@@ -236,19 +262,13 @@ def from_config(
 
 
 def check(config: Any) -> None:
-    """Checks the section `optimizer` of a config, and its `tau_schedule`; raises `UserError`."""
-
-    def named(*fields: str) -> list[str]:
-        return [f"optimizer.{field}" for field in fields]
-
-    choices = {"name": OPTIMIZERS, "scaling": SCALINGS, "schedule": SCHEDULES}
-    for field, valid in choices.items():
-        checks.one_of(config, f"optimizer.{field}", valid)
-    checks.one_of(config, "tau_schedule", TAU_SCHEDULES)
-    checks.in_range(config, named("adam_epsilon"), 0, above=True)
-    not_negative = ("learning_rate", "weight_decay", "weight_decay_end", "trust_coefficient")
-    checks.in_range(config, named(*not_negative, "clip_norm", "excluded_rate"), 0)
-    checks.in_range(config, named("momentum", "beta_2", "end_fraction", "drop_factor"), 0, 1)
+    """Checks what fields of the section `optimizer` are together; raises `UserError`."""
+    schedule, drops = config.optimizer.schedule, tuple(config.optimizer.drops)
+    if schedule == "step" and not drops:
+        raise bad_field("optimizer.drops", drops, "must be fractions of the run, as '(0.6,0.8)'")
+    if schedule != "step" and drops:
+        valid = f"have no effect with optimizer.schedule={schedule!r}; give '()', or 'step' there"
+        raise bad_field("optimizer.drops", drops, valid)
 
 
 def norms(grads: dict[str, Any], updates: Any) -> dict[str, jax.Array]:

@@ -7,16 +7,16 @@ A WORKDIR belongs to a pretraining run, an evaluation job or a sweep, or is a fo
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from selfsup_jax.command_line import Parser
 from selfsup_jax.errors import UserError
 from selfsup_jax.viz.report.page import write
 
 
 def main() -> int:
     """Writes the page. Returns 0, or prints a user's mistake as one line and returns 2."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m selfsup_jax.report",
         description="Writes one HTML page on pretraining runs, evaluation jobs and studies.",
     )

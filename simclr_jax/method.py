@@ -38,7 +38,7 @@ def loss(
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
     """Builds SimCLR from `configs/simclr.py`; raises `UserError` for an invalid field."""
-    checks.in_range(config, ["temperature"], 0, above=True)
+    checks.fields(config, {"temperature": checks.positive})
     checks.equals(config, "accumulate_steps", 1, "the negatives are those of one global batch")
     checks.equals(config, "bn_groups", 1, "SimCLR's batch norm is global, over both views")
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)

@@ -344,7 +344,7 @@ BAD_VALUES = [
     ("monitor.collapse_rank", float("nan"), "negative"),
     ("profile.first_step", -1, "negative"),
     ("tau_base", 1.5, "0 to 1"),
-    ("tau_base", float("nan"), "0 to 1"),
+    ("tau_base", float("nan"), "finite"),
     ("optimizer.momentum", -0.9, "0 to 1"),
     ("encoder.bn_decay", 9.0, "0 to 1"),
     ("data.max_undecodable", 1.1, "0 to 1"),
@@ -397,7 +397,7 @@ def test_the_bounds_themselves_are_valid():
         projector__hidden_sizes=(), negatives_weight=0.0,
     )  # fmt: skip
     config_lib.validate(config, build)
-    assert total_and_warmup(config, config.batch_size) == (1, 10)
+    assert total_and_warmup(config, config.batch_size) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -488,13 +488,29 @@ def test_a_run_without_a_step_is_refused(fields):
         total_and_warmup(config_with(batch_size=16, **fields), 100)
 
 
-def test_a_warm_up_longer_than_the_run_is_told(capfd):
-    config = config_with(steps=3, batch_size=16, optimizer__warmup_steps=3)
-    assert total_and_warmup(config, 100) == (3, 3)
-    assert "warm-up of 3 steps is longer than the training of 3" in capfd.readouterr().err
-    config.optimizer.warmup_steps = 2
-    assert total_and_warmup(config, 100) == (3, 2)
-    assert not capfd.readouterr().err
+def test_a_warm_up_as_long_as_the_run_is_scaled_or_refused():
+    """A preset's, in epochs, is scaled, and told; one that is given in steps or images is meant."""
+    config = byol.get_config("folder,steps=30")  # 10 epochs of warm-up
+    assert total_and_warmup(config, 640) == (30, 3)
+    told = "30 steps of 64 images (3 epochs"
+    scaled = "; the warm-up of 100 steps does not fit: scaled to 3)"
+    assert described(config, 640, 30) == told + scaled
+    config.optimizer.warmup_epochs = 2.9
+    assert total_and_warmup(config, 640) == (30, 29)
+    for field, value in (("warmup_steps", 30), ("warmup_examples", 31 * 64)):
+        with config.ignore_type():
+            config.optimizer.update(warmup_steps=None, warmup_examples=None)
+            config.optimizer[field] = value
+        with pytest.raises(UserError, match=rf"^config.optimizer.{field}={value}: .* run's 30$"):
+            total_and_warmup(config, 640)
+    config.optimizer.warmup_examples = 29 * 64
+    assert total_and_warmup(config, 640) == (30, 29)
+    assert described(config, 640, 30) == told + ")"
+
+
+def test_a_run_too_long_to_count_is_refused():
+    with pytest.raises(UserError, match=r"^config\.epochs=100000000000.0: .*2\^31 - 1 steps"):
+        total_and_warmup(config_with(epochs=1e11), 10_000)
 
 
 # --------------------------------------------------------------------- whose the workdir is

@@ -16,7 +16,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from selfsup_jax.data import batches, crops, host_crops, pipeline, resident, sources
+from configs import byol
+from selfsup_jax.data import batches, crops, host_crops, inputs, pipeline, resident, sources
 from selfsup_jax.data.crops import CropSpec
 from selfsup_jax.data.views import RESIZE_METHODS
 
@@ -126,6 +127,16 @@ def assert_one_level_off(a, b) -> None:
 
 
 # ------------------------------------------------------------------------------- boxes
+
+
+def test_whole_numbers_in_a_config_are_ranges_too(way):
+    """TensorFlow takes no logarithm of the int32 1."""
+    config = byol.get_config("demo")
+    config.views["global"].update(area=(1, 1), aspect=(1, 2))
+    drawn = [way.boxes(draws_of_examples(5), 40, 60, spec) for spec in inputs._specs(config)]
+    config.views["global"].update(area=(1.0, 1.0), aspect=(1.0, 2.0))
+    for got, spec in zip(drawn, inputs._specs(config), strict=True):
+        np.testing.assert_array_equal(got, way.boxes(draws_of_examples(5), 40, 60, spec))
 
 
 def test_area_is_uniform_and_aspect_log_uniform(way):

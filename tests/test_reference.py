@@ -364,3 +364,23 @@ def test_the_command_line_wants_runs(folder, monkeypatch, capsys):
         reference.main()
     assert ended.value.code == 2 and "workdirs" in capsys.readouterr().err
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../mine", "/tmp/mine", "a/b", "", "..", "a b"])
+def test_a_reference_stays_in_its_folder(folder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["reference", name, str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        reference.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(f"error: NAME={name!r}: ")
+    assert told.count("\n") == 1 and not list(folder.iterdir())
+
+
+def test_a_workdir_without_a_finished_run_is_named(folder, tmp_path, monkeypatch, capsys):
+    for content in (None, "{"):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        monkeypatch.setattr(sys, "argv", ["reference", "mine", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            reference.main()
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no finished run: ")

@@ -762,7 +762,7 @@ def test_cifar10_lars_is_the_authors_recipe():
         ("bn_groups", 2, "must be 1"),
         ("optimizer.scaling", "foo", "must be one of linear, sqrt, none"),
         ("temperature", 0.0, "must be above 0"),
-        ("temperature", float("nan"), "must be above 0"),
+        ("temperature", float("nan"), "must be a finite number"),
         ("projector.output_norm", "scales", "must be one of none, affine, scale, plain"),
     ],
 )

@@ -548,7 +548,7 @@ def test_a_mistake_in_the_last_variant_is_told_first(
     [
         ({"seeds": ()}, r"config\.seeds=\(\): "),
         ({"seeds": (0, 1, 0)}, r"config\.seeds=\(0, 1, 0\): .*different"),
-        ({"seeds": (0, -1)}, r"seed=-1: "),
+        ({"seeds": (0, -1)}, r"config\.seeds=\(0, -1\): .*not negative"),
         ({"only": ()}, r"config\.only=\(\): .*high, low"),
         ({"only": ("low", "hihg")}, r"config\.only=\('low', 'hihg'\): .*high, low"),
     ],

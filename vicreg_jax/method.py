@@ -39,7 +39,7 @@ def loss(
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
     """Builds VICReg from `configs/vicreg.py`; raises `UserError` for an invalid field."""
     fields = ["invariance_weight", "variance_weight", "covariance_weight"]
-    checks.in_range(config, fields, 0)
+    checks.fields(config, dict.fromkeys(fields, checks.not_negative))
     checks.equals(config, "accumulate_steps", 1, "the covariance is that of one global batch")
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
     return Method(

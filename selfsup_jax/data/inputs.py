@@ -168,8 +168,10 @@ def _specs(config: ConfigDict) -> list[crops.CropSpec]:
     """How the crops of each view are drawn."""
     specs: list[crops.CropSpec] = []
     for _, group in views.groups_of(config.views):
-        crop = (group.size, tuple(group.area), tuple(group.aspect), config.data.resize_method)
-        specs += [crops.CropSpec(*crop)] * group.count
+        # Whole numbers in a config, as (1, 1), would be of another type in a graph.
+        area, aspect = ((float(low), float(high)) for low, high in (group.area, group.aspect))
+        spec = crops.CropSpec(group.size, area, aspect, config.data.resize_method)
+        specs += [spec] * group.count
     return specs
 
 

@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 
 import numpy as np
 
+from selfsup_jax.command_line import Parser
 from selfsup_jax.data import decode, resident, sources
 from selfsup_jax.data.batches import Undecodable
 from selfsup_jax.data.source import Source
@@ -25,7 +25,7 @@ from selfsup_jax.run.progress import log
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, help="a TFDS name, folder, or digits")
     parser.add_argument("--dir", default="", help="TFDS's data_dir, or the folder of images")
     parser.add_argument("--out", required=True, help="FILE.npz, or a new folder")

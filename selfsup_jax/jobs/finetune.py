@@ -25,8 +25,6 @@ from selfsup_jax.run.progress import log
 def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     """Prepares the job of `configs/finetune.py`."""
     checks.equals(config, "views.global.count", 1, "the job trains on one view of each image")
-    if not config.label_share > 0:
-        raise bad_field("label_share", config.label_share, "must be above 0, at most 1")
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     wanted = _read_list(config.label_list) if config.label_list else None
     everything, test = training.splits(config)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import checks
 from selfsup_jax.data import inputs
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
@@ -117,7 +116,6 @@ def check_labels(
 
 def _check_linear(config: ConfigDict, train_images: int) -> None:
     del train_images
-    checks.numbers(config, "C")
     check_held_out(config, len(config.C), "C")
 
 
@@ -136,8 +134,6 @@ def _linear(train: Features, test: Features, num_classes: int, config: ConfigDic
 
 
 def _check_knn(config: ConfigDict, train_images: int) -> None:
-    checks.numbers(config, "neighbours", whole=True)
-    checks.numbers(config, "temperatures")
     if max(config.neighbours) > train_images:
         valid = f"must be at most the {train_images} training images"
         raise bad_field("neighbours", tuple(config.neighbours), valid)
@@ -158,12 +154,8 @@ def _knn(train: Features, test: Features, num_classes: int, config: ConfigDict) 
     )
 
 
-def _check_fewshot(config: ConfigDict, train_images: int) -> None:
-    del train_images
-    checks.numbers(config, "labels_per_class", whole=True)
-    checks.in_range(config, ["C"], 0, above=True)
-    if config.draws < 2:
-        raise bad_field("draws", config.draws, "must be at least 2, for an interval")
+def _check_nothing(config: ConfigDict, train_images: int) -> None:
+    """The table of fields has it all."""
 
 
 def _fewshot(train: Features, test: Features, num_classes: int, config: ConfigDict) -> Measured:
@@ -189,4 +181,4 @@ def check_held_out(config: ConfigDict, choices: int, field: str) -> None:
 
 linear = prepare_for(_linear, _check_linear)
 nearest_neighbours = prepare_for(_knn, _check_knn)
-fewshot = prepare_for(_fewshot, _check_fewshot)
+fewshot = prepare_for(_fewshot, _check_nothing)

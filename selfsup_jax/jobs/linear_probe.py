@@ -29,13 +29,12 @@ _CLASSIFIER = "classifier.npz"
 def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     """Prepares the job of `config.protocol`."""
     protocols = {"fast": frozen_features.linear, "sgd": _prepare_sgd}
-    if config.protocol not in protocols:
-        raise bad_field("protocol", config.protocol, f"must be one of {', '.join(protocols)}")
+    if ("C" in config) != (config.protocol == "fast"):
+        raise bad_field("protocol", config.protocol, "has other fields: take a preset of its own")
     return protocols[config.protocol](config, frozen)
 
 
 def _prepare_sgd(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
-    checks.numbers(config, "learning_rates")
     checks.equals(config, "views.global.count", 1, "the job trains on one view of each image")
     frozen_features.check_held_out(config, len(config.learning_rates), "learning_rates")
     parallel.check_batch(config.batch_size, config.accumulate_steps, bn_groups=1)

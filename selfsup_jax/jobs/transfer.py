@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import checks
 from selfsup_jax.data import inputs, sources
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import NoData, UserError, bad_field
@@ -45,7 +44,6 @@ class Splits(NamedTuple):
 
 def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     """Prepares the job of `configs/transfer.py`."""
-    checks.numbers(config, "penalties")
     unknown = [name for name in config.only if name not in config.sets]
     if unknown or not config.only:
         there = ", ".join(config.sets)

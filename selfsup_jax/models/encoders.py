@@ -13,6 +13,21 @@ from selfsup_jax.models.initializers import KERNEL_INITS
 from selfsup_jax.models.resnet import PADDINGS, STAGES, STEMS, ResNet
 
 KINDS = {"resnet": ResNet}
+_RULES: checks.Table = {
+    "name": checks.one_of(KINDS),
+    "depth": checks.one_of(STAGES),
+    "width": checks.number(0, 64, above=True),
+    "stem": checks.one_of(STEMS),
+    "padding": checks.one_of(PADDINGS),
+    "kernel_init": checks.one_of(KERNEL_INITS),
+    "bn_decay": checks.share,
+    "bn_epsilon": checks.positive,
+    "bn_unbiased_average": checks.flag,
+    "stage1_projection": checks.flag,
+    "zero_init_gamma": checks.flag,
+    "zero_init_basic": checks.flag,
+}
+FIELDS = {f"encoder.{name}": rule for name, rule in _RULES.items()}
 
 
 def make_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
@@ -28,13 +43,3 @@ def make_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Modu
     """
     fields = dict(config)
     return KINDS[fields.pop("name", "resnet")](**fields, dtype=dtype)
-
-
-def check(config: Any) -> None:
-    """Checks the section `encoder` of a config; raises `UserError`."""
-    choices = {"depth": STAGES, "stem": STEMS, "padding": PADDINGS, "kernel_init": KERNEL_INITS}
-    checks.one_of(config, "encoder.name", KINDS)
-    for field, valid in choices.items():
-        checks.one_of(config, f"encoder.{field}", valid)
-    checks.in_range(config, ("encoder.width", "encoder.bn_epsilon"), 0, above=True)
-    checks.in_range(config, ("encoder.bn_decay",), 0, 1)

@@ -12,12 +12,30 @@ import jax.numpy as jnp
 
 from selfsup_jax import checks
 from selfsup_jax.devices.collectives import BatchLayout
-from selfsup_jax.errors import bad_field
 from selfsup_jax.models.initializers import KERNEL_INITS
 from selfsup_jax.models.norm import BatchNorm
 
 # Batch norm after the last layer: none; with scale and offset, with scale only, with neither.
 OUTPUT_NORMS = ("none", "affine", "scale", "plain")
+_SIZE = checks.whole(1, largest=2**20)
+_RULES: checks.Table = {
+    "hidden_sizes": checks.each(_SIZE, "whole numbers, each at least 1, as '(512,)'"),
+    "output_size": _SIZE,
+    "linear_init": checks.one_of(KERNEL_INITS),
+    "hidden_bias": checks.flag,
+    "hidden_norm": checks.flag,
+    "output_bias": checks.flag,
+    "output_norm": checks.one_of(OUTPUT_NORMS),
+}
+FIELDS = {f"{head}.{k}": rule for head in ("projector", "predictor") for k, rule in _RULES.items()}
+FIELDS |= {
+    "predictor.hidden_sizes": checks.each(
+        _SIZE, "at least one hidden layer: whole numbers, each at least 1, as '(512,)'", bool
+    ),
+    "online_probe.kernel_init": checks.one_of(KERNEL_INITS),
+    "online_probe.every_view": checks.flag,
+    "online_probe.lars_ratio": checks.flag,
+}
 
 
 class MLPHead(nn.Module):
@@ -89,20 +107,6 @@ def from_config(head: Any, encoder: Any, dtype: jnp.dtype) -> MLPHead:
     """The head of a config section, with the batch-norm settings of the `encoder` section."""
     norm = {field: value for field, value in encoder.items() if field.startswith("bn_")}
     return MLPHead(**head, **norm, dtype=dtype)
-
-
-def check(config: Any) -> None:
-    """Checks a config's sections of heads and of the online probe; raises `UserError`."""
-    checks.one_of(config, "online_probe.kernel_init", KERNEL_INITS)
-    for head in ("projector", "predictor"):
-        checks.one_of(config, f"{head}.linear_init", KERNEL_INITS)
-        checks.one_of(config, f"{head}.output_norm", OUTPUT_NORMS)
-        checks.in_range(config, (f"{head}.output_size",), 1)
-        for field, sizes in checks.present(config, [f"{head}.hidden_sizes"]):
-            if not all(isinstance(size, int) and size >= 1 for size in sizes):
-                raise bad_field(field, tuple(sizes), "must be whole numbers, each at least 1")
-            if not sizes and head == "predictor":
-                raise bad_field(field, (), "must have at least one hidden layer")
 
 
 class LinearClassifier(nn.Module):

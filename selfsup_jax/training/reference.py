@@ -8,7 +8,6 @@ seeds. A preset selects it with `config.monitor.reference`.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from selfsup_jax.command_line import Parser
 from selfsup_jax.errors import UserError, nearest
 from selfsup_jax.run import files, identity, metrics
 from selfsup_jax.training.diagnostics import History
@@ -137,15 +137,20 @@ def _smooth(values: np.ndarray, window: int = 3) -> np.ndarray:
 
 def main() -> None:
     """The command line in this file's docstring."""
-    parser = argparse.ArgumentParser(description="Makes a reference curve out of finished runs.")
+    parser = Parser(description="Makes a reference curve out of finished runs.")
     parser.add_argument("name")
     parser.add_argument("workdirs", nargs="+")
     args = parser.parse_args()
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.name):
+        parser.error(f"NAME={args.name!r}: must be letters, digits, '_', '-' and '.': no path")
     runs = []
-    for workdir in args.workdirs:
-        config = identity.flat(files.read_json(os.path.join(workdir, "config.json")))
-        runs.append((config, metrics.read_history(workdir)))
-        results = files.read_json(os.path.join(workdir, "results.json"))
+    try:
+        for workdir in args.workdirs:
+            config = identity.flat(files.read_json(os.path.join(workdir, "config.json")))
+            runs.append((config, metrics.read_history(workdir)))
+            results = files.read_json(os.path.join(workdir, "results.json"))
+    except (OSError, UserError) as e:
+        parser.error(f"{workdir}: no finished run: {e}")
     seeds = ", ".join(str(config["seed"]) for config, _ in runs)
     made = (
         f"{len(runs)} runs (seeds {seeds}), {results['steps']:,} steps, on "

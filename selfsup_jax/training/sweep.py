@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from selfsup_jax.build import Build, find
-from selfsup_jax.config import validate
+from selfsup_jax.config import check_fields, of_variant, validate
 from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
 from selfsup_jax.run import files, identity, workdir
@@ -87,10 +87,8 @@ def run(config: ConfigDict, directory: str, find: Callable[[str], Build] = find)
 
 
 def _runs(config: ConfigDict, find: Callable[[str], Build]) -> Iterator[Run]:
-    seeds, only = tuple(config.seeds), tuple(config.only)
-    whole = all(isinstance(seed, int) for seed in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise bad_field("seeds", seeds, "must be one or more different whole numbers")
+    check_fields(config)
+    only = tuple(config.only)
     if not only or set(only) - set(config.variants) or len(set(only)) < len(only):
         names = ", ".join(config.variants)
         raise bad_field("only", only, f"must be one or more different ones of {names}")
@@ -110,11 +108,8 @@ def _runs(config: ConfigDict, find: Callable[[str], Build]) -> Iterator[Run]:
             run = Run(variant, seed, config.variants[variant].copy_and_resolve_references())
             run.config.seed = seed
             run.config.compute_dtype = process.compute_dtype(run.config.compute_dtype)
-            try:
+            with of_variant(variant):
                 validate(run.config, find(run.config.method))
-            except UserError as e:
-                message = str(e).removeprefix("config.")
-                raise UserError(f"config.variants.{variant}.{message}") from e
             yield run
 
 

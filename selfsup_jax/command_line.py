@@ -1,0 +1,78 @@
+"""Command lines: a mistake is one line, `error: ...`, with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from selfsup_jax.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, and that misses dashes."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse's; a word `name=value` without the dashes of an option is an error."""
+        for word in sys.argv[1:] if args is None else args:
+            name, equals, _ = word.partition("=")
+            if equals and f"--{name}" in self._option_string_actions and not os.path.exists(word):
+                self.error(f"{word!r}: did you mean --{word}?")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message in one line; exit status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def refuse_words(argv: Sequence[str], words: Sequence[str], names: Iterable[str]) -> None:
+    """Raises `UserError` if words without dashes are left after parsing the flags.
+
+    Args:
+        argv: the whole command line.
+        words: those that belong to no flag.
+        names: of all flags, and of the config's fields: `workdir`, `config.steps`.
+    """
+    if words:
+        raise UserError(f"{words[0]!r}: is no flag; did you mean {meant(argv, words[0], names)}?")
+
+
+def meant(argv: Sequence[str], word: str, names: Iterable[str]) -> str:
+    """The flag that was probably meant by a word without dashes."""
+    before = argv[max(0, list(argv).index(word) - 1)]
+    if before.startswith("--") and "=" not in before and before != "--":
+        return f"{before}={word}"  # of a flag that is true or false
+    name, equals, value = word.lstrip("-\u2010\u2011\u2012\u2013\u2014").partition("=")
+    if not equals and name.partition(":")[0].endswith(".py"):
+        return f"--config={name}"
+    choices = list(names)
+    if not any(choice.startswith("config.") for choice in choices):
+        choices += [name] * name.startswith("config.")  # the fields are not known
+    for known in (name, f"config.{name}"):
+        if known in choices:
+            return f"--{known}={value}"
+    leaf = next((c for c in choices if c.endswith(f".{name}")), "")
+    # Thousands of fields of variants are too many to compare with.
+    choices = [c for c in choices if not c.startswith("config.variants.")]
+    near = leaf or nearest(name if "." in name else f"config.{name}", choices, count=1)
+    return f"--{near.partition(',')[0]}={value}"
+
+
+def raised_by(path: str, error: BaseException) -> str:
+    """`FILE:LINE: ERROR`: the line of the file that an error comes from, if one does."""
+    kind, said = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, SyntaxError) and _same(error.filename, path):
+        return f"{path}:{error.lineno}: {kind}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f":{frame.lineno}" for frame in frames if _same(frame.filename, path)]
+    what = "exits, with status" if isinstance(error, SystemExit) else f"{kind}:"
+    return f"{path}{lines[-1] if lines else ''}: {what} {said}".rstrip(": ")
+
+
+def _same(filename: str | None, path: str) -> bool:
+    return bool(filename) and os.path.realpath(str(filename)) == os.path.realpath(path)
