@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import checks, optim
 from selfsup_jax.build import Build
-from selfsup_jax.data import inputs, views
+from selfsup_jax.data import inputs, intensity, views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import bad_field
 from selfsup_jax.models import encoders, heads
@@ -70,6 +70,8 @@ def check_values(config: ConfigDict) -> None:
     checks.one_of(config, "compute_dtype", ("auto", "float32", "bfloat16"))
     checks.one_of(config, "data.resize_method", views.RESIZE_METHODS)
     checks.one_of(config, "data.placement", inputs.PLACEMENTS)
+    checks.one_of(config, "data.labels", inputs.LABELS)
+    intensity.check(config)
     checks.in_range(config, _AT_LEAST_ONE, 1)
     checks.in_range(config, _ABOVE_ZERO, 0, above=True)
     checks.in_range(config, _NOT_NEGATIVE, 0)

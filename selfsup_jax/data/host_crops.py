@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+
+from selfsup_jax.data import pixels
 from selfsup_jax.data.crops import CropSpec
 from selfsup_jax.data.host_tensorflow import tf
+from selfsup_jax.data.pixels import Reading
 
 _DCT = "INTEGER_ACCURATE"  # exactly the pixels that Pillow decodes; TensorFlow's default is rougher
 
@@ -66,11 +71,11 @@ def boxes_of_views(
 
 
 def crop_encoded(
-    encoded: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec]
+    encoded: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec], reading: Reading
 ) -> list[tf.Tensor]:
     """The views of an encoded image, `[size, size, 3]` uint8 each.
 
-    Of a JPEG only the window that contains all crops is decoded, once.
+    Of an upright JPEG only the window that contains all crops is decoded, once.
     """
 
     def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
@@ -83,21 +88,71 @@ def crop_encoded(
         return image, boxes - tf.concat([start, [0, 0]], axis=0)
 
     def other() -> tuple[tf.Tensor, tf.Tensor]:
-        image = decode(encoded)
+        image = _decode(encoded, plain, reading)
         shape = tf.shape(image)
         return image, boxes_of_views(draws, shape[0], shape[1], specs)
 
-    image, boxes = tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
+    plain = _is_plain(encoded, reading)
+    image, boxes = tf.cond(plain & tf.io.is_jpeg(encoded), jpeg, other)
     return crop_and_resize(image, boxes, specs)
 
 
-def decode(encoded: tf.Tensor) -> tf.Tensor:
+def decode(encoded: tf.Tensor, reading: Reading) -> tf.Tensor:
     """A whole image, `[H, W, 3]` uint8; of an animation, the first frame."""
-    return tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-    )
+    return _decode(encoded, _is_plain(encoded, reading), reading)
+
+
+def _decode(encoded: tf.Tensor, plain: tf.Tensor, reading: Reading) -> tf.Tensor:
+    def by_tensorflow() -> tf.Tensor:
+        return tf.cond(
+            tf.io.is_jpeg(encoded),
+            lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
+            lambda: tf.io.decode_png(encoded, channels=3),
+        )
+
+    def by_pillow() -> tf.Tensor:
+        def decoded(image: Any) -> np.ndarray:
+            found = pixels.decoded(_bytes(image), reading)
+            # An exception would be logged with its traceback for each broken image.
+            return np.zeros((0, 0, 3), np.uint8) if found is None else found
+
+        image = tf.numpy_function(decoded, [encoded], tf.uint8, stateful=False)
+        with tf.control_dependencies([tf.debugging.assert_greater(tf.size(image), 0)]):
+            return tf.ensure_shape(image, (None, None, 3))
+
+    return tf.cond(plain, by_tensorflow, by_pillow)
+
+
+def _is_plain(encoded: tf.Tensor, reading: Reading) -> tf.Tensor:
+    """Whether TensorFlow can decode the image; see `pixels.is_plain`.
+
+    The first bytes of most files say so: asking Pillow takes longer than that (0.1 ms).
+    """
+    head = tf.strings.join([tf.strings.substr(encoded, 0, 64), tf.constant(bytes(64))])
+
+    def at(position: int, text: bytes) -> tf.Tensor:
+        return tf.equal(tf.strings.substr(head, position, len(text)), text)
+
+    is_jpeg, is_png = tf.io.is_jpeg(encoded), at(0, b"\x89PNG")
+    if reading.exif_orientation:
+        surely = is_jpeg & at(20, b"\xff\xdb")  # tables follow at once, so there are no tags
+        surely |= is_png & at(37, b"IDAT") & ~at(24, b"\x10")
+    else:
+        surely = is_jpeg | (is_png & ~at(24, b"\x10"))  # bits per channel
+
+    def ask() -> tf.Tensor:
+        def is_plain(image: Any) -> np.bool_:
+            return np.bool_(pixels.is_plain(_bytes(image), reading))
+
+        return tf.numpy_function(is_plain, [encoded], tf.bool, stateful=False)
+
+    plain = tf.cond((is_jpeg | is_png) & ~surely, ask, lambda: surely)
+    return tf.ensure_shape(plain, ())
+
+
+def _bytes(image: Any) -> bytes:
+    """The argument of a `numpy_function`: bytes in a graph, an array outside."""
+    return image if isinstance(image, bytes) else image.item()
 
 
 def crop_and_resize(

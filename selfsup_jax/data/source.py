@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsup_jax.data.pixels import Reading
 from selfsup_jax.errors import bad_field
 
 
@@ -32,6 +33,8 @@ class Source:
         sizes: `[N, 2]` int32, height and width of each image in an array whose images are smaller
             than H x W; None if all fill it.
         broken: indices of the images in an array that could not be decoded.
+        left_out: what lies beside the images and is not taken, in words; empty if nothing.
+        reading: how encoded images become pixels.
         stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
             from the seed (None: in the order of the files), for splits too large for memory.
     """
@@ -46,6 +49,8 @@ class Source:
     shape: tuple[int, int] | None = None
     sizes: np.ndarray | None = None
     broken: tuple[int, ...] = ()
+    left_out: str = ""
+    reading: Reading = dataclasses.field(default_factory=Reading)
     stream: Callable[[int | None, int, int], Any] | None = None
 
     @property
