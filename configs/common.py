@@ -37,7 +37,7 @@ def pretrain_defaults() -> ConfigDict:
     # range of 99.8 % of the training images' values, or `full` without such images; `per_image`:
     # that range of each image; `full`: the higher byte of 16 bits.
     config.data.intensity = "auto"
-    config.data.exif_orientation = True  # turn photographs as their EXIF orientation says
+    config.data.exif_orientation = True  # turn a folder's photographs as their EXIF data say
     config.data.image_size = 224  # pixels, of the crops and of the test images
     config.data.test_resize = 256  # shorter side before the test's centre crop
     config.data.resize_method = "bicubic"

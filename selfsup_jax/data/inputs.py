@@ -108,7 +108,9 @@ def _placed(data: ConfigDict, source: sources.Source) -> sources.Source:
     if data.intensity == "auto" and (found := intensity.of_data(source)):
         data.intensity = found
         announce.once(announce.of_range(source.name, found))
-    reading = pixels.Reading(data.intensity, data.exif_orientation)
+    # TFDS's images stay as they lie there: so they are in all published results.
+    turned = data.exif_orientation and data.name == "folder"
+    reading = pixels.Reading(data.intensity, turned)
     source = dataclasses.replace(source, reading=reading)
     return decode.into_array(source) if _fits(data, source) else source
 

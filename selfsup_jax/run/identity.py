@@ -190,9 +190,8 @@ def upgraded(fields: Flat) -> Flat:
     for field, added in _ADDED.items():
         if field in new:
             new = added | new
-    if "data.name" in new:  # these two were never encoded
-        no_files = new["data.name"] in ("digits", "arrays")
-        new.setdefault("data.exif_orientation", no_files)
+    if "data.name" in new:  # only folders' images are turned
+        new.setdefault("data.exif_orientation", new["data.name"] != "folder")
     if "flip_prob" in fields:  # a job that trained on flipped crops
         new = {f"views.global.view_1.{name}": value for name, value in _FLIPS.items()} | new
     if "views.global.area" in new:
