@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
                     log(announce.of_range(source.name, args.intensity))
             if source.left_out:
                 announce.once(f"{args.dir}: not taken: {source.left_out}")
-            source = dataclasses.replace(source, reading=pixels.Reading(args.intensity, args.name == "folder"))
+            source = dataclasses.replace(
+                source, reading=pixels.Reading(args.intensity, args.name == "folder")
+            )
             packed |= arrays_of_split(split, decode.into_array(source), args.size)
         with files.writing_to(args.out):
             write(args.out, packed)
