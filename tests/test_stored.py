@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import zipfile
 from collections.abc import Callable
 
@@ -83,14 +84,20 @@ HOSTILE_ARRAYS: dict[str, Callable[[pathlib.Path, str], None]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("original")
+    shapes = jax.eval_shape(lambda: encoder.untrained(CONFIG, 0))
+    variables = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape), shapes)
+    encoder.export(encoder.FrozenEncoder(variables, CONFIG, "", None, 7), str(folder))
+    assert_same(encoder.load(str(folder)).variables, variables)
+    return folder
+
+
 @pytest.fixture
-def export(tmp_path, monkeypatch) -> pathlib.Path:
+def export(original, tmp_path, monkeypatch) -> pathlib.Path:
     monkeypatch.chdir(tmp_path)
-    variables = jax.device_get(encoder.untrained(CONFIG, 0))
-    frozen = encoder.FrozenEncoder(variables, CONFIG, "", None, 7)
-    encoder.export(frozen, str(tmp_path / "export"))
-    assert_same(encoder.load(str(tmp_path / "export")).variables, variables)
-    return tmp_path / "export"
+    return pathlib.Path(shutil.copytree(original, tmp_path / "export"))
 
 
 def refused(read: Callable[[], object], named: pathlib.Path) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 from ml_collections import ConfigDict
 
 from selfsup_jax.data.source import Source
 from selfsup_jax.run.progress import log
 
+_said: set[str] = set()
 
-@functools.cache
-def once(line: str) -> None:
-    """Logs a line, unless it is empty or was logged before by this process."""
-    if line:
+
+def once(about: str, line: str) -> None:
+    """Logs a line, unless this process has logged one about the same; an empty one is none."""
+    if line and about not in _said:
+        _said.add(about)
         log(line)
 
 

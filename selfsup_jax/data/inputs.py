@@ -50,7 +50,7 @@ def load_data(config: ConfigDict) -> Data:
         # Without labels there are no probes, so no images need to be held out.
         data.train_split, data.test_split = "train", "train[:0]"
         train = _load(data, "train", "data.train_split")
-    announce.once(announce.of_folder(data, train, chosen))
+    announce.once(data.dir, announce.of_folder(data, train, chosen))
     train = _placed(data, train)
     test = None
     if train.num_classes and config.eval.enabled:
@@ -84,7 +84,7 @@ def load_split(
     The first split that is loaded decides what `data.intensity=auto` means for all.
     """
     source = _load(data, split, field, several_labels=several_labels)
-    announce.once(announce.of_folder(data, source, chosen=False))
+    announce.once(data.dir, announce.of_folder(data, source, chosen=False))
     return _placed(data, source)
 
 
@@ -107,7 +107,7 @@ def _load(
 def _placed(data: ConfigDict, source: sources.Source) -> sources.Source:
     if data.intensity == "auto" and (found := intensity.of_data(source)):
         data.intensity = found
-        announce.once(announce.of_range(source.name, found))
+        announce.once(source.name, announce.of_range(source.name, found))
     # TFDS's images stay as they lie there: so they are in all published results.
     turned = data.exif_orientation and data.name == "folder"
     reading = pixels.Reading(data.intensity, turned)

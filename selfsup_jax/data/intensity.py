@@ -53,8 +53,9 @@ def _some_values(image: pixels.Encoded) -> np.ndarray | None:
     values = pixels.deep_values(image)
     if values is None:
         return None
-    chosen = np.random.default_rng(0).integers(0, values.size, min(_VALUES, values.size))
-    drawn = values.ravel()[chosen].astype(np.float64)
+    drawn = values.ravel().astype(np.float64)
+    if drawn.size > _VALUES:
+        drawn = drawn[np.random.default_rng(0).integers(0, drawn.size, _VALUES)]
     finite: np.ndarray = drawn[np.isfinite(drawn)]
     return finite if finite.size else None
 

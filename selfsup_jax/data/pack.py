@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 if args.intensity != "auto":
                     log(announce.of_range(source.name, args.intensity))
             if source.left_out:
-                announce.once(f"{args.dir}: not taken: {source.left_out}")
+                announce.once(args.dir, f"{args.dir}: not taken: {source.left_out}")
             source = dataclasses.replace(
                 source, reading=pixels.Reading(args.intensity, args.name == "folder")
             )

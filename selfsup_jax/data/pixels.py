@@ -110,7 +110,7 @@ def to_uint8(values: np.ndarray, intensity: str) -> np.ndarray:
 
 def black_and_white(values: np.ndarray) -> tuple[float, float]:
     """The range that 99.8 % of the finite values lie in; it is never empty."""
-    low, high = np.percentile(values[np.isfinite(values)], (0.1, 99.9))
+    low, high = np.percentile(values[np.isfinite(values)], (0.1, 99.9), method="nearest")
     return float(low), float(high) if high > low else float(low) + 1.0
 
 
