@@ -17,6 +17,7 @@ from absl import logging
 from PIL import ExifTags, Image, ImageFile
 
 Encoded = str | bytes  # a path, or the content of a file
+HEAD = 2048  # bytes, in which a JPEG's EXIF data begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def deep_values(image: Encoded) -> np.ndarray | None:
 
 
 def is_plain(image: bytes, reading: Reading) -> bool:
-    """Whether TensorFlow gives the same pixels as `decoded` of a JPEG or PNG: upright, 8 bits."""
+    """Whether TensorFlow gives the pixels of `decoded`: of upright JPEGs, and PNGs of 8 bits."""
     try:
         with _open(image) as file:
             upright = not reading.exif_orientation or _orientation(file) == 1
@@ -161,11 +162,23 @@ _UPRIGHT: dict[int, Any] = {  # EXIF orientation -> `[H, W, C]` upright
 def _orientation(file: ImageFile.ImageFile) -> int:
     if "exif" not in file.info or file.format == "TIFF":  # Pillow itself turns TIFFs
         return 1
+    if file.format in ("JPEG", "MPO") and not _starts_with_exif(file):
+        return 1
     try:
         value = file.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data in a good image
         return 1
     return value if value in _UPRIGHT else 1
+
+
+def _starts_with_exif(file: ImageFile.ImageFile) -> bool:
+    """Whether a JPEG's tags are where the standard has them; `host_crops.py` looks only there."""
+    assert file.fp is not None
+    position = file.fp.tell()
+    file.fp.seek(0)
+    found = b"Exif" in file.fp.read(HEAD)
+    file.fp.seek(position)
+    return found
 
 
 def _values(file: ImageFile.ImageFile, image: Encoded) -> np.ndarray:
