@@ -118,11 +118,18 @@ def _decode_other(encoded: tf.Tensor, reading: Reading) -> tf.Tensor:
             return np.zeros((0, 0, 3), np.uint8) if found is None else found
 
         image = tf.numpy_function(decoded, [encoded], tf.uint8, stateful=False)
-        with tf.control_dependencies([tf.debugging.assert_greater(tf.size(image), 0)]):
+        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, ["broken"])]):
             return tf.ensure_shape(image, (None, None, 3))
 
-    is_png = tf.equal(tf.strings.substr(encoded, 0, 4), b"\x89PNG")
-    plain = _asked(is_png, encoded, lambda image: pixels.is_plain(image, reading))
+    head = tf.strings.join([tf.strings.substr(encoded, 0, 64), tf.constant(bytes(64))])
+
+    def at(position: int, text: bytes) -> tf.Tensor:
+        return tf.equal(tf.strings.substr(head, position, len(text)), text)
+
+    # Of most PNGs the first bytes say that they have no tags, and not 16 bits.
+    surely = at(0, b"\x89PNG") & at(37, b"IDAT") & ~at(24, b"\x10")
+    unsure = at(0, b"\x89PNG") & ~surely
+    plain = surely | _asked(unsure, encoded, lambda image: pixels.is_plain(image, reading))
     return tf.cond(plain, by_tensorflow, by_pillow)
 
 
