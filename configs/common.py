@@ -26,11 +26,18 @@ def pretrain_defaults() -> ConfigDict:
     config.compute_dtype = "auto"
 
     config.data = ConfigDict()
-    config.data.name = "imagenet2012"  # a TFDS name, `folder`, or `digits`
+    config.data.name = "imagenet2012"  # a TFDS name, `folder`, `arrays`, or `digits`
     config.data.dir = ""  # TFDS's data_dir (its own default if empty), or the folder of images
     config.data.download = False  # let TFDS download and prepare data that is not in `dir`
     config.data.train_split = ""  # TFDS split syntax; empty: chosen from the data set's splits
     config.data.test_split = ""  # held-out images for the evaluation at the end
+    config.data.labels = "auto"  # a folder's are its sub-folders; `none`: as if there were none
+    # Images of more than 8 bits per channel, such as microscopes' and radiology's, become 8 bits:
+    # `LOW,HIGH`, the values that are black and white in every image, such as 0,4095; `auto`: the
+    # range of 99.8 % of the training images' values, or `full` without such images; `per_image`:
+    # that range of each image; `full`: the higher byte of 16 bits.
+    config.data.intensity = "auto"
+    config.data.exif_orientation = True  # turn a folder's photographs as their EXIF data say
     config.data.image_size = 224  # pixels, of the crops and of the test images
     config.data.test_resize = 256  # shorter side before the test's centre crop
     config.data.resize_method = "bicubic"

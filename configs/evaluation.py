@@ -30,6 +30,9 @@ def job_defaults(job: str) -> ConfigDict:
     config.data.download = False
     config.data.train_split = ""
     config.data.test_split = ""
+    config.data.labels = "auto"  # `none`: as if there were no labels, to embed
+    config.data.intensity = ""
+    config.data.exif_orientation = config_dict.placeholder(bool)
     config.data.image_size = 0
     config.data.test_resize = 0
     config.data.resize_method = ""

@@ -22,7 +22,7 @@ from selfsup_jax.checks import (
     text,
     whole,
 )
-from selfsup_jax.data import inputs, views
+from selfsup_jax.data import inputs, intensity, views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models import encoders, heads
@@ -53,6 +53,9 @@ _RUN: checks.Table = {  # of every pretraining config
     "data.cache_gib": not_negative,
     "data.shuffle_buffer": _COUNT,
     "data.placement": one_of(inputs.PLACEMENTS),
+    "data.labels": one_of(inputs.LABELS),
+    "data.intensity": intensity.rule,
+    "data.exif_orientation": flag,
     "data.device_share": checks.share,
     "data.max_undecodable": checks.share,
     **{"steps_per_call": _COUNT_OR_0, "log_every_steps": _COUNT, "checkpoint_every_steps": _COUNT},
@@ -99,9 +102,10 @@ _OF_THE_RUN: checks.Table = {
     field: optional(TABLE[field], "", 0, ())
     for field in (
         *("compute_dtype", "data.image_size", "data.test_resize", "data.resize_method"),
-        *("views.*.size", "views.*.area", "views.*.aspect", "neighbours", "temperatures"),
+        *("data.intensity", "views.*.size", "views.*.area", "views.*.aspect"),
+        *("neighbours", "temperatures"),
     )
-}
+} | {"data.exif_orientation": optional(flag)}
 # Job -> a field of its configs alone.
 _FIELD_OF_JOB = {
     **{"pretrain": "method", "sweep": "variants", "linear_probe": "protocol", "knn": "neighbours"},

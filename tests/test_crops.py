@@ -19,6 +19,7 @@ from PIL import Image
 from configs import byol
 from selfsup_jax.data import batches, crops, host_crops, inputs, pipeline, resident, sources
 from selfsup_jax.data.crops import CropSpec
+from selfsup_jax.data.pixels import Reading
 from selfsup_jax.data.views import RESIZE_METHODS
 
 # On a square image every box of these ranges fits, so that none is drawn again: the boxes have the
@@ -415,11 +416,11 @@ def test_bicubic_overshoot_is_clipped_not_wrapped(way):
 
 def test_a_jpeg_decoded_in_part_gives_the_crops_of_the_whole():
     encoded = tf.io.encode_jpeg(smooth_image(97, 131), quality=95)
-    png = tf.io.encode_png(host_crops.decode(encoded))
+    png = tf.io.encode_png(host_crops.decode(encoded, Reading()))
     spec = CropSpec(size=24, area=(0.1, 0.3))
     for example in tf.constant(draws_of_examples(30)):
-        from_jpeg = host_crops.crop_encoded(encoded, example, [spec] * 2)
-        from_png = host_crops.crop_encoded(png, example, [spec] * 2)
+        from_jpeg = host_crops.crop_encoded(encoded, example, [spec] * 2, Reading())
+        from_png = host_crops.crop_encoded(png, example, [spec] * 2, Reading())
         difference = np.asarray(from_jpeg, int) - np.asarray(from_png, int)
         # The chroma at the window's edge has no neighbours to be interpolated from.
         assert np.abs(difference).max() <= 4 and np.abs(difference).mean() < 0.1
@@ -431,7 +432,7 @@ def test_gray_and_palette_images_come_out_in_three_channels():
     spec = CropSpec(size=8)
     expected = _crop_on_host(np.repeat(gray, 3, -1), example, [spec] * 2)
     for encoded in (tf.io.encode_png(gray), tf.io.encode_jpeg(gray, quality=100)):
-        got = host_crops.crop_encoded(encoded, tf.constant(example), [spec] * 2)
+        got = host_crops.crop_encoded(encoded, tf.constant(example), [spec] * 2, Reading())
         assert np.abs(np.asarray(got, int) - np.asarray(expected, int)).max() <= 2
 
 

@@ -22,6 +22,8 @@ from selfsup_jax.run import checkpoint
 from selfsup_jax.state import TrainState
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+# How earlier versions read images.
+READING = {"labels": "auto", "intensity": "full", "exif_orientation": False}
 CONFIG = {
     "method": "byol",
     "seed": 3,
@@ -31,7 +33,7 @@ CONFIG = {
         **{"depth": 18, "width": 0.004, "stem": "cifar", "stage1_projection": False},
         **{"zero_init_gamma": False, "zero_init_basic": True},
     },
-    "data": {"name": "folder", "image_size": 8},
+    "data": {"name": "folder", "image_size": 8} | READING,
     "views": {"mean": MEAN, "std": STD},
 }
 STEPS = (20, 40, 100)  # as text 100 comes before 20
@@ -185,7 +187,7 @@ def test_a_folder_that_takes_no_files_is_named(run, tmp_path):
 # ------------------------------------------------------------- what earlier versions wrote
 
 NEWER = CONFIG | {
-    "data": {"name": "folder", "image_size": 8, "train_split": "train"},
+    "data": {"name": "folder", "image_size": 8, "train_split": "train"} | READING,
     "views": {
         "global": {
             "count": 2,

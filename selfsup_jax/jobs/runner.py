@@ -98,6 +98,10 @@ def resolve_config(config: ConfigDict, frozen: FrozenEncoder) -> ConfigDict:
         for field in taken:
             if not data[field]:
                 data[field] = run["data"][field]
+        # The encoder is given pixels made as those that it learned from, of other data too.
+        data.intensity = data.intensity or run["data"].get("intensity", "auto")
+        if data.exif_orientation is None:
+            data.exif_orientation = run["data"].get("exif_orientation", True)
         name = config.compute_dtype or run.get("compute_dtype", "float32")
         config.compute_dtype = process.compute_dtype(name)
         config.encoder = ConfigDict(run["encoder"])

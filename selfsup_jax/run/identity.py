@@ -84,7 +84,16 @@ def differences(now: Flat, before: Flat, free: Sequence[str]) -> dict[str, tuple
 
     fields = sorted(bound(now, free).keys() | bound(before, free).keys())
     pairs = {field: (value(now, field), value(before, field)) for field in fields}
-    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+    return {
+        field: pair
+        for field, pair in pairs.items()
+        if pair[0] != pair[1] and not _are_equal(field, pair)
+    }
+
+
+def _are_equal(field: str, pair: tuple[Any, Any]) -> bool:
+    # A run with images of more than 8 bits has a range in place of `auto`.
+    return field == "data.intensity" and set(pair) == {"auto", "full"}
 
 
 def described(different: Mapping[str, tuple[Any, Any]], owner: str, prefix: str = "config.") -> str:
@@ -146,6 +155,7 @@ _ADDED: dict[str, Flat] = {
         "optimizer.adam_epsilon": 1e-8,
         "whole_epochs": True,
     },
+    "data.name": {"data.labels": "auto", "data.intensity": "full"},
     "encoder.depth": {"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
     "monitor.max_rows": {
         "online_probe.kernel_init": "lecun",
@@ -180,6 +190,8 @@ def upgraded(fields: Flat) -> Flat:
     for field, added in _ADDED.items():
         if field in new:
             new = added | new
+    if "data.name" in new:  # only folders' images are turned
+        new.setdefault("data.exif_orientation", new["data.name"] != "folder")
     if "flip_prob" in fields:  # a job that trained on flipped crops
         new = {f"views.global.view_1.{name}": value for name, value in _FLIPS.items()} | new
     if "views.global.area" in new:

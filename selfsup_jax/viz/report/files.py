@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsup_jax import stored
 from selfsup_jax.viz.titles import finite
 
 History = dict[str, tuple[list[int], list[float]]]  # quantity -> (steps, values)
@@ -100,11 +101,12 @@ def read_confusion(path: str, notes: list[str]) -> Confusion | None:
     if not os.path.exists(path):
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            matrix = np.asarray(arrays["matrix"], np.int64)
-            names = [str(i) for i in range(len(matrix))]
-            if "class_names" in arrays:
-                names = [str(name) for name in arrays["class_names"]]
+        headers = stored.npz_headers(path)
+        arrays = stored.read_npz(path, headers, headers)
+        matrix = np.asarray(arrays["matrix"], np.int64)
+        names = [str(i) for i in range(len(matrix))]
+        if "class_names" in arrays:
+            names = [str(name) for name in arrays["class_names"]]
         if matrix.ndim != 2 or matrix.shape != (len(names), len(names)) or np.any(matrix < 0):
             raise ValueError(f"a matrix {list(matrix.shape)} for {len(names)} classes")
         return Confusion(matrix, names)
