@@ -21,11 +21,32 @@ from selfsup_jax.run import checkpoint, identity
 from selfsup_jax.run.files import write_json
 from selfsup_jax.run.progress import log
 
+_PATTERNS = ("*", "?", "[", "\\")  # in paths
+
 
 def check_path(workdir: str) -> None:
-    """Raises `UserError` for a bucket's address, which would create a local folder of that name."""
+    """Checks that checkpoints can be written to a path.
+
+    Raises:
+        UserError: it is a bucket's address, which would create a local folder of that name, or has
+            a character that the libraries of checkpoints take for a part of a pattern.
+    """
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
+    path = os.path.abspath(workdir)
+    try:
+        path.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"--workdir={workdir!a}: must be UTF-8, also the folders above") from e
+    # Orbax looks for the parts of a checkpoint with `glob`, and TensorStore takes \\ for /: they
+    # would write checkpoints that cannot be read, or mix those of two runs.
+    taken = [c for c in _PATTERNS if c in path]
+    if taken:
+        where = "" if any(c in workdir for c in taken) else f" (it is {path})"
+        raise UserError(
+            f"--workdir={workdir}{where}: must not contain {' or '.join(taken)}, also not in the "
+            "folders above: checkpoints cannot be written there; use another name"
+        )
 
 
 @contextlib.contextmanager

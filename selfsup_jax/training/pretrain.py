@@ -62,6 +62,7 @@ def pretrain(
             finite; the disk is full.
         Stopped: after SIGTERM or Ctrl-C, once the current step is saved.
     """
+    workdir.check_path(directory)
     config = config.copy_and_resolve_references()
     config.compute_dtype = process.compute_dtype(config.compute_dtype)
     build = build or find(config.method)
