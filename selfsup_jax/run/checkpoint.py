@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import platform
 import shutil
@@ -14,12 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from selfsup_jax import __version__
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import NotFinite, UserError
-from selfsup_jax.run import checkpoint_files
+from selfsup_jax.run import checkpoint_files, library_errors
 from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState
 
@@ -48,7 +46,7 @@ class Checkpoints:
         self._pending: tuple[int, TrainState, dict[str, Any]] | None = None
         self._write_started = False
         self._read_back = False
-        absl_logging.get_absl_logger().addFilter(_drop_orbax_errors)
+        library_errors.catch(workdir)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -129,7 +127,7 @@ class Checkpoints:
         if free < needed:  # fail before the write, not during it
             raise UserError(
                 f"{self._directory}: no space for the checkpoint of step {step}: it needs "
-                f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; the last good "
+                f"{needed / 1e6:,.3g} MB, and {free / 1e6:,.3g} MB are free; the last good "
                 f"checkpoint is of step {self.committed_step() or 0}"
             )
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(single.online_params)):
@@ -280,11 +278,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # such as tensorflow in place of tensorflow-cpu
             continue
     return installed
-
-
-def _drop_orbax_errors(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax's threads log: the same errors are also raised to us."""
-    return not ("orbax" in record.pathname and record.levelno >= logging.ERROR)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

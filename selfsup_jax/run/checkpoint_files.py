@@ -15,6 +15,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from selfsup_jax.errors import UserError
+from selfsup_jax.run import library_errors
 
 # The parts of a checkpoint's folder, and the file with the JSON of `meta`.
 STATE, META = "state", "meta"
@@ -47,6 +48,7 @@ def read(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> tupl
     Raises:
         Damaged: a file cannot be read, or `meta` or an array is not what was saved.
     """
+    library_errors.catch()
     meta = read_meta(folder)
     saved = meta.get(_CHECKSUMS)
     try:
