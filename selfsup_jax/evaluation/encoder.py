@@ -19,7 +19,7 @@ from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
 from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.checkpoint import upgraded_meta
-from selfsup_jax.run.files import whole_file, write_json, writing_to
+from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
 from selfsup_jax.run.identity import upgraded_tree
 
 # The two files of an exported encoder.
@@ -200,8 +200,9 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
     Arrays have names such as `params/stem/kernel`. `load` reads the folder like a run.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or has files that are not of an export.
     """
+    _check_export(folder)
     arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
     keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "data_info")
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
@@ -210,6 +211,18 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
         with whole_file(os.path.join(folder, VARIABLES), "wb") as f:
             np.savez(f, **arrays)  # type: ignore[arg-type]
         write_json(os.path.join(folder, ABOUT), about)  # last: marks the export as complete
+
+
+def _check_export(folder: str) -> None:
+    """Only an earlier export may be replaced; and a run with these files would be taken for one."""
+    about = os.path.join(folder, ABOUT)
+    ours = os.path.exists(about) and {"config", "step"} <= read_json(about).keys()
+    if not ours:
+        for name in ("config.json", "runs.json", "checkpoints", ABOUT, VARIABLES):
+            if os.path.exists(os.path.join(folder, name)):
+                raise UserError(
+                    f"{folder}: has a {name} that is not of an export; choose another folder"
+                )
 
 
 def _load_exported(folder: str) -> FrozenEncoder:

@@ -144,6 +144,22 @@ def meta(run: dict[str, Any], step: int, undecodable: Iterable[str] = ()) -> dic
     return run | {"data_position": position} | broken | written_on
 
 
+def checked_meta(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
+    """The `meta` of a checkpoint of a run, whose fields are checked.
+
+    Raises:
+        UserError: a field is missing or of another type, in a checkpoint without checksums.
+    """
+    types = {"config": dict, "data_info": dict, "versions": dict, "undecodable": list}
+    for name, kind in (types | {"host_count": int}).items():
+        if not isinstance(saved.get(name), kind):
+            raise UserError(
+                f"--workdir={workdir}: the meta of its newest checkpoint is damaged: "
+                f"{name}={saved.get(name)!r}; move that checkpoint away"
+            )
+    return saved
+
+
 def take_over(data: Data, saved: dict[str, Any]) -> None:
     """Restores the broken images listed in `meta`; logs it if a streamed order changes."""
     data.undecodable.names.update(saved["undecodable"])
