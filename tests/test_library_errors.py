@@ -41,7 +41,10 @@ def test_errors_that_orbax_logs_go_to_a_file(tmp_path, caplog):
     logger = absl_logging.get_absl_logger()
     for path, level in (("orbax/a.py", logging.ERROR), ("orbax/a.py", 30), ("ours.py", 40)):
         logger.handle(logger.makeRecord("absl", level, path, 1, f"{path} {level}", (), None))
-    assert (tmp_path / library_errors.FILE).read_text() == "orbax/a.py 40\n"
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+    assert (tmp_path / library_errors.FILE).read_text() == (
+        "orbax/a.py 40\nTask exception was never retrieved\n"
+    )
 
 
 def test_without_room_in_the_workdir_they_go_to_the_temporary_files(tmp_path, others, monkeypatch):

@@ -30,7 +30,7 @@ def load(directory: str, split: str, field: str) -> Source:
             for file in names
             if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
         ]
-        files[name] = sorted(relative, key=lambda path: hashlib.md5(path.encode()).digest())
+        files[name] = sorted(relative, key=lambda path: hashlib.md5(os.fsencode(path)).digest())
     if not any(files.values()):
         raise bad_field("data.dir", directory, f"holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     parts = split_indices(split, {k: len(v) for k, v in files.items()}, field)
@@ -54,12 +54,17 @@ def load(directory: str, split: str, field: str) -> Source:
     return Source(
         name=f"{directory} {split}",
         num_examples=len(paths),
-        class_names=class_names,
+        class_names=tuple(map(_printable, class_names)) if class_names else None,
         kind="path",
         images=np.asarray(paths),
         labels=labels,
         describe=lambda i: paths[i],
     )
+
+
+def _printable(name: str) -> str:
+    """A name that is not UTF-8 can be neither drawn nor written to a page."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def split_names(directory: str) -> list[str]:

@@ -30,11 +30,13 @@ class _Catcher(logging.Filter):
     def install(self) -> None:
         if sys.unraisablehook != self._unraisable:
             self._other_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-        absl_logging.get_absl_logger().addFilter(self)  # no effect the second time
+        for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+            logger.addFilter(self)  # no effect the second time
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a message of absl's logger is shown: not if it is an error of Orbax's."""
-        if "orbax" not in record.pathname or record.levelno < logging.ERROR:
+        """Whether a message is shown: not if it is an error of Orbax or of its event loop."""
+        theirs = record.name == "asyncio" or "orbax" in record.pathname
+        if not theirs or record.levelno < logging.ERROR:
             return True
         self._write(logging.Formatter().format(record))
         return False
