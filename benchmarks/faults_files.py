@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import io
 import math
 import multiprocessing
@@ -87,7 +88,7 @@ def judge(pristine: str, workdir: str) -> str:
     except Exception as e:
         return f"TRACEBACK of an evaluation: {e!r}"
     else:
-        expected = encoder.load(pristine).variables
+        expected = _expected_variables(pristine)
         same = np.all([np.array_equal(a, b) for a, b in _pairs(variables, expected)])
         evaluated = "harmless" if same else "SILENT"
     told = "told, falls back to the older one" if resumed != step else "harmless"
@@ -110,9 +111,19 @@ def _resumed(workdir: str) -> tuple[int | str, list[str]]:
 
 
 def _equal(pristine: str, workdir: str, step: int) -> bool:
-    folders = [os.path.join(run, "checkpoints", str(step)) for run in (pristine, workdir)]
-    (meta, wanted), (other, got) = (checkpoint_files.read(folder) for folder in folders)
+    meta, wanted = _expected(pristine, step)
+    other, got = checkpoint_files.read(os.path.join(workdir, "checkpoints", str(step)))
     return meta == other and all(np.array_equal(a, b) for a, b in _pairs(wanted, got))
+
+
+@functools.cache
+def _expected(pristine: str, step: int) -> Any:
+    return checkpoint_files.read(os.path.join(pristine, "checkpoints", str(step)))
+
+
+@functools.cache
+def _expected_variables(pristine: str) -> Any:
+    return encoder.load(pristine).variables
 
 
 def _pairs(a: Any, b: Any) -> list[tuple[np.ndarray, np.ndarray]]:

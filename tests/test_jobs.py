@@ -720,7 +720,7 @@ def test_a_job_of_another_kind_or_run_is_refused(done, run, tmp_path):
         run_job("fewshot", run, done("knn"))
     with pytest.raises(UserError, match=r"data_info.run.*the job there has"):
         run_job("knn", copy_run(run, tmp_path / "other", 4), done("knn"))
-    with pytest.raises(UserError, match=r"config\.job='knn': the job there has 'pretrain'"):
+    with pytest.raises(UserError, match=r"belongs to a pretraining run \(byol\), which a knn"):
         run_job("knn", run, run)  # which leaves the run as it is
 
 
