@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_runs
 from conftest import assert_same
 
 from selfsup_jax import verify
@@ -17,6 +18,7 @@ from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.run import checkpoint, checkpoint_files, workdir
+from selfsup_jax.training import pretrain
 
 
 def save(checkpoints, state, step):
@@ -153,6 +155,25 @@ def test_an_evaluation_names_a_damaged_checkpoint_and_the_others(copied):
         f"the checkpoint {folder} is damaged: its meta does not match its checksum; there are also "
         "those of steps 1"
     )
+
+
+def test_a_run_falls_back_and_ends_as_if_nothing_had_been(tmp_path, capfd):
+    images = tiny_runs.write_images(tmp_path / "images", 3, 60)
+    config = tiny_runs.tiny_config(images, steps=4, keep_every_steps=1)
+    run = tmp_path / "run"
+    pretrain.pretrain(config, str(run), tiny_runs.build)
+    wanted, lines = tiny_runs.restore(config, run), tiny_runs.recorded(run)
+    edit_meta(run / "checkpoints" / "4", lambda meta: meta["config"].update(seed=1))
+    shutil.rmtree(run / "checkpoints" / "3" / "state")
+    capfd.readouterr()
+    pretrain.pretrain(config, str(run), tiny_runs.build)
+    told = capfd.readouterr().err
+    assert f"{run}/checkpoints/4 is damaged: its meta does not match its checksum; going" in told
+    assert "resuming from step 2 " in told and f"are moved to {run}/damaged_checkpoints" in told
+    assert_same(tiny_runs.restore(config, run), wanted)
+    assert tiny_runs.recorded(run) == lines
+    assert tiny_runs.saved_steps(run) == [1, 2, 3, 4]
+    assert sorted(path.name for path in (run / "damaged_checkpoints").iterdir()) == ["3", "4"]
 
 
 def test_the_first_checkpoint_is_read_back(initial_state, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, or None. It may be in the process of writing."""
+        """The step of the newest whole checkpoint, or None. Its write may still be in progress."""
         return max(set(self._manager.all_steps()) - self._damaged, default=None)
 
     def committed_step(self) -> int | None:
@@ -196,20 +196,20 @@ class Checkpoints:
             UserError: the checkpoint cannot be read, is damaged, or has another structure.
         """
         step = self.latest_step if step is None else step
-        arrays = self._arrays.pop(step, None) if step is not None else None
+        arrays = self._arrays.pop(step or 0, None)
         if arrays is None:
             arrays = checkpoint_files.read(self._folder(step))[1]
-        wanted = _as_dict(like)
-        shapes = {name: tuple(x.shape) for name, x in checkpoint_files.flat(wanted).items()}
-        for name in sorted(shapes.keys() | arrays.keys()):
-            actual = arrays[name].shape if name in arrays else None
-            if actual != shapes.get(name):
+        like_fields = _as_dict(like)
+        wanted = checkpoint_files.flat(like_fields)
+        for name in sorted(wanted.keys() | arrays.keys()):
+            shapes = [list(x[name].shape) if name in x else "nothing" for x in (arrays, wanted)]
+            if shapes[0] != shapes[1]:
                 raise UserError(
                     f"the checkpoint {self._folder(step)} does not fit this run: {name} has the "
-                    f"shape {actual or 'nothing'}, expected {shapes.get(name, 'nothing')}"
+                    f"shape {shapes[0]}, expected {shapes[1]}"
                 )
-        leaves = [arrays[name].astype(x.dtype) for name, x in checkpoint_files.flat(wanted).items()]
-        fields = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+        leaves = [arrays[name].astype(x.dtype, copy=False) for name, x in wanted.items()]
+        fields = jax.tree.unflatten(jax.tree.structure(like_fields), leaves)
         opt_leaves = jax.tree.leaves(fields.pop("opt_state"))
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), opt_leaves)
         return like.replace(**fields, opt_state=opt_state)
@@ -220,7 +220,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if started and not self._read_back:
             self._read_back = True
-            self._check_first_save()
+            if hosts.is_writer():
+                self._check_first_save()
 
     def _check_first_save(self) -> None:
         """Reads the first checkpoint of this process: a disk may not hold what it was given."""
