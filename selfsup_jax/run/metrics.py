@@ -141,7 +141,7 @@ def _line(text: bytes) -> dict[str, Any] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):  # not UTF-8, or no JSON
         return None
-    good = isinstance(line, dict) and isinstance(line.get("step"), int)
+    good = isinstance(line, dict) and isinstance(line.get("step"), int | float)
     return line if good and all(isinstance(v, int | float) for v in line.values()) else None
 
 
