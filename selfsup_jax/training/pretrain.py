@@ -194,7 +194,7 @@ def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
         try:
             earlier = files.read_json(path)
         except UserError as e:
-            log(f"{e}: it is written anew, without the speed")
+            log(f"{str(e).rpartition(';')[0]}; it is written anew, without the speed")
             earlier = {}
         results |= {k: v for k, v in earlier.items() if k == "images_per_second"}
     results |= {"method": run.config.method, "seed": run.config.seed} | process.devices()
