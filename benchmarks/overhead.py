@@ -9,8 +9,9 @@
 - *diagnostics*: one snapshot of a step's outputs on the host, relative to the steps between two.
 - *saving*: the delay of the next step by a checkpoint (the copy to the host, and the call that
   starts the writing while the device runs the next step), and the writing in the background;
-  relative to the steps between two checkpoints.
-- *resume*: reading the state and putting it on the devices.
+  relative to the steps between two checkpoints. The checksums of all arrays are a part of the
+  writing in the background, and the first checkpoint of a process is read back once.
+- *resume*: reading the state, which verifies it, and putting it on the devices.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ml_collections import config_flags
 import byol_jax.method
 from benchmarks import report
 from selfsup_jax.devices import parallel, process
+from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.state import Outputs
 from selfsup_jax.training import diagnostics
@@ -106,9 +108,12 @@ def saving(config: Any, method: Any, state: Any, step_seconds: float) -> list[re
             written.append(seconds(checkpoints.wait)[0])
         like = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
         restored, host_state = seconds(lambda: checkpoints.restore(like))
+        arrays = checkpoint_files.flat(jax.tree.map(np.asarray, host_state))
+        sums = [seconds(lambda: checkpoint_files.with_checksums({}, arrays))[0] for _ in range(7)]
         placed, _ = seconds(lambda: parallel.replicate(lambda s: s, host_state))
         checkpoints.close()
-    copy, call, background = (float(np.median(x[1:])) for x in (taken, begun, written))
+    times = (taken, begun, written, sums)
+    copy, call, background, summing = (float(np.median(x[1:])) for x in times)
     between = config.checkpoint_every_steps * step_seconds
     megabytes = sum(x.nbytes for x in jax.tree.leaves(host_state)) / 1e6
     return [
@@ -116,6 +121,9 @@ def saving(config: Any, method: Any, state: Any, step_seconds: float) -> list[re
         ("copy to the host, which a step waits for", copy * 1e3, "ms"),
         ("begin to write, while the device works", call * 1e3, "ms"),
         ("write, in the background", background * 1e3, "ms"),
+        ("of that the checksums", summing * 1e3, "ms"),
+        ("checksums, spread over the steps", 100 * summing / between, "%"),
+        ("the first write, which is read back", written[0] * 1e3, "ms"),
         ("copies, spread over the steps", 100 * copy / between, "%"),
         ("all of saving, spread over the steps", 100 * (copy + call + background) / between, "%"),
         ("resume: read", restored, "s"),

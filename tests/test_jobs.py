@@ -716,11 +716,11 @@ def test_a_job_that_an_earlier_version_did_is_not_repeated(
 
 
 def test_a_job_of_another_kind_or_run_is_refused(done, run, tmp_path):
-    with pytest.raises(UserError, match=r"config\.job='fewshot': the job there has 'knn'"):
+    with pytest.raises(UserError, match=r"belongs to a knn job of .*, which a fewshot job would"):
         run_job("fewshot", run, done("knn"))
     with pytest.raises(UserError, match=r"data_info.run.*the job there has"):
         run_job("knn", copy_run(run, tmp_path / "other", 4), done("knn"))
-    with pytest.raises(UserError, match=r"config\.job='knn': the job there has 'pretrain'"):
+    with pytest.raises(UserError, match=r"belongs to a pretraining run \(byol\), which a knn"):
         run_job("knn", run, run)  # which leaves the run as it is
 
 

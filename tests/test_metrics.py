@@ -107,12 +107,55 @@ def test_other_peoples_files_are_left_alone(tmp_path):
     assert (tmp_path / "events.notes").exists()
 
 
-def test_a_broken_line_is_named(tmp_path):
-    record(tmp_path, 0, 3)
+BROKEN = (
+    *(b"\0\0\0", b"\xff\xfe", b"{}", b"7", b"[" * 9999),
+    *(b'{"step": "2"}', b'{"step": 2, "loss": []}'),
+)
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: str(broken[:24]))
+def test_a_broken_line_is_named_and_left_out(tmp_path, broken, capfd):
+    """A run goes on without it; what was there is kept."""
+    record(tmp_path, 0, 4)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text().replace('{"step": 2', "\0\0\0", 1))
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2"):
+    content = path.read_bytes().splitlines(keepends=True)
+    content[1] = broken + b"\n"
+    path.write_bytes(b"".join(content))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 cannot be read"):
+        metrics.read_history(str(tmp_path))
+    recorder = Recorder(str(tmp_path), 3)
+    recorder.close()
+    assert recorder.history["loss"][0] == [1, 3]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+    aside = tmp_path / "metrics.damaged.jsonl"
+    assert aside.read_bytes() == b"".join(content)
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told == f"{path}: line 2 cannot be read, left out; all of it is in {aside}"
+
+
+def test_metrics_that_are_missing_or_a_folder_are_told(tmp_path, capfd):
+    record(tmp_path, 5, 6)
+    path = tmp_path / "metrics.jsonl"
+    assert f"{path} is missing: the curves begin at step 6" in capfd.readouterr().err
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read: Is a directory; move it"):
         Recorder(str(tmp_path), 3)
+
+
+def test_damaged_events_are_told(tmp_path, capfd):
+    """What was cut off at the end, as by a kill, is not: it comes again."""
+    record(tmp_path, 0, 5)
+    (path,) = event_files(tmp_path)
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:-7])
+    Recorder(str(tmp_path), 5).close()
+    assert capfd.readouterr().err == ""
+    content[len(content) // 2 :] = b"\xff" * (len(content) // 2)
+    path.write_bytes(content)
+    Recorder(str(tmp_path), 5).close()
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.startswith(f"{path}: is damaged; TensorBoard's points")
 
 
 # --------------------------------------------------------------------------------- one run

@@ -413,10 +413,11 @@ def test_ticks_are_round(low, high, ticks):
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
     run = a_run(tmp_path / "run")
-    put(tmp_path / "page.html", "old")
+    old = '<meta name="generator" content="selfsup_jax.report">'
+    put(tmp_path / "page.html", old)
     with pytest.raises(UserError, match="does not exist"):
         report.write([str(run), str(tmp_path / "none")], str(tmp_path / "page.html"))
-    assert (tmp_path / "page.html").read_text() == "old"
+    assert (tmp_path / "page.html").read_text() == old
     with pytest.raises(UserError, match="cannot be written"):
         report.write([str(run)], str(tmp_path / "no/folder/page.html"))
     report.write([str(run)], str(tmp_path / "page.html"))

@@ -710,6 +710,24 @@ def test_a_publish_dir_is_tried_first(images, pretended, tmp_path):
     assert pretended.begun == []
 
 
+def test_only_a_table_of_the_same_runs_is_replaced(images, pretended, tmp_path):
+    there = tmp_path / "docs"
+    there.mkdir()
+    (there / "table.md").write_text("of somebody")
+    config = make_config(images, publish_dir=str(there))
+    with pytest.raises(UserError, match=r"config\.publish_dir='.*': has a table\.md that is not"):
+        sweep.run(config, str(tmp_path / "sweep"), BUILDS)
+    assert pretended.begun == [] and (there / "table.md").read_text() == "of somebody"
+    (there / "table.md").unlink()
+    sweep.run(config, str(tmp_path / "sweep"), BUILDS)
+    sweep.run(config, str(tmp_path / "sweep"), BUILDS)
+    record = read(there / "runs.json")
+    record["low/seed_0"]["config"]["batch_size"] = 99
+    (there / "runs.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"batch_size=\d+: the run that is done has 99.*docs"):
+        sweep.run(config, str(tmp_path / "another"), BUILDS)
+
+
 def test_an_unknown_reference_is_told_first(images, begun, tmp_path):
     variants = {"good": {}, "bad": {"monitor__reference": "nope"}}
     with pytest.raises(UserError, match=r"^config\.variants\.bad\.monitor\.reference='nope'"):

@@ -464,28 +464,31 @@ def damage_files(folder, how):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["deleted", "cut", "emptied", "largest cut"])
 @pytest.mark.parametrize("item", ["state", "meta"])
-def test_a_broken_checkpoint_is_named_and_the_next_older_one(initial_state, tmp_path, item, how):
+def test_a_broken_checkpoint_is_named_and_the_next_older_one_taken(
+    initial_state, tmp_path, item, how, capsys
+):
     checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
     for step in (1, 2, 3):
         save(checkpoints, initial_state, step)
     checkpoints.close()
     newest = tmp_path / "checkpoints" / "3"
     damage_files(newest / item, how)
+    capsys.readouterr()
 
     checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
-    with pytest.raises(UserError) as error:
-        checkpoints.meta()
-        checkpoints.restore(initial_state)
-    checkpoints.close()
-    message = str(error.value)
-    assert message.startswith(f"the checkpoint {newest} cannot be read: ") and "\n" not in message
-    assert message.endswith("move it away to resume from step 2")
-
-    newest.rename(tmp_path / "away")
-    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
-    assert checkpoints.latest_step == checkpoints.meta()["step"] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"the checkpoint {newest} cannot be read: ")
+    assert line.endswith("; going on from step 2")
+    assert checkpoints.latest_step == checkpoints.committed_step() == 2
+    assert checkpoints.meta()["step"] == 2
     assert_same(checkpoints.restore(initial_state), initial_state.replace(step=np.int32(2)))
+    assert newest.exists()  # until the run saves again
+
+    save(checkpoints, initial_state, 3)
+    assert checkpoints.latest_step == 3
+    assert_same(checkpoints.restore(initial_state), initial_state.replace(step=np.int32(3)))
     checkpoints.close()
+    assert (tmp_path / "damaged_checkpoints" / "3").exists()
 
 
 PICTURES = ("learning_curves", "nearest_neighbours", "representation_map", "view_pairs")

@@ -56,13 +56,18 @@ def load(directory: str, split: str, field: str) -> Source:
     return Source(
         name=f"{directory} {split}",
         num_examples=len(paths),
-        class_names=class_names,
+        class_names=tuple(map(_printable, class_names)) if class_names else None,
         kind="path",
         images=np.asarray(paths),
         labels=labels,
         describe=lambda i: paths[i],
         left_out=scan.listed(left_out),
     )
+
+
+def _printable(name: str) -> str:
+    """A name that is not UTF-8 can be neither drawn nor written to a page."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def split_names(directory: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +73,9 @@ class Source:
             return self.describe(i).removeprefix(directory).lstrip(os.sep)
 
         facts: dict[str, Any] = {"images": self.num_examples, "classes": self.num_classes}
-        facts["names of the classes"] = digest(repr(self.class_names).encode("utf-8", "surrogateescape"))
+        facts["names of the classes"] = digest(
+            repr(self.class_names).encode("utf-8", "surrogateescape")
+        )
         if self.labels is not None:
             facts["labels"] = digest(np.ascontiguousarray(self.labels).tobytes())
         if self.stream is None and self.num_examples:

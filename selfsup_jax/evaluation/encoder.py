@@ -11,21 +11,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selfsup_jax import stored
 from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
+from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.checkpoint import upgraded_meta
-from selfsup_jax.run.files import whole_file, write_json, writing_to
+from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
 from selfsup_jax.run.identity import upgraded_tree
 
 # The two files of an exported encoder.
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"
 _SECTIONS = ("encoder", "views", "data")
+# An encoder's variables -> their parts of a run's state.
+_OF_RUN = {"params": "online_params", "batch_stats": "online_stats"}
+_PARTS = tuple(f"{part}/encoder/" for part in _OF_RUN.values())
 
 
 class FrozenEncoder(NamedTuple):
@@ -67,8 +69,7 @@ class FrozenEncoder(NamedTuple):
 
 def checkpoint_steps(run: str) -> list[int]:
     """The sorted steps of a run's complete checkpoints, without one that is being written."""
-    folder = os.path.join(run, "checkpoints")
-    return sorted(ocp.utils.checkpoint_steps(folder)) if os.path.isdir(folder) else []
+    return checkpoint_files.steps(run)
 
 
 def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
@@ -125,31 +126,21 @@ def load(path: str, step: int | None = None) -> FrozenEncoder:
 def _load_step(run: str, step: int) -> FrozenEncoder:
     folder = os.path.join(run, "checkpoints", str(step))
     try:
-        meta = ocp.JsonCheckpointHandler().restore(epath.Path(folder) / "meta")
-        variables = _read_variables(epath.Path(folder) / "state")
+        meta, arrays = checkpoint_files.read(folder, lambda name: name.startswith(_PARTS))
+    except checkpoint_files.Damaged as e:
+        others = [other for other in checkpoint_steps(run) if other != step]
+        hint = f"; there are also those of steps {', '.join(map(str, others))}" if others else ""
+        raise checkpoint_files.Damaged(f"{e}{hint}") from e
+    try:
         meta = upgraded_meta(meta)
         config = upgraded_tree(meta["config"] | {"data_info": meta["data_info"]})
-    except Exception as e:  # Orbax, TensorStore and the disk raise many types
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"the checkpoint {folder} cannot be read: {reason[:200]}") from e
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"the checkpoint {folder} cannot be read: its meta has no {e}") from e
+    tree = unflatten_dict(arrays, sep="/")
+    variables = {k: tree.get(v, {}).get("encoder", {}) for k, v in _OF_RUN.items()}
     frozen = FrozenEncoder(variables, config, folder, run, step)
     check(frozen)
     return frozen
-
-
-def _read_variables(state: epath.Path) -> Any:
-    reader = ocp.PyTreeCheckpointHandler()
-    tree = reader.metadata(state).tree
-    wanted = {k: {"encoder": tree[k]["encoder"]} for k in ("online_params", "online_stats")}
-    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
-    types = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), empty)
-    # Reads host arrays, so that the result does not depend on any device layout.
-    args = ocp.args.PyTreeRestore(item=empty, restore_args=types, partial_restore=True)
-    restored = reader.restore(state, args=args)
-    return {
-        "params": restored["online_params"]["encoder"],
-        "batch_stats": restored["online_stats"]["encoder"],
-    }
 
 
 def check(frozen: FrozenEncoder) -> None:
@@ -209,8 +200,9 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
     Arrays have names such as `params/stem/kernel`. `load` reads the folder like a run.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or has files that are not of an export.
     """
+    _check_export(folder)
     arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
     keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "data_info")
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
@@ -219,6 +211,18 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
         with whole_file(os.path.join(folder, VARIABLES), "wb") as f:
             np.savez(f, **arrays)  # type: ignore[arg-type]
         write_json(os.path.join(folder, ABOUT), about)  # last: marks the export as complete
+
+
+def _check_export(folder: str) -> None:
+    """Only an earlier export may be replaced; and a run with these files would be taken for one."""
+    about = os.path.join(folder, ABOUT)
+    ours = os.path.exists(about) and {"config", "step"} <= read_json(about).keys()
+    if not ours:
+        for name in ("config.json", "runs.json", "checkpoints", ABOUT, VARIABLES):
+            if os.path.exists(os.path.join(folder, name)):
+                raise UserError(
+                    f"{folder}: has a {name} that is not of an export; choose another folder"
+                )
 
 
 def _load_exported(folder: str) -> FrozenEncoder:

@@ -18,7 +18,7 @@ from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.jobs import runner
-from selfsup_jax.run import workdir
+from selfsup_jax.run import owner, workdir
 from selfsup_jax.run.files import read_json, write_json
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import log
@@ -52,6 +52,7 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
         raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to follow it")
     if jax.process_count() > 1:
         raise bad_field("follow", True, "is for one host")
+    owner.check(directory, config.job)
     with workdir.locked(directory), _MeasureLog(run, directory) as measure_log:
         resolved: ConfigDict | None = None
         for frozen in _checkpoints(config, run, directory):
@@ -82,7 +83,8 @@ def step_folder(directory: str, step: int) -> str:
 def done_steps(directory: str) -> list[int]:
     """The steps whose evaluation is complete, in ascending order."""
     pattern = os.path.join(glob.escape(directory), "step_*", runner.RESULTS)
-    return sorted(int(path.split(os.sep)[-2].removeprefix("step_")) for path in glob.glob(pattern))
+    names = (path.split(os.sep)[-2].removeprefix("step_") for path in glob.glob(pattern))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def has_ended(run: str) -> bool:
@@ -93,7 +95,10 @@ def has_ended(run: str) -> bool:
         # A process that resumes a run first rewrites its config.
         if not steps or os.path.getmtime(results) < os.path.getmtime(config):
             return False
-        return read_json(results).get("steps", 0) <= steps[-1]
+        last = read_json(results).get("steps", 0)
+        if not isinstance(last, int):
+            raise UserError(f"{results}: steps={last!r} is not a number; move the file away")
+        return last <= steps[-1]
     except OSError:
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from selfsup_jax import checks, durations, optim
 from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, parallel
-from selfsup_jax.errors import bad_field
+from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder, probes, scores, supervised
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor
@@ -57,12 +58,24 @@ def _prepare_sgd(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
                 # The checkpoints, which include the encoder, are no longer needed.
                 shutil.rmtree(os.path.join(folder, "checkpoints"))
             hosts.wait_for_all("heads")
-        with np.load(path) as saved:
-            heads = {name: saved[name] for name in ("kernel", "bias")}
+        heads = _read_heads(path, len(config.learning_rates), classes)
         return _evaluate(config, extract, frozen, heads, held, test, classes, folder)
 
     counts = {"train_images": train.num_examples, "test_images": test.num_examples}
     return EvalJob(task, {"classes": classes} | counts)
+
+
+def _read_heads(path: str, num_heads: int, classes: int) -> dict[str, np.ndarray]:
+    """The trained classifiers; raises `UserError` if the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            heads = {name: saved[name] for name in ("kernel", "bias")}
+        if heads["bias"].shape != (num_heads, classes) or heads["kernel"].ndim != 3:
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in heads.items())
+            raise ValueError(f"{shapes} for {num_heads} classifiers of {classes} classes")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: cannot be read: {e}; move it away to train it again") from e
+    return heads
 
 
 def _train_heads(

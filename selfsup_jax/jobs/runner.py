@@ -19,7 +19,7 @@ from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor
-from selfsup_jax.run import identity, workdir
+from selfsup_jax.run import identity, owner, workdir
 from selfsup_jax.run.files import disk_errors, read_json, write_json
 from selfsup_jax.run.progress import log
 from selfsup_jax.viz.titles import measures
@@ -66,6 +66,7 @@ def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the config, the checkpoint, the data or the workdir.
     """
+    owner.check(directory, config.job)
     with workdir.locked(directory):
         step = _begun_step(config, directory)
         if step == _REMOVED:

@@ -69,6 +69,7 @@ def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
         path = os.path.join(folder, _DONE)
         results = files.read_json(path) if os.path.exists(path) else {}
+        _check_done(results, path)
         for name in present:
             if f"transfer_{name}" not in results:
                 results |= _evaluate(config, name, _load(config, name), extract, frozen)
@@ -78,6 +79,14 @@ def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
 
     data_info = {"sets": ", ".join(present), "left_out": ", ".join(missing)}
     return EvalJob(task, data_info)
+
+
+def _check_done(results: dict[str, Any], path: str) -> None:
+    for name, value in results.items():
+        if name.endswith("_metric"):
+            score = results.get(name.removesuffix("_metric"))
+            if value not in list(METRICS) or not isinstance(score, int | float):
+                raise UserError(f"{path}: {name}={value!r}, {score!r}: move it away to start again")
 
 
 def _load(config: ConfigDict, name: str) -> Splits:

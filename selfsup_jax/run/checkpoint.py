@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import dataclasses
 import os
 import platform
 import shutil
@@ -13,12 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from selfsup_jax import __version__
-from selfsup_jax.devices import parallel
+from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import NotFinite, UserError
+from selfsup_jax.run import checkpoint_files, library_errors
+from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState
+
+_DAMAGED = "damaged_checkpoints"  # a folder beside `checkpoints`
 
 
 class Checkpoints:
@@ -32,6 +35,9 @@ class Checkpoints:
         workdir: the run's directory; the checkpoints are in its folder `checkpoints/`.
         keep: how many of the newest checkpoints to keep.
         keep_every: checkpoints at multiples of this step are never deleted; 0 for none.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is whole.
     """
 
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0):
@@ -39,7 +45,8 @@ class Checkpoints:
         self._keep_every = keep_every
         self._pending: tuple[int, TrainState, dict[str, Any]] | None = None
         self._write_started = False
-        absl_logging.get_absl_logger().addFilter(_drop_orbax_errors)
+        self._read_back = False
+        library_errors.catch(workdir)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -48,19 +55,49 @@ class Checkpoints:
                 create=True,
                 cleanup_tmp_directories=True,  # left by a killed process
             ),
-            item_names=("state", "meta"),
+            item_names=(checkpoint_files.STATE, checkpoint_files.META),
+            item_handlers={checkpoint_files.META: _MetaHandler()},
         )
+        self._damaged: set[int] = set()
+        self._arrays: dict[int, checkpoint_files.Arrays] = {}  # of the newest, until `restore`
+        try:
+            self._find_whole()
+        except UserError:
+            self._manager.close()
+            raise
+
+    def _find_whole(self) -> None:
+        """Reads the newest checkpoint that is whole, and names the newer ones."""
+        errors = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                self._arrays = {step: checkpoint_files.read(self._folder(step))[1]}
+            except checkpoint_files.Damaged as e:
+                self._damaged.add(step)
+                errors.append(e)
+                continue
+            for error in errors:
+                log(f"{error}; going on from step {step}")
+            return
+        if errors:
+            raise UserError(
+                f"{errors[0]}; no other one is whole: move {self._directory} away to start again"
+            ) from errors[0]
+
+    def _folder(self, step: int | None) -> str:
+        return os.path.join(self._directory, str(step))
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, or None. Its write may still be in progress."""
-        return self._manager.latest_step()
+        """The step of the newest whole checkpoint, or None. Its write may still be in progress."""
+        return max(set(self._manager.all_steps()) - self._damaged, default=None)
 
     def committed_step(self) -> int | None:
         """The newest step that is complete on disk, or None. Waits for the write in progress."""
         with contextlib.suppress(Exception):
             self.wait()
-        return max(ocp.utils.checkpoint_steps(self._directory), default=None)
+        steps = set(ocp.utils.checkpoint_steps(self._directory))
+        return max(steps - self._damaged, default=None)
 
     @property
     def busy(self) -> bool:
@@ -90,7 +127,7 @@ class Checkpoints:
         if free < needed:  # fail before the write, not during it
             raise UserError(
                 f"{self._directory}: no space for the checkpoint of step {step}: it needs "
-                f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; the last good "
+                f"{needed / 1e6:,.3g} MB, and {free / 1e6:,.3g} MB are free; the last good "
                 f"checkpoint is of step {self.committed_step() or 0}"
             )
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(single.online_params)):
@@ -105,27 +142,48 @@ class Checkpoints:
         """Starts to write the copy that `take` made, if there is one; does not wait for the end.
 
         Raises:
-            Exception: the error of the previous write, as soon as it is known.
+            Exception: the error of the previous write, as soon as it is known; after the first
+                write `UserError` if what was written cannot be read.
         """
-        if self._write_started and not self._manager.is_saving_in_progress():
+        saving = self._manager.is_saving_in_progress()
+        if self._write_started and (self._pending or not saving):  # a second save would wait too
             self.wait()
         if self._pending is None:
             return
         step, single, meta = self._pending
         self._pending = None
+        self._set_aside()
         if step != self.latest_step:
             self._write_started = True
+            state = _as_dict(single)
+            meta = meta | {"step": step, "versions": versions()}
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_dict(single)),
-                    meta=ocp.args.JsonSave(meta | {"step": step, "versions": versions()}),
+                    state=ocp.args.StandardSave(state),
+                    meta=_MetaArgs(meta, checkpoint_files.flat(state)),
                 ),
             )
 
+    def _set_aside(self) -> None:
+        """Moves damaged checkpoints away: their steps will be saved again."""
+        if not self._damaged:
+            return
+        aside = os.path.join(os.path.dirname(self._directory), _DAMAGED)
+        if hosts.is_writer():
+            os.makedirs(aside, exist_ok=True)
+            for step in self._damaged:
+                others = sum(name.partition(".")[0] == str(step) for name in os.listdir(aside))
+                name = f"{step}.{others}" if others else str(step)
+                os.rename(self._folder(step), os.path.join(aside, name))
+        hosts.wait_for_all("damaged checkpoints")
+        log(f"damaged checkpoints are moved to {aside}")
+        self._damaged = set()
+        self._manager.reload()
+
     def meta(self) -> dict[str, Any]:
         """The `meta` of the newest checkpoint."""
-        return upgraded_meta(self._restore(self.latest_step, meta=ocp.args.JsonRestore()).meta)
+        return upgraded_meta(checkpoint_files.read_meta(self._folder(self.latest_step)))
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state at `step` (the newest by default) as host arrays.
@@ -135,33 +193,46 @@ class Checkpoints:
             step: a step that has a checkpoint.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            UserError: the checkpoint cannot be read, is damaged, or has another structure.
         """
-        # Reads host arrays, so that the result does not depend on any device layout.
-        wanted = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _as_dict(like))
         step = self.latest_step if step is None else step
-        restored = self._restore(step, state=ocp.args.StandardRestore(wanted)).state
-        fields = jax.tree.map(np.asarray, restored)
-        leaves = jax.tree.leaves(fields.pop("opt_state"))
-        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves)
+        arrays = self._arrays.pop(step or 0, None)
+        if arrays is None:
+            arrays = checkpoint_files.read(self._folder(step))[1]
+        like_fields = _as_dict(like)
+        wanted = checkpoint_files.flat(like_fields)
+        for name in sorted(wanted.keys() | arrays.keys()):
+            shapes = [list(x[name].shape) if name in x else "nothing" for x in (arrays, wanted)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"the checkpoint {self._folder(step)} does not fit this run: {name} has the "
+                    f"shape {shapes[0]}, expected {shapes[1]}"
+                )
+        leaves = [arrays[name].astype(x.dtype, copy=False) for name, x in wanted.items()]
+        fields = jax.tree.unflatten(jax.tree.structure(like_fields), leaves)
+        opt_leaves = jax.tree.leaves(fields.pop("opt_state"))
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), opt_leaves)
         return like.replace(**fields, opt_state=opt_state)
 
-    def _restore(self, step: int | None, **items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:  # Orbax, TensorStore and the disk raise many types
-            others = [s for s in self._manager.all_steps() if s != step]
-            hint = f"; move it away to resume from step {max(others)}" if others else ""
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise UserError(
-                f"the checkpoint {os.path.join(self._directory, str(step))} cannot be read: "
-                f"{reason[:200]}{hint}"
-            ) from e
-
     def wait(self) -> None:
-        """Returns when all writes are finished; raises the error of a failed write."""
-        self._write_started = False
+        """Returns when all writes are finished; raises as `write`."""
+        started, self._write_started = self._write_started, False
         self._manager.wait_until_finished()
+        if started and not self._read_back:
+            self._read_back = True
+            if hosts.is_writer():
+                self._check_first_save()
+
+    def _check_first_save(self) -> None:
+        """Reads the first checkpoint of this process: a disk may not hold what it was given."""
+        step = self._manager.latest_step()
+        try:
+            checkpoint_files.read(self._folder(step))
+        except checkpoint_files.Damaged as e:
+            raise UserError(
+                f"{e}, although it was written without an error: no checkpoint in "
+                f"{self._directory} can be trusted; use another --workdir"
+            ) from e
 
     def close(self) -> None:
         """Finishes all writes, also that of the last `take`."""
@@ -173,6 +244,29 @@ class Checkpoints:
 def newest_step(workdir: str) -> int | None:
     """The newest step that is complete on disk, or None; waits for nothing."""
     return max(ocp.utils.checkpoint_steps(os.path.join(workdir, "checkpoints")), default=None)
+
+
+class _MetaHandler(ocp.JsonCheckpointHandler):
+    """Writes `meta` with the checksums of the arrays, which it computes in the background."""
+
+    async def async_save(self, directory: Any, item: Any = None, args: Any = None) -> Any:
+        del item
+
+        async def write() -> None:
+            if hosts.is_writer():
+                meta = checkpoint_files.with_checksums(args.meta, args.arrays)
+                checkpoint_files.write_meta(os.fspath(directory), meta)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="meta")]
+
+
+@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass(repr=False)
+class _MetaArgs(ocp.args.CheckpointArgs):
+    """What `_MetaHandler` takes: the `meta`, and the arrays that are saved with it."""
+
+    meta: dict[str, Any]
+    arrays: checkpoint_files.Arrays
 
 
 def upgraded_meta(meta: dict[str, Any]) -> dict[str, Any]:
@@ -190,11 +284,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # such as tensorflow in place of tensorflow-cpu
             continue
     return installed
-
-
-def _drop_orbax_errors(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax's threads log: the same errors are also raised to us."""
-    return not ("orbax" in record.pathname and record.levelno >= logging.ERROR)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 PATTERN = "events.out.tfevents.*"
@@ -57,11 +58,15 @@ def _new_file(directory: str, name: str) -> BinaryIO:
     raise AssertionError
 
 
-def cut(path: str, last_step: int) -> None:
-    """Removes the events after a step from a file, and what is incomplete or damaged at its end."""
+def cut(path: str, last_step: int) -> bool:
+    """Removes the events after a step from a file, and what is incomplete or damaged at its end.
+
+    Returns whether it is damaged: more than a last record that was being written.
+    """
     with open(path, "rb") as f:
         content = f.read()
-    kept = [record for record, step in _records(content) if step <= last_step]
+    records = list(_records(content))
+    kept = [record for record, step in records if step <= last_step]
     if len(kept) <= 1:  # at most the record of the file's version
         os.remove(path)
     elif sum(map(len, kept)) < len(content):
@@ -70,6 +75,15 @@ def cut(path: str, last_step: int) -> None:
         with open(partial, "wb") as f:
             f.writelines(kept)
         os.replace(partial, path)
+    return _is_damaged(content[sum(len(record) for record, _ in records) :])
+
+
+def _is_damaged(rest: bytes) -> bool:
+    """Whether this is not the beginning of a record."""
+    if len(rest) < 12:
+        return False
+    length, checksum = struct.unpack_from("<QI", rest)
+    return checksum != masked_crc32c(rest[:8]) or len(rest) >= length + 16
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, int]]:

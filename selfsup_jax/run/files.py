@@ -13,6 +13,7 @@ from selfsup_jax.errors import Stopped, UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)  # for example, the workdir was removed
+_NAME_ERRORS = (errno.EISDIR, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -43,10 +44,12 @@ def writing_to(folder: str) -> Iterator[None]:
 def _disk_reason(e: BaseException, workdir: str) -> str | None:
     """The system's message if `e` is an error of the workdir's disk, else None."""
     root = os.path.abspath(workdir)
-    if isinstance(e, OSError) and e.errno in (*_DISK_ERRORS, *_FILE_ERRORS):
+    if isinstance(e, OSError) and e.errno in (*_DISK_ERRORS, *_FILE_ERRORS, *_NAME_ERRORS):
         if isinstance(e.filename, str):
             inside = os.path.commonpath([root, os.path.abspath(e.filename)]) == root
-            return os.strerror(e.errno) if inside else None
+            target = e.filename2 or e.filename
+            which = f": {os.fsdecode(target)}" if e.errno in _NAME_ERRORS else ""
+            return os.strerror(e.errno) + which if inside else None
         if e.errno in _DISK_ERRORS:  # an open file; a run writes only to its workdir
             return os.strerror(e.errno)
     # TensorStore and TensorFlow put the system's message and the path in their own error.
@@ -74,7 +77,7 @@ def read_json(path: str) -> dict[str, Any]:
         if not isinstance(tree, dict):
             raise ValueError("no JSON object")
         return tree
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read: {e}; move it away to start again") from e
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from selfsup_jax.errors import bad_field
+
 Flat = dict[str, Any]
 
 # Groups of fields, as patterns of `fnmatch`.
@@ -109,13 +111,13 @@ def steps_free(now: Flat, before: Flat) -> tuple[str, ...]:
     free: tuple[str, ...] = SAME_STEPS
     if not before.get("keep_every_steps"):  # otherwise checkpoints to keep would be deleted
         free += _KEEP
-    schedules = {
-        fields.get(name, "constant")
+    constant = all(
+        fields.get(name, "constant") == "constant"
         for fields in (now, before)
         for name in ("optimizer.schedule", "tau_schedule")
-    }
+    )
     constant_decay = not any(fields.get("optimizer.weight_decay_end") for fields in (now, before))
-    return free + _LENGTHS * (schedules == {"constant"} and constant_decay)
+    return free + _LENGTHS * (constant and constant_decay)
 
 
 def is_length(field: str) -> bool:
@@ -181,7 +183,10 @@ def upgraded(fields: Flat) -> Flat:
         new[name.replace(old, _RENAMED[old], 1) if old else name] = value
     for head in ("projector", "predictor"):
         if f"{head}.hidden_size" in new:
-            style = _STYLES[new.pop(f"{head}.style", "byol")]
+            name = new.pop(f"{head}.style", "byol")
+            if not isinstance(name, str) or name not in _STYLES:
+                raise bad_field(f"{head}.style", name, f"must be one of {', '.join(_STYLES)}")
+            style = _STYLES[name]
             new |= {f"{head}.{f}": value for f, value in zip(_STYLE_FIELDS, style, strict=True)}
             hidden = new.pop(f"{head}.hidden_size")
             new[f"{head}.hidden_sizes"] = [hidden] if hidden else []

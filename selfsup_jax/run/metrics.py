@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
@@ -41,8 +42,14 @@ class Recorder:
         if not hosts.is_writer():
             return
         path = os.path.join(workdir, FILE)
-        lines = _lines_up_to(path, first_step)
-        if not first_step and _lines_up_to(path, sys.maxsize):
+        lines, broken = _lines_up_to(path, first_step)
+        if first_step and not os.path.exists(path):
+            log(f"{path} is missing: the curves begin at step {first_step + 1:,}")
+        if broken:
+            aside = os.path.join(workdir, "metrics.damaged.jsonl")
+            shutil.copyfile(path, aside)
+            log(f"{path}: {_listed(broken)} cannot be read, left out; all of it is in {aside}")
+        if not first_step and _lines_up_to(path, sys.maxsize)[0]:
             aside = os.path.join(workdir, "metrics.before.jsonl")
             log(f"no checkpoint to resume from: earlier metrics are moved to {aside}")
             os.replace(path, aside)
@@ -50,7 +57,8 @@ class Recorder:
         with whole_file(path) as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
         for event_file in glob.glob(os.path.join(glob.escape(workdir), events.PATTERN)):
-            events.cut(event_file, first_step)
+            if events.cut(event_file, first_step):
+                log(f"{event_file}: is damaged; TensorBoard's points after that place are cut off")
         self._file = open(path, "a")  # noqa: SIM115
         self._workdir = workdir
 
@@ -81,8 +89,12 @@ class Recorder:
 
 
 def read_history(workdir: str) -> dict[str, tuple[list[int], list[float]]]:
-    """The `Recorder.history` of a workdir."""
-    return _history(_lines_up_to(os.path.join(workdir, FILE), sys.maxsize))
+    """The `Recorder.history` of a workdir; raises `UserError` if a line cannot be read."""
+    path = os.path.join(workdir, FILE)
+    lines, broken = _lines_up_to(path, sys.maxsize)
+    if broken:
+        raise UserError(f"{path}: {_listed(broken)} cannot be read; move the file away")
+    return _history(lines)
 
 
 def _history(lines: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
@@ -101,20 +113,38 @@ def _append(
         series.append(value)
 
 
-def _lines_up_to(path: str, last_step: int) -> list[dict]:
-    """The objects of a metrics file up to a step; an incomplete last line is ignored."""
-    lines = []
-    if os.path.exists(path):
-        with open(path) as f:
+def _lines_up_to(path: str, last_step: int) -> tuple[list[dict], list[int]]:
+    """The objects of a metrics file up to a step, and the numbers of the lines that hold none.
+
+    An incomplete last line is ignored.
+    """
+    lines, broken = [], []
+    try:
+        with open(path, "rb") as f:
             for number, text in enumerate(f, start=1):
-                if not text.endswith("\n"):
+                if not text.endswith(b"\n"):
                     break
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError as e:
-                    raise UserError(
-                        f"{path}: line {number} is not valid JSON; move the file away"
-                    ) from e
-                if line["step"] <= last_step:
+                line = _line(text)
+                if line is None:
+                    broken.append(number)
+                elif line["step"] <= last_step:
                     lines.append(line)
-    return lines
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; move it away") from e
+    return lines, broken
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):  # not UTF-8, or no JSON
+        return None
+    good = isinstance(line, dict) and isinstance(line.get("step"), int | float)
+    return line if good and all(isinstance(v, int | float) for v in line.values()) else None
+
+
+def _listed(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f"line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"

@@ -21,11 +21,32 @@ from selfsup_jax.run import checkpoint, identity
 from selfsup_jax.run.files import write_json
 from selfsup_jax.run.progress import log
 
+_PATTERNS = ("*", "?", "[", "\\")  # in paths
+
 
 def check_path(workdir: str) -> None:
-    """Raises `UserError` for a bucket's address, which would create a local folder of that name."""
+    """Checks that checkpoints can be written to a path.
+
+    Raises:
+        UserError: it is a bucket's address, which would create a local folder of that name, or has
+            a character that the libraries of checkpoints take for a part of a pattern.
+    """
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
+    path = os.path.abspath(workdir)
+    try:
+        path.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"--workdir={workdir!a}: must be UTF-8, also the folders above") from e
+    # Orbax looks for the parts of a checkpoint with `glob`, and TensorStore takes \\ for /: they
+    # would write checkpoints that cannot be read, or mix those of two runs.
+    taken = [c for c in _PATTERNS if c in path]
+    if taken:
+        where = "" if any(c in workdir for c in taken) else f" (it is {path})"
+        raise UserError(
+            f"--workdir={workdir}{where}: must not contain {' or '.join(taken)}, also not in the "
+            "folders above: checkpoints cannot be written there; use another name"
+        )
 
 
 @contextlib.contextmanager
@@ -132,6 +153,22 @@ def meta(run: dict[str, Any], step: int, undecodable: Iterable[str] = ()) -> dic
     written_on = {"device_count": jax.device_count(), "host_count": jax.process_count()}
     broken = {"undecodable": sorted(undecodable)}
     return run | {"data_position": position} | broken | written_on
+
+
+def checked_meta(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
+    """The `meta` of a checkpoint of a run, whose fields are checked.
+
+    Raises:
+        UserError: a field is missing or of another type, in a checkpoint without checksums.
+    """
+    types = {"config": dict, "data_info": dict, "versions": dict, "undecodable": list}
+    for name, kind in (types | {"host_count": int}).items():
+        if not isinstance(saved.get(name), kind):
+            raise UserError(
+                f"--workdir={workdir}: the meta of its newest checkpoint is damaged: "
+                f"{name}={saved.get(name)!r}; move that checkpoint away"
+            )
+    return saved
 
 
 def take_over(data: Data, saved: dict[str, Any]) -> None:

@@ -16,10 +16,10 @@ from selfsup_jax.build import Build, find
 from selfsup_jax.config import validate
 from selfsup_jax.data import inputs
 from selfsup_jax.devices import hosts, process
-from selfsup_jax.errors import bad_field
+from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import closing, features
 from selfsup_jax.method import Method
-from selfsup_jax.run import checkpoint, files, workdir
+from selfsup_jax.run import checkpoint, files, identity, owner, workdir
 from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState, encoder_variables
 from selfsup_jax.training import loop
@@ -62,6 +62,8 @@ def pretrain(
             finite; the disk is full.
         Stopped: after SIGTERM or Ctrl-C, once the current step is saved.
     """
+    workdir.check_path(directory)
+    owner.check(directory, "pretrain")
     config = config.copy_and_resolve_references()
     config.compute_dtype = process.compute_dtype(config.compute_dtype)
     build = build or find(config.method)
@@ -101,9 +103,11 @@ def _check_lengths(config: ConfigDict, data: inputs.Data, total_steps: int) -> N
 
 def _pretrain(run: Run) -> dict[str, Any]:
     if run.checkpoints.latest_step is not None:
-        saved = run.checkpoints.meta()
+        saved = workdir.checked_meta(run.checkpoints.meta(), run.workdir)
         workdir.check_same_run(run.description, saved, run.workdir)
         workdir.take_over(run.data, saved)
+    else:
+        owner.check_unfinished(identity.flat(workdir.config_json(run.description)), run.workdir)
     workdir.write_config(run.description, run.workdir)
     trained = loop.fit(
         loop.TrainSpec(
@@ -187,7 +191,11 @@ def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     path = os.path.join(run.workdir, "results.json")
     if "images_per_second" not in results and os.path.exists(path):
         # No step was left to train: keep the speed that an earlier process measured.
-        earlier = files.read_json(path)
+        try:
+            earlier = files.read_json(path)
+        except UserError as e:
+            log(f"{str(e).rpartition(';')[0]}; it is written anew, without the speed")
+            earlier = {}
         results |= {k: v for k, v in earlier.items() if k == "images_per_second"}
     results |= {"method": run.config.method, "seed": run.config.seed} | process.devices()
     results["undecodable_images"] = len(run.data.undecodable.names)

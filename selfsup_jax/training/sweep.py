@@ -16,7 +16,7 @@ from selfsup_jax.build import Build, find
 from selfsup_jax.config import check_fields, of_variant, validate
 from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
-from selfsup_jax.run import files, identity, workdir
+from selfsup_jax.run import files, identity, owner, workdir
 from selfsup_jax.run.files import write_json, writing_to
 from selfsup_jax.run.progress import format_seconds, log
 from selfsup_jax.training import sweep_table
@@ -67,10 +67,12 @@ def run(config: ConfigDict, directory: str, find: Callable[[str], Build] = find)
         Stopped: see `pretrain`.
     """
     workdir.check_path(directory)
+    owner.check(directory, "sweep")
     runs = list(_runs(config, find))
     record = _read_record(directory)
     for current in runs:
         _check_same(current, record, directory)
+    _check_published(config.publish_dir, runs)
     hosts.wait_for_all("sweep")
     # Written before hours of work, so that an error of the disk shows early.
     results, table = _write(config, directory, runs, record)
@@ -144,10 +146,25 @@ def _expected(record: Mapping[str, Any], left: int) -> str:
 def _read_record(directory: str) -> dict[str, Any]:
     path = os.path.join(directory, RECORD)
     record = files.read_json(path) if os.path.exists(path) else {}
+    types: dict[str, Any] = {"config": dict, "results": dict, "seconds": int | float}
     for name, entry in record.items():
-        if not isinstance(entry, dict) or not {"config", "results", "seconds"} <= set(entry):
+        fields = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(fields.get(field), kind) for field, kind in types.items()):
             raise UserError(f"{path}: {name} is not a run's entry; move it away to start again")
     return record
+
+
+def _check_published(folder: str, runs: list[Run]) -> None:
+    """Checks that only an earlier table of the same runs would be replaced."""
+    if not folder:
+        return
+    if not os.path.exists(os.path.join(folder, RECORD)):
+        for name in (TABLE, PICTURE):
+            if os.path.exists(os.path.join(folder, name)):
+                raise bad_field("publish_dir", folder, f"has a {name} that is not of a sweep")
+    record = _read_record(folder)
+    for run in runs:
+        _check_same(run, record, folder)
 
 
 def _check_same(run: Run, record: Mapping[str, Any], directory: str) -> None:

@@ -26,6 +26,7 @@ from selfsup_jax.viz.report.recipes import Recipe
 from selfsup_jax.viz.report.records import Job, Records, read
 from selfsup_jax.viz.report.series import Owners, run_name
 
+GENERATOR = "selfsup_jax.report"  # in the page: it may be replaced by a newer one
 COLOURS = 10  # in the style sheet; further owners reuse them with dashed lines
 _DRAWN_ELSEWHERE = ("learning_curves", "confusion_matrix")
 _PICTURES = {
@@ -50,15 +51,17 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
 
     Args:
         workdirs: of runs, jobs or sweeps, or folders that contain these.
-        output: path of the file; an existing file is replaced.
+        output: path of the file; an earlier report there is replaced.
         title: of the page; by default the runs' methods and data.
 
     Returns:
         One line that describes the content of the report.
 
     Raises:
-        UserError: a workdir is missing or contains no run, or the file can't be written.
+        UserError: a workdir is missing or contains no run, or the file can't be written or is not
+            a report.
     """
+    _check_output(output)
     records = read(workdirs)
     text = render(records, workdirs, title)
     partial = f"{output}.{os.getpid()}.partial"
@@ -73,6 +76,18 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
             os.remove(partial)
     size = len(text.encode()) / 1e6
     return f"wrote {output} ({size:.1f} MB): {_count(records)}"
+
+
+def _check_output(output: str) -> None:
+    try:
+        with open(output, "rb") as f:
+            start = f.read(4096)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise UserError(f"--output={output}: cannot be replaced: {e.strerror or e}") from e
+    if GENERATOR.encode() not in start:
+        raise UserError(f"--output={output}: is there and is not a report; choose another path")
 
 
 def render(records: Records, workdirs: Sequence[str], title: str | None = None) -> str:
@@ -96,6 +111,7 @@ def render(records: Records, workdirs: Sequence[str], title: str | None = None) 
         "count": _count(records),
         "given": list(workdirs),
         "version": __version__,
+        "generator": GENERATOR,
         "recipes": groups,
         "owners": owners.names,
         "overviews": [recipes.overview(recipe) for recipe in groups],
