@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="selfsup-jax",
-    version="0.2.0",
+    version="0.3.0",
     description="BYOL and its kin in JAX and Flax: self-supervised learning from images",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -11,4 +11,4 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # When the process started: a run logs the time from here to the end of its first step.
 STARTED = time.perf_counter()
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

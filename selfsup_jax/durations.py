@@ -78,7 +78,9 @@ def total_and_warmup(config: Any, num_examples: int) -> tuple[int, int]:
         return total, warmup
     for field in ("warmup_steps", "warmup_examples"):
         if config.optimizer[field] is not None:
-            valid = f"is {warmup} steps: must be fewer than the run's {total}"
+            if warmup == total:
+                return total, warmup
+            valid = f"is {warmup} steps: must be at most the run's {total}"
             raise bad_field(f"optimizer.{field}", config.optimizer[field], valid)
     return total, total // 10
 

@@ -63,7 +63,7 @@ def test_a_flipped_bit_changes_no_array_silently(saved, copied):
     _, expected = checkpoint_files.read(str(pristine))
     chunks = [path for path in folder.rglob("d/*") if path.is_file()]
     rng, told = random.Random(0), 0
-    for _ in range(25):
+    for _ in range(60):
         path = rng.choice(chunks)
         flip(path, rng.randrange(8 * path.stat().st_size))
         try:
@@ -72,7 +72,7 @@ def test_a_flipped_bit_changes_no_array_silently(saved, copied):
             told += 1
             assert str(e).startswith(f"the checkpoint {folder} ") and "\n" not in str(e)
         shutil.copyfile(pristine / path.relative_to(folder), path)
-    assert told > 3
+    assert told
 
 
 def test_an_array_other_than_the_saved_one_is_named(initial_state, copied, monkeypatch):

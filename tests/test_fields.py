@@ -75,6 +75,8 @@ def test_every_field_refuses_what_it_cannot_be(name):
         fields = {field: good for field, good in fields.items() if field in own_or_first(config)}
     for field, good in fields.items():
         for value in (*NOT_NUMBERS, *WRONG_TYPES[type(good)]):
+            if good is None and value is True and field == "data.exif_orientation":
+                continue  # of a job, where it is the run's
             told = refusal(config, field, value)
             assert told is not None, (field, value)
             assert told.startswith(f"config.{field}={value!r}: ") and "\n" not in told, told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 
@@ -98,7 +99,7 @@ def made_up(**fields):
         "temporaries": 2**31,
     }
     values |= {"collectives": hlo.Collectives({"all-reduce": 3}, 20e9), "seconds": 1.0} | fields
-    return compiled.Program(**values)
+    return estimate.Program(**values)
 
 
 def test_the_slowest_bound_counts():
@@ -116,6 +117,20 @@ def test_the_slowest_bound_counts():
     assert too_large["fits"] is False
     unknown = estimate.estimate(run, chips.pod("gpu:h100x8"), made_up(temporaries=None))
     assert unknown["fits"] is None
+
+
+def test_a_run_is_compared_with_its_plan(tmp_path, monkeypatch):
+    share = functools.partial(estimate.share_of_plan, str(tmp_path), 16)
+    assert share(50.0) is None
+    plan = {"pod": "v5e:2x4", "chips": 8, "batch_size": 16, "images_per_second_upper_bound": 200}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert share(50.0) is None  # these are CPUs
+    kind = chips.TPUS["v5e"]._replace(device_kind=jax.devices()[0].device_kind)
+    monkeypatch.setitem(chips.TPUS, "v5e", kind)
+    assert share(50.0) == 0.25
+    assert estimate.share_of_plan(str(tmp_path), 32, 50.0) is None  # planned for another batch
+    (tmp_path / "plan.json").write_text(json.dumps({"plans": [plan]}))
+    assert share(50.0) is None
 
 
 def test_bytes_of_products():

@@ -23,6 +23,9 @@ CONFIG = {
     "monitor.reference": "",
     "data.dir": "",
     "data.name": "digits",
+    "data.labels": "auto",
+    "data.intensity": "full",
+    "data.exif_orientation": True,
     "optimizer.learning_rate": 0.3,
     "views.mean": [0.1, 0.1, 0.1],
     "data_info.train_images": 4000,
@@ -191,7 +194,7 @@ def test_bands_of_two_runs():
         k: CONFIG[k]
         for k in (
             *("batch_size", "data.name", "optimizer.learning_rate", "views.mean"),
-            "eval.knn_k",
+            *("data.labels", "data.intensity", "data.exif_orientation", "eval.knn_k"),
         )
     }
     assert json.loads(json.dumps(made)) == made
@@ -349,6 +352,9 @@ def test_the_command_line_makes_a_file_that_loads(folder, tmp_path, monkeypatch,
     assert loaded.config == {
         "batch_size": 64,
         "data.name": "digits",
+        "data.labels": "auto",
+        "data.intensity": "full",
+        "data.exif_orientation": True,
         "exclude": ["bias$", "scale$"],
     }
     expected = reference.make([(CONFIG, each) for each in series], "")["bands"]

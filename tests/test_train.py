@@ -569,7 +569,8 @@ def files_of_step(config, step):
     return [str(source.images[i]) for i in rows]
 
 
-RATE = {"optimizer.learning_rate": 1e38, "optimizer.schedule": "constant"}
+RATE = {"optimizer.learning_rate": 1e12, "optimizer.schedule": "constant"}
+RATE |= {"optimizer.name": "sgd", "optimizer.weight_decay": 1e12}
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.size < 0:
             raise UserError(f"--size={args.size}: must not be negative; 0 keeps the images' size")
         if valid := intensity.rule(args.intensity):
-            raise UserError(f"--intensity={args.intensity}: {valid}")
+            raise UserError(f"--intensity={args.intensity!r}: {valid}")
         names = sources.split_names(args.name, args.dir, args.download)
         chosen = args.splits.split(",") if args.splits else names
         if not set(chosen) <= set(names):  # nor slices: an array's name could not be a split's

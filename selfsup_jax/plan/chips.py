@@ -13,6 +13,7 @@ class Chip(NamedTuple):
     """Published figures of one chip; on a GPU, `links` is NVLink.
 
     Attributes:
+        device_kind: what JAX calls it, or a part of that for GPUs.
         flops: bfloat16 operations per second.
         memory: bytes.
         bandwidth: of the memory, bytes per second.
@@ -22,6 +23,7 @@ class Chip(NamedTuple):
         cores_per_chip: tensor cores that JAX sees as one device.
     """
 
+    device_kind: str
     flops: float
     memory: float
     bandwidth: float
@@ -34,14 +36,14 @@ class Chip(NamedTuple):
 # Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and NVIDIA's data sheets of A100 80 GB and
 # H100 SXM (dense).
 TPUS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9, 4, 240, 2),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 4, 112),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 4, 208, 2),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 400e9, 4, 180),
+    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 300e9, 4, 240, 2),
+    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 200e9, 4, 112),
+    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 600e9, 4, 208, 2),
+    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 400e9, 4, 180),
 }
 GPUS = {
-    "a100": Chip(312e12, 80e9, 2039e9, 300e9, 8, 0),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9, 8, 0),
+    "a100": Chip("A100", 312e12, 80e9, 2039e9, 300e9, 8, 0),
+    "h100": Chip("H100", 989e12, 80e9, 3350e9, 450e9, 8, 0),
 }
 
 

@@ -14,7 +14,7 @@ from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.plan import chips, compiled
 from selfsup_jax.plan.chips import Pod
-from selfsup_jax.plan.estimate import Run, estimate
+from selfsup_jax.plan.estimate import FILE, Run, estimate
 from selfsup_jax.run import files
 from selfsup_jax.viz.plots import pods as drawing
 
@@ -82,7 +82,7 @@ def run(
     with files.writing_to(workdir):
         os.makedirs(workdir, exist_ok=True)
         only = plans[0] if len(plans) == 1 else {"plans": plans}
-        files.write_json(os.path.join(workdir, "plan.json"), only)
+        files.write_json(os.path.join(workdir, FILE), only)
         if len(plans) > 1:
             print(table(plans))
             drawing.draw(os.path.join(workdir, "plan.png"), plans)

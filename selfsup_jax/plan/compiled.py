@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,34 +19,7 @@ from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.plan import hlo
 from selfsup_jax.plan.chips import Pod
-
-
-class Program(NamedTuple):
-    """What one chip needs for a step; None is what cannot be known.
-
-    Attributes:
-        flops: floating-point operations.
-        moved: bytes that its instructions read and write, as the compiler counts them: also what
-            they find in the chip's fast memory, and what a fused one reads twice.
-        arrays: bytes of the arrays in its main memory, once for each kernel that reads or writes
-            them; for a GPU those of convolutions and matmuls.
-        arguments: bytes of state and batch.
-        temporaries: bytes of all else that is in memory at one time.
-        collectives: what it says to the others.
-        seconds: of compiling.
-        text: the compiled program.
-        shortage: the compiler's message if the step does not fit into memory.
-    """
-
-    flops: float
-    moved: float | None
-    arrays: float
-    arguments: float
-    temporaries: float | None
-    collectives: hlo.Collectives
-    seconds: float
-    text: str = ""
-    shortage: str = ""
+from selfsup_jax.plan.estimate import Program
 
 
 def program(config: Any, build: Build, classes: int | None, pod: Pod) -> Program:

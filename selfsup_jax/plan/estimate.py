@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
+import jax
+
+from selfsup_jax.errors import UserError
+from selfsup_jax.plan import chips, hlo
 from selfsup_jax.plan.chips import Pod
-from selfsup_jax.plan.compiled import Program
+from selfsup_jax.run import files
+
+FILE = "plan.json"  # in a workdir
+
+
+class Program(NamedTuple):
+    """What one chip needs for a step; None is what cannot be known.
+
+    Attributes:
+        flops: floating-point operations.
+        moved: bytes that its instructions read and write, as the compiler counts them: also what
+            they find in the chip's fast memory, and what a fused one reads twice.
+        arrays: bytes of the arrays in its main memory, once for each kernel that reads or writes
+            them; for a GPU those of convolutions and matmuls.
+        arguments: bytes of state and batch.
+        temporaries: bytes of all else that is in memory at one time.
+        collectives: what it says to the others.
+        seconds: of compiling.
+        text: the compiled program.
+        shortage: the compiler's message if the step does not fit into memory.
+    """
+
+    flops: float
+    moved: float | None
+    arrays: float
+    arguments: float
+    temporaries: float | None
+    collectives: hlo.Collectives
+    seconds: float
+    text: str = ""
+    shortage: str = ""
 
 
 class Run(NamedTuple):
@@ -77,3 +112,19 @@ def estimate(run: Run, pod: Pod, program: Program) -> dict[str, Any]:
         if run.price is not None:
             plan["cost"] = hours * pod.chips * run.price
     return plan
+
+
+def share_of_plan(workdir: str, batch_size: int, images_per_second: float) -> float | None:
+    """Measured speed over the bound of the workdir's plan; None without one for these devices."""
+    path = os.path.join(workdir, FILE)
+    if not os.path.exists(path):
+        return None
+    try:
+        plan = files.read_json(path)
+        pod, bound = chips.pod(plan["pod"]), plan["images_per_second_upper_bound"]
+        same = (plan["chips"], plan["batch_size"]) == (jax.device_count(), batch_size)
+    except (UserError, KeyError, TypeError):  # of several pods, or damaged: it is only a remark
+        return None
+    found, kind = jax.devices()[0].device_kind, pod.chip.device_kind
+    alike = found == kind if pod.is_tpu else kind in found
+    return images_per_second / bound if same and alike else None

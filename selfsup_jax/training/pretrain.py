@@ -19,6 +19,7 @@ from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import closing, features
 from selfsup_jax.method import Method
+from selfsup_jax.plan.estimate import share_of_plan
 from selfsup_jax.run import checkpoint, files, identity, owner, workdir
 from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState, encoder_variables
@@ -137,7 +138,10 @@ def _pretrain(run: Run) -> dict[str, Any]:
     )
     results = _evaluate(run, trained.state, trained.initial) | trained.monitor.results()
     if trained.images_per_second:
-        results["images_per_second"] = trained.images_per_second
+        rate = results["images_per_second"] = trained.images_per_second
+        if share := share_of_plan(run.workdir, run.config.batch_size, rate):
+            results["share_of_planned_speed"] = share
+            log(f"{rate:,.0f} images/s: {100 * share:.0f} % of what the plan has as the most")
     results["steps"] = int(trained.state.step)
     return _write_results(run, results | process.device_memory())
 
