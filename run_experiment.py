@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
             facts = same_job.facts(_CONFIG.value, parallel=_PARALLEL.value)
             hosts.check_same("the config", facts)
         process.use_cpu_devices(_CPU_DEVICES.value, *_cut_of_the_batch(_CONFIG.value))
-        process.keep_freed_memory()
+        process.keep_freed_memory(_step_pixels(_CONFIG.value))
         process.keep_compiled(_CACHE.value)
         parallel.use_engine(_PARALLEL.value)
         if hosts.several():
@@ -173,6 +173,12 @@ def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
     batch_size = math.gcd(*(run.get("batch_size", 0) for run in runs))  # 0: no batch size
     accumulate, groups = (max(r.get(k, 1) for r in runs) for k in ("accumulate_steps", "bn_groups"))
     return batch_size, accumulate, groups
+
+
+def _step_pixels(config: ConfigDict) -> int:
+    """Of the images of a training step: the most in a sweep."""
+    runs = list(config.variants.values()) if "variants" in config else [config]
+    return max(run.get("batch_size", 0) * run.data.image_size**2 for run in runs)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

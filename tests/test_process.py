@@ -1,6 +1,7 @@
 """How a process joins its job and uses its machine."""
 
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -55,6 +56,20 @@ def test_blocks_of_temporaries_on_the_cpu_only(monkeypatch):
         process._divide_temporaries()
         expected = f"{given} {flag}=25000000" if sets else given
         assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_small_steps_need_no_blocks(monkeypatch):
+    """And their programs can be kept for the next start."""
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    divided = []
+    monkeypatch.setattr(process, "_divide_temporaries", lambda: divided.append(True))
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=print))
+    process.keep_freed_memory(64 * 16**2)
+    assert not divided
+    process.keep_freed_memory(128 * 32**2)
+    process.keep_freed_memory()
+    assert len(divided) == 2
 
 
 # --------------------------------------------------------------------------------- the job

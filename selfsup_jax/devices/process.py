@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
+import math
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -134,12 +136,15 @@ def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_group
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(step_pixels: float = math.inf) -> None:
     """Makes glibc keep freed memory; must be called before any device is used.
 
     Otherwise the temporary arrays of a step on the CPU are returned to the system after each step
     and come back as page faults: a fifth of the demo's time, a third of CIFAR-10's. Does nothing
     for other C libraries, or if `MALLOC_*` is set.
+
+    Args:
+        step_pixels: of all images of a step, which decide how large its temporary arrays are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
@@ -148,7 +153,8 @@ def keep_freed_memory() -> None:
     mallopt(m_mmap_threshold, 32 * 2**20)  # the largest valid value
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 64 * 2**20)
-    _divide_temporaries()
+    if step_pixels >= 2**16:  # of smaller ones glibc keeps even a single block
+        _divide_temporaries()
 
 
 def _divide_temporaries() -> None:
@@ -158,12 +164,16 @@ def _divide_temporaries() -> None:
     where there is nothing but the CPU: accelerators have allocators of their own. A flag that XLA
     does not know would end the process, hence the versions. It also warns of each array that is
     larger than a block, thousands of times: not where its warnings are asked for.
+
+    Such a program cannot be kept for the next start, of which JAX warns: a second start of a run
+    on CIFAR-10 takes some ten seconds longer, and each step a quarter less.
     """
     flag, given = "xla_multiheap_size_constraint_per_heap", os.environ.get("XLA_FLAGS", "")
     known = jax.__version_info__ < (0, 13)
     silent = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") >= "2"  # `selfsup_jax/__init__.py`
     if known and silent and flag not in given and _only_cpus():
         os.environ["XLA_FLAGS"] = f"{given} --{flag}={25 * 10**6}".strip()
+        warnings.filterwarnings("ignore", ".*Multiple temp buffer allocations found")
 
 
 def _only_cpus() -> bool:
