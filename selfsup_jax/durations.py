@@ -99,7 +99,7 @@ def described(config: Any, num_examples: int, total_steps: int) -> str:
     batch = config.batch_size
     epoch = num_examples // batch if config.whole_epochs else num_examples / batch
     epochs = total_steps / epoch
-    warmup = _warmup(config, num_examples)
-    scaled = f"; the warm-up of {warmup:,} steps does not fit: scaled to {total_steps // 10:,}"
-    note = scaled if warmup >= total_steps else ""
+    warmup, used = _warmup(config, num_examples), total_and_warmup(config, num_examples)[1]
+    scaled = f"; the warm-up of {warmup:,} steps does not fit: scaled to {used:,}"
+    note = scaled if used != warmup else ""
     return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs{note})"

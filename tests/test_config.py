@@ -497,15 +497,16 @@ def test_a_warm_up_as_long_as_the_run_is_scaled_or_refused():
     assert described(config, 640, 30) == told + scaled
     config.optimizer.warmup_epochs = 2.9
     assert total_and_warmup(config, 640) == (30, 29)
-    for field, value in (("warmup_steps", 30), ("warmup_examples", 31 * 64)):
+    for field, value in (("warmup_steps", 31), ("warmup_examples", 31 * 64)):
         with config.ignore_type():
             config.optimizer.update(warmup_steps=None, warmup_examples=None)
             config.optimizer[field] = value
         with pytest.raises(UserError, match=rf"^config.optimizer.{field}={value}: .* run's 30$"):
             total_and_warmup(config, 640)
-    config.optimizer.warmup_examples = 29 * 64
-    assert total_and_warmup(config, 640) == (30, 29)
-    assert described(config, 640, 30) == told + ")"
+    for steps in (29, 30):
+        config.optimizer.warmup_examples = steps * 64
+        assert total_and_warmup(config, 640) == (30, steps)
+        assert described(config, 640, 30) == told + ")"
 
 
 def test_a_run_too_long_to_count_is_refused():
