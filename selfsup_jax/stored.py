@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+import tokenize
 import zipfile
 from collections.abc import Iterable, Mapping
 from typing import IO, Any, NamedTuple
@@ -107,7 +108,15 @@ def _header(name: str, f: IO[bytes], size: int) -> Header:
         if version not in readers:
             raise ValueError(f"is of the unknown version {version}")
         shape, _, dtype = readers[version](f)
-    except (ValueError, TypeError, RecursionError, MemoryError) as e:
+    # NumPy tokenizes a header, whose errors differ from version to version of Python.
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        tokenize.TokenError,
+        RecursionError,
+        MemoryError,
+    ) as e:
         reason = (str(e).splitlines() or ["its header is nested too deeply"])[0]
         raise ValueError(f"{name} is no array: {reason[:100]}") from e
     if dtype.hasobject:

@@ -404,6 +404,7 @@ def add(history, step: int, **values: float) -> None:
 def test_what_is_wrong_is_told_when_it_is_seen_and_then_no_more(watch, capfd):
     history: dict = {}
     looking = watch(history, monitor__reference="far")
+    capfd.readouterr()  # what is said of the data
     told = []
     for step in range(10, 110, 10):
         spread = 0.05 if step > 60 else 0.5
