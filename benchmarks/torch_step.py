@@ -99,6 +99,8 @@ def our_loop(args: argparse.Namespace, case: Case) -> Callable[[], Any]:
 
     config = step_jax.config_of(case, "full", args.dtype)
     config.data.update(name="arrays", dir=args.data)
+    if case.method == "moco":
+        config.symmetric = False  # as `step_torch.py`
     process.use_cpu_devices(args.cpu_devices, case.batch, 1, config.bn_groups)
     process.keep_freed_memory()
     data = inputs.load_data(config)
