@@ -39,10 +39,9 @@ def main() -> int:
     parser.add_argument("--workdir", default="runs/faults", help="for all files of the trials")
     args, rest = parser.parse_known_args()
     if args.fault == "hosts":
-        from benchmarks import faults_hosts  # type: ignore[attr-defined]
+        from benchmarks import faults_hosts
 
-        sys.argv = [sys.argv[0], *rest]
-        return int(faults_hosts.main())
+        faults_hosts.main(rest)  # ends the process
     arguments, top = SMALL + rest, Path(args.workdir).resolve()
     top.mkdir(parents=True, exist_ok=True)
     if args.fault == "kills":

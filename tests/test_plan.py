@@ -176,11 +176,40 @@ def test_plans_of_gpus_make_a_table(tmp_path, capsys):
     assert json.loads((tmp_path / "plan.json").read_text())["plans"] == [one, two]
 
 
+def test_the_largest_batch_that_fits(tmp_path, monkeypatch):
+    """Compiled once each; other pods of the same call keep the config's batch."""
+    tried = []
+
+    def program(config, build, classes, pod):
+        per_chip = config.batch_size // pod.chips
+        tried.append(per_chip)
+        # Not quite linear: the line through the first two says 120.
+        needed = 2**30 * (1 + per_chip / 8 + max(0, per_chip - 32) / 64)
+        return made_up(arguments=2**30, temporaries=needed - 2**30)
+
+    monkeypatch.setattr(compiled, "program", program)
+    config = tiny_config(tmp_path)
+    plans = command.run(config, "v5e:2x4:batch,v5e:2x2", str(tmp_path), build=build)
+    assert tried[:3] == [8, 32, 120] and sorted(tried[2:-1], reverse=True) == tried[2:-1]
+    fits = tried[-2]
+    assert 1 + fits / 8 + (fits - 32) / 64 <= 16 < 1 + (fits + 8) / 8 + (fits - 24) / 64
+    assert [plan["batch_size"] for plan in plans] == [8 * fits, 16] and config.batch_size == 16
+    assert tried[-1] == 4 and plans[0]["fits"]
+    monkeypatch.setitem(chips.TPUS, "v5e", chips.TPUS["v5e"]._replace(memory=2**30))
+    with pytest.raises(UserError, match="not even 8 images a chip"):
+        command.run(config, "v5e:2x4:batch", str(tmp_path), build=build)
+    with pytest.raises(UserError, match="GPU's temporaries"):
+        command.run(config, "gpu:h100x8:batch", str(tmp_path), build=build)
+
+
 def test_what_cannot_be_planned(tmp_path):
     config = tiny_config(tmp_path)
     for pods, what in (("v5e:3x3", "batch_size"), ("v5e:4x4,x", "--plan=x"), ("", "--plan=")):
         with pytest.raises(UserError, match=what):
             command.run(config, pods, str(tmp_path), build=build)
+    for given in ({"images": 0}, {"price": float("nan")}):
+        with pytest.raises(UserError, match=r"^--plan_(images=0|price=nan): must be"):
+            command.run(config, "v5e:4x4", str(tmp_path), build=build, **given)
     config.job = "knn"
     with pytest.raises(UserError, match="for pretraining"):
         command.run(config, "v5e:4x4", str(tmp_path), build=build)

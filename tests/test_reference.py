@@ -372,7 +372,7 @@ def test_the_command_line_wants_runs(folder, monkeypatch, capsys):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("name", ["../mine", "/tmp/mine", "a/b", "", "..", "a b"])
+@pytest.mark.parametrize("name", ["../mine", "/mine", "a/b", "", "..", "a b"])
 def test_a_reference_stays_in_its_folder(folder, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", ["reference", name, str(tmp_path)])
     with pytest.raises(SystemExit) as ended:

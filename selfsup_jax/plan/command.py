@@ -14,7 +14,7 @@ from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.plan import chips, compiled
 from selfsup_jax.plan.chips import Pod
-from selfsup_jax.plan.estimate import FILE, Run, estimate
+from selfsup_jax.plan.estimate import FILE, Program, Run, estimate
 from selfsup_jax.run import files
 from selfsup_jax.viz.plots import pods as drawing
 
@@ -54,6 +54,10 @@ def run(
     """
     if config.job != "pretrain":
         raise UserError(f"--plan: for pretraining, not for config.job={config.job!r}")
+    if images is not None and images < 1:
+        raise UserError(f"--plan_images={images}: must be at least 1")
+    if price is not None and not 0 <= price < float("inf"):
+        raise UserError(f"--plan_price={price}: must be a finite number, not negative")
     names = [name.removesuffix(":batch") for name in pods.split(",")]
     planned = [chips.pod(name) for name in names]
     config = config.copy_and_resolve_references()
@@ -68,10 +72,12 @@ def run(
             _check_batch(config, pod)
     plans = []
     for pod, name in zip(planned, pods.split(","), strict=True):
+        own = config.copy_and_resolve_references()
         if name.endswith(":batch"):
-            config.batch_size = largest_batch(config, build, classes, pod)
-        program = compiled.program(config, build, classes, pod)
-        plan = estimate(_run(config, pod, images, price, input_ms), pod, program)
+            own.batch_size, program = largest_batch(config, build, classes, pod)
+        else:
+            program = compiled.program(config, build, classes, pod)
+        plan = estimate(_run(own, pod, images, price, input_ms), pod, program)
         plans.append(plan)
         print("\n".join(described(plan, pod)) + "\n", flush=True)
         if program.text:
@@ -106,38 +112,47 @@ def _run(config: Any, pod: Pod, images: int | None, price: float | None, input_m
     return Run(config.batch_size, steps, price, cpu_ms / 1e3)
 
 
-def largest_batch(config: Any, build: Build, classes: int | None, pod: Pod) -> int:
-    """The largest global batch that fits, to 8 images a chip.
+def largest_batch(config: Any, build: Build, classes: int | None, pod: Pod) -> tuple[int, Program]:
+    """The largest global batch that fits, to 8 images a chip, and its program.
 
     Memory is nearly a linear function of the batch: two programs give the line, further ones make
     sure. Takes three to six compilations.
+
+    Raises:
+        UserError: not even 8 images a chip fit, or the batch does not divide.
     """
     if not pod.is_tpu:
         raise UserError(f"--plan={pod.name}:batch: a GPU's temporaries are not known beforehand")
+    config = config.copy_and_resolve_references()
 
-    def needed(per_chip: int) -> float | None:
+    def program_of(per_chip: int) -> Program | None:
         config.batch_size = per_chip * pod.chips
+        _check_batch(config, pod)
         program = compiled.program(config, build, classes, pod)
-        fits = not program.shortage and program.temporaries is not None
+        fits = not program.shortage and needed(program) <= pod.chip.memory
         print(f"{config.batch_size} images, {per_chip} a chip: {'fits' if fits else 'too many'}")
-        return program.arguments + program.temporaries if fits else None  # type: ignore[operator]
+        return program if fits else None
 
-    low = 8
-    first = needed(low)
-    if first is None:
+    def needed(program: Program) -> float:
+        return program.arguments + (program.temporaries or 0.0)
+
+    low, high = 8, 32
+    least = program_of(low)
+    if least is None:
         raise UserError(f"--plan={pod.name}: not even {low} images a chip fit into its memory")
-    high = 4 * low
-    second = needed(high)
-    while second is None:
+    best = program_of(high)
+    while best is None:
         high -= 8
-        if high == low:
-            return low * pod.chips
-        second = needed(high)
-    per_image = max(1.0, (second - first) / (high - low))
-    most = int(high + (pod.chip.memory - second) / per_image) // 8 * 8
-    while most > high and needed(most) is None:
+        best = least if high == low else program_of(high)
+    if high == low:
+        return low * pod.chips, best
+    per_image = max(1.0, (needed(best) - needed(least)) / (high - low))
+    most = int(high + (pod.chip.memory - needed(best)) / per_image) // 8 * 8
+    while most > high:
+        if (larger := program_of(most)) is not None:
+            return most * pod.chips, larger
         most -= max(8, most // 32 // 8 * 8)
-    return max(most, high) * pod.chips
+    return high * pod.chips, best
 
 
 def described(plan: dict[str, Any], pod: Pod) -> list[str]:
