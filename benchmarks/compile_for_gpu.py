@@ -12,11 +12,9 @@ kernel that reads or writes it; with caches the real traffic may be lower.
 from __future__ import annotations
 
 import collections
-import math
 import os
 import re
 import time
-from collections.abc import Iterator
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -30,6 +28,7 @@ from ml_collections import config_flags
 
 from benchmarks import report
 from selfsup_jax.build import find
+from selfsup_jax.plan import hlo
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
@@ -54,29 +53,6 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-_BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
-
-
-def kernels(hlo: str) -> Iterator[tuple[str, int]]:
-    """Yields (kind, bytes read and written) of each kernel in a program's entry computation."""
-    sizes: dict[str, int] = {}
-    for line in hlo[hlo.index("\nENTRY") :].splitlines():
-        match = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:,|$)", line)
-        if not match:
-            continue
-        name, shape, operation, operands = match.groups()
-        if operation == "custom-call":
-            shape = re.sub(r"u8\[\d+\]", "", shape)  # without its scratch space
-        sizes[name] = _size(shape)
-        if operation in ("fusion", "custom-call", "copy", "sort", "while"):
-            read = sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
-            yield re.sub(r"[.\d]+$", "", name), sizes[name] + read
-
-
-def _size(shape: str) -> int:
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    dims = lambda text: (int(n) for n in text.split(",") if n)  # noqa: E731
-    return sum(_BYTES.get(kind, 0) * math.prod(dims(text)) for kind, text in arrays)
 
 
 def main(argv: list[str]) -> None:
@@ -106,15 +82,15 @@ def main(argv: list[str]) -> None:
         jax.tree.map(functools.partial(on_each, cut=True), batch),
     ).compile()
     seconds = time.perf_counter() - start
-    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     if _HLO.value:
         with open(_HLO.value, "w") as f:
-            f.write(hlo)
+            f.write(text)
 
     moved: collections.Counter = collections.Counter()
     count = 0
-    for kind, size in kernels(hlo):
-        moved[kind] += size
+    for kernel in hlo.kernels(text):
+        moved[re.sub(r"[.\d]+$", "", kernel.name)] += kernel.moved
         count += 1
     rows: list[report.Row] = [
         ("compile, untuned", seconds, "s"),

@@ -61,14 +61,14 @@ def bits(arguments: list[str], top: Path, count: int, seed: int) -> bool:
         except concurrent.futures.process.BrokenProcessPool:
             verdict, pool = "the process died", _new_pool()
         verdicts[verdict] += 1
-        if not verdict.startswith(("told", "harmless")):
+        if not verdict.startswith(("reported", "harmless")):
             print(f"{path.relative_to(workdir)}, flip {number}: {verdict}", flush=True)
         shutil.rmtree(workdir)
         shutil.copytree(pristine, workdir)
     rows: list[report.Row] = [("flips", count, ""), ("files", len(files), "")]
     rows += [(verdict, number, "") for verdict, number in sorted(verdicts.items())]
     report.show("One flipped bit in a checkpoint: " + " ".join(arguments), rows)
-    return all(verdict.startswith(("told", "harmless")) for verdict in verdicts)
+    return all(verdict.startswith(("reported", "harmless")) for verdict in verdicts)
 
 
 def judge(pristine: str, workdir: str) -> str:
@@ -84,28 +84,28 @@ def judge(pristine: str, workdir: str) -> str:
     try:
         variables = encoder.load(workdir).variables
     except UserError:
-        evaluated = "told"
+        evaluated = "reported"
     except Exception as e:
         return f"TRACEBACK of an evaluation: {e!r}"
     else:
         expected = _expected_variables(pristine)
         same = np.all([np.array_equal(a, b) for a, b in _pairs(variables, expected)])
         evaluated = "harmless" if same else "SILENT"
-    told = "told, falls back to the older one" if resumed != step else "harmless"
-    return told if told.startswith(evaluated) else f"{told}; an evaluation: {evaluated}"
+    reported = "reported, falls back to the older one" if resumed != step else "harmless"
+    return reported if reported.startswith(evaluated) else f"{reported}; an evaluation: {evaluated}"
 
 
 def _resumed(workdir: str) -> tuple[int | str, list[str]]:
-    """The step from which a run would go on (or why it doesn't), and the lines that are told."""
-    told = io.StringIO()
+    """The step from which a run would go on (or why it doesn't), and the lines it prints."""
+    reported = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(reported):
             checkpoints = checkpoint.Checkpoints(workdir)
             checkpoints.meta()
             checkpoints.close()
-        return checkpoints.latest_step or 0, told.getvalue().splitlines()
+        return checkpoints.latest_step or 0, reported.getvalue().splitlines()
     except UserError:
-        return "told, refused", []
+        return "reported, refused", []
     except Exception as e:
         return f"TRACEBACK: {e!r}", []
 
@@ -141,8 +141,8 @@ def _new_pool() -> concurrent.futures.ProcessPoolExecutor:
 def disk(arguments: list[str], top: Path, count: int, seed: int) -> bool:
     """Fills the disk of a run at random moments, and starts the run again with room on it.
 
-    Returns whether each time one line told it, all checkpoints could be read, and the run ended as
-    one that was never disturbed.
+    Returns whether each time one line reported it, all checkpoints could be read, and the run ended
+    as one that was never disturbed.
     """
     shutil.rmtree(top, ignore_errors=True)
     top.mkdir(parents=True)
@@ -178,7 +178,7 @@ def _fill(
         # The trials are spread over the run: this many steps from the one it resumes from.
         aim = rng.uniform(-20, 2 * (total - begun) / (count - number + 1))
         with Process(arguments, workdir, log, pace) as process:
-            while process.look() is None and process.position() < aim:
+            while process.poll() is None and process.position() < aim:
                 pass
             _leave(workdir.parent, filler, free)
             status = process.wait_for(None)

@@ -92,7 +92,7 @@ class Process:
         """Seconds since the start of the process."""
         return time.monotonic() - self._began
 
-    def look(self) -> int | None:
+    def poll(self) -> int | None:
         """Reads the output since the last call. Returns the exit status, or None while it runs."""
         status, now = self._popen.poll(), self.seconds()
         for line in self._printed.read().decode(errors="replace").splitlines():
@@ -115,7 +115,7 @@ class Process:
 
     def wait_for(self, aim: Aim | None) -> int | None:
         """Waits for that moment; returns None, or the exit status if the process ended first."""
-        while (status := self.look()) is None:
+        while (status := self.poll()) is None:
             if aim is None:
                 time.sleep(0.1)
             elif aim.at == "anywhere" and self.position() >= aim.position:
@@ -139,7 +139,7 @@ class Process:
         """Sends the signal and returns the exit status."""
         self._popen.send_signal(number)
         status = self._popen.wait(_PATIENCE)
-        self.look()
+        self.poll()
         return status
 
     def fail(self, why: str) -> NoReturn:

@@ -9,11 +9,11 @@ prints a line for each checkpoint below it, and changes nothing. Exit status: 0 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 
+from selfsup_jax.command_line import Parser
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import checkpoint_files
 
@@ -48,7 +48,7 @@ def _line(path: str) -> tuple[bool, str]:
 
 def main() -> int:
     """Runs the command in this file's docstring; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m selfsup_jax.verify", description="Checks the checkpoints of runs."
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="or a folder of workdirs")

@@ -99,7 +99,8 @@ def _load(
             "several_labels": several_labels,
         }
     source = sources.load(data.name, data.dir, split, field, **options)
-    hosts.check_same(field, {f"{field}: {k}": v for k, v in source.facts(data.dir).items()})
+    if hosts.several():
+        hosts.check_same(field, {f"{field}: {k}": v for k, v in source.facts(data.dir).items()})
     if data.labels == "none":
         source = dataclasses.replace(source, class_names=None, labels=None)
     return source

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 
+from selfsup_jax.command_line import Parser
 from selfsup_jax.plan import hlo
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("selfsup_jax.plan", None, __doc__, formatter_class=raw)
+    parser = Parser("selfsup_jax.plan", None, __doc__, formatter_class=raw)
     parser.add_argument("program", metavar="DIR")
     parser.add_argument("--lines", type=int, default=30, help="of the table; 0 for all")
     args = parser.parse_args(argv)
