@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,11 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Most of what tests compile, others compile too. The first process makes the folder and removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="selfsup_tests_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the entry point, configs
 
 import flax.linen as nn

@@ -22,8 +22,8 @@ from selfsup_jax.jobs import follow, runner
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_block(tmp_path_factory):
-    with tiny_jobs.small_encoder(tmp_path_factory.mktemp("compiled")):
+def one_block():
+    with tiny_jobs.small_encoder():
         yield
 
 

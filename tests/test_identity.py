@@ -423,8 +423,8 @@ def test_what_is_kept_for_good_is_not_given_up(before, free):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_encoder(tmp_path_factory):
-    with tiny_jobs.small_encoder(tmp_path_factory.mktemp("compiled")):
+def small_encoder():
+    with tiny_jobs.small_encoder():
         yield
 
 

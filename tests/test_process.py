@@ -148,3 +148,20 @@ def test_a_cluster_of_one_or_of_an_unknown_kind_is_left_to_jax(joined, monkeypat
         )
         process.start(None, None, None, 9.0)
     assert not joined and started == [{"initialization_timeout": 9}] * 3
+
+
+def test_jaxs_own_variables_for_compiled_programs_come_first(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        process.keep_compiled(str(tmp_path))
+        assert {name: getattr(jax.config, name) for name in names} == before
+        for name in names:
+            monkeypatch.delenv(name.upper())
+        process.keep_compiled("")
+        assert jax.config.jax_compilation_cache_dir == before[names[0]]
+        process.keep_compiled(str(tmp_path))
+        assert [getattr(jax.config, name) for name in names] == [str(tmp_path), 0.5]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -164,9 +164,8 @@ def process(command, devices: int = DEVICES, pause: float = 0.0, **popen):
 
 
 @pytest.fixture(scope="module")
-def start(images, tmp_path_factory):
+def start(images):
     """`start(workdir, ...)`: a process that runs, or goes on with, the one run of these tests."""
-    cache = tmp_path_factory.mktemp("compiled")
 
     def start_in(workdir, **options):
         flags = tiny_runs.fields(
@@ -179,7 +178,7 @@ def start(images, tmp_path_factory):
         )
         command = [
             *(sys.executable, "tests/tiny_process.py", "--config=configs/byol.py:folder"),
-            *(f"--workdir={workdir}", f"--compilation_cache={cache}"),
+            *(f"--workdir={workdir}", "--compilation_cache="),
             *(f"--config.{name}={value}" for name, value in flags.items()),
         ]
         return process(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)

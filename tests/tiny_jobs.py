@@ -25,7 +25,6 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from conftest import StandIn  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -67,24 +66,11 @@ QUICK: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def small_encoder(cache: pathlib.Path) -> Iterator[None]:
-    """An encoder of depth 2, which compiles in a second; what is compiled is kept in `cache`."""
-    fields = {
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in fields}
+def small_encoder() -> Iterator[None]:
+    """An encoder of depth 2, which compiles in a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(resnet.STAGES, 2, ONE_BLOCK)
-        try:
-            for name, value in fields.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()  # so that it is looked for anew
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
+        yield
 
 
 def write_split(folder: pathlib.Path, count: int, seed: int, classes: int = CLASSES) -> None:

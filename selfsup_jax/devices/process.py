@@ -188,11 +188,12 @@ def _only_cpus() -> bool:
 def keep_compiled(directory: str) -> None:
     """Caches compiled programs in `directory` for later runs (not at all if empty).
 
-    `JAX_COMPILATION_CACHE_DIR`, if it is set, takes precedence.
+    JAX's own variables, such as `JAX_COMPILATION_CACHE_DIR`, take precedence where they are set.
     """
     if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def device_memory() -> dict[str, float]:
