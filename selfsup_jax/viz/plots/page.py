@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selfsup_jax import paths
+from selfsup_jax.run.files import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -98,11 +101,10 @@ def open_page(path: str, width: int, height: int, title: str, note: str = "") ->
         page = Page(width, height, title, note)
         yield page
         page.figure.figimage(page.sheet, origin="upper", zorder=-1)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        partial = path + ".partial"
+        paths.makedirs(os.path.dirname(path) or ".")
         try:
-            page.figure.savefig(partial, format="png", dpi=DPI)
-            os.replace(partial, path)
+            with whole_file(path, "wb") as f:
+                page.figure.savefig(f, format="png", dpi=DPI)
         finally:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+                os.remove(path + ".partial")
