@@ -26,10 +26,6 @@ from selfsup_jax.errors import UserError
 
 _SCHEME = "gs://"
 
-# Without gcsfs, etils leaves buckets to TensorFlow: enough for TFDS to read from one.
-if importlib.util.find_spec("gcsfs"):
-    os.environ.setdefault("EPATH_USE_TF", "false")
-
 
 class BucketError(OSError):
     """A bucket cannot be reached, read or written to; `strerror` says why, in one line."""
@@ -146,7 +142,7 @@ def glob(folder: str, pattern: str) -> list[str]:
     if not is_bucket(folder):
         return local_glob.glob(os.path.join(local_glob.escape(folder), pattern))
     with _bucket(folder) as (files, name):
-        return [_SCHEME + found for found in files.glob(posixpath.join(name, pattern))]
+        return [_SCHEME + found.lstrip("/") for found in files.glob(posixpath.join(name, pattern))]
 
 
 def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -255,13 +255,20 @@ def media(found: Stored, asked: str | None) -> tuple:
     return 206, headers, found.content[start : end + 1]
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that has gone."""
+
+
 @contextlib.contextmanager
 def serve(*names: str) -> Iterator[tuple[Buckets, str]]:
     """Serves buckets of these names: (their content, the server's address)."""
     buckets = Buckets(*names)
     handler = type("BucketHandler", (Handler,), {"buckets": buckets})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield buckets, f"http://127.0.0.1:{server.server_address[1]}"

@@ -124,6 +124,9 @@ class _GrowingObject(io.BytesIO):
             self.flush()
         super().close()
 
+    def __del__(self) -> None:
+        """Puts nothing: another process may write there by now."""
+
 
 def growing(path: str, content: bytes = b"") -> IO[bytes]:
     """A file that has `content`, to write more at its end; `sync` and `close` save it."""
