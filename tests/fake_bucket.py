@@ -174,12 +174,16 @@ class Handler(BaseHTTPRequestHandler):
         return as_json(described(bucket, name, found))
 
     def _copy(self, bucket: str, rest: str) -> tuple:
-        source, other, target = re.fullmatch(
-            r"(.+?)/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+)", rest
-        ).groups()
-        source, target = urllib.parse.unquote(source), urllib.parse.unquote(target)
-        content = self.buckets.get(bucket, source, {}).content
+        match = re.fullmatch(r"(.+)/(moveTo|copyTo|rewriteTo)(?:/b/([^/]+))?/o/(.+)", rest)
+        if not match:
+            raise Refused(404)
+        name, target = (urllib.parse.unquote(match[i]) for i in (1, 4))
+        content = self.buckets.get(bucket, name, {}).content
+        other = match[3] or bucket
         made = described(other, target, self.buckets.put(other, target, content, {}))
+        if match[2] == "moveTo":
+            self.buckets.delete(bucket, name, {})
+            return as_json(made)
         return as_json({"kind": "storage#rewriteResponse", "done": True, "resource": made})
 
     def _upload(self, path: str, query: dict, headers: Any, body: bytes) -> tuple:

@@ -5,21 +5,19 @@ What needs gcsfs runs against `fake_bucket`, with the real gcsfs, Orbax and Tens
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-import zipfile
+from typing import ClassVar
 
 import fake_bucket
 import fsspec
-import jax
 import numpy as np
 import pytest
 import tiny_jobs
@@ -27,11 +25,11 @@ import tiny_runs
 from conftest import REPOSITORY, process_env
 from fsspec.implementations.memory import MemoryFileSystem
 
-from configs import byol
 from selfsup_jax import paths, verify
 from selfsup_jax.data import sources
 from selfsup_jax.errors import Stopped, UserError
-from selfsup_jax.run import checkpoint, checkpoint_files, events, files, lock, metrics, workdir
+from selfsup_jax.evaluation import encoder
+from selfsup_jax.run import checkpoint_files, events, files, lock, metrics, signals, workdir
 from selfsup_jax.training import pretrain
 from selfsup_jax.viz.report import page
 
@@ -41,8 +39,8 @@ RUN = "gs://bucket/runs/a"
 class Memory(MemoryFileSystem):
     """Buckets in memory: as gcsfs, without folders of their own."""
 
-    store: dict = {}
-    pseudo_dirs: list = [""]
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
     guard = threading.Lock()
 
     def pipe_file(self, path, value, mode="overwrite", **_):
@@ -124,7 +122,8 @@ def test_metrics_and_events_are_those_of_a_disk(memory, tmp_path):
             killed.write(step, {"loss": 1 / step}, {"images_per_second": 1.0})
             if step == 2:
                 killed.flush()
-        files_open = (killed._file, killed._writer._file)  # noqa: F841 (a disk's is closed late)
+        if folder != RUN:
+            killed.close()
         resumed = metrics.Recorder(folder, 2)
         resumed.write(3, {"loss": 0.5}, {})
         resumed.close()
@@ -183,31 +182,28 @@ def test_a_holder_that_slept_learns_that_it_lost_its_lock(memory, quick):
     assert f"--workdir={RUN}: another process has taken it over" in told[0]
 
 
-def test_of_many_that_start_at_once_one_holds_the_lock(memory, quick):
+@pytest.mark.parametrize("there", [None, b'{"process": 1, "host": "dead"}'])
+def test_of_many_that_start_at_once_one_holds_the_lock(memory, quick, there):
     """Whether the workdir is new or its holder has died."""
-    for _ in range(2):
-        together, done = threading.Barrier(6), threading.Barrier(7)
-        held = []
+    if there:
+        paths.put(f"{RUN}/.lock/00000001", there)
+    together, done = threading.Barrier(6), threading.Barrier(6)
+    held = []
 
-        def start():
-            together.wait()
-            try:
-                with lock.held(RUN):
-                    held.append(True)
-                    done.wait()
-                    return
-            except UserError:
-                pass
+    def start():
+        together.wait()
+        with contextlib.suppress(UserError), lock.held(RUN):
+            held.append(True)
             done.wait()
-
-        threads = [threading.Thread(target=start) for _ in range(6)]
-        for thread in threads:
-            thread.start()
+            return
         done.wait()
-        for thread in threads:
-            thread.join()
-        assert held == [True]
-        paths.put(f"{RUN}/.lock/{numbers()[-1]}", b'{"process": 1, "host": "dead"}')
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert held == [True]
 
 
 def test_a_number_that_was_used_before_is_given_back(memory, quick):
@@ -291,3 +287,132 @@ def test_arrays_come_to_the_disk_and_folders_of_images_do_not(memory, tmp_path):
         sources.load("arrays", "gs://bucket/data/c", "train", "data.train_split")
     with pytest.raises(UserError, match=r"a folder of images must be on a disk: copy it there"):
         sources.load("folder", "gs://bucket/data", "train", "data.train_split")
+
+
+# --------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """(the content of `gs://bucket`, the address of its server)."""
+    if importlib.util.find_spec("gcsfs") is None:
+        pytest.skip("gcsfs is not installed")
+    with pytest.MonkeyPatch.context() as patch, fake_bucket.serve("bucket") as (buckets, address):
+        for name, value in fake_bucket.environment(address).items():
+            patch.setenv(name, value)
+        paths._gcsfs.cache_clear()
+        fsspec.get_filesystem_class("gcs").clear_instance_cache()
+        yield buckets, address
+        paths._gcsfs.cache_clear()
+
+
+@pytest.fixture
+def quick_jobs(tmp_path):
+    with tiny_jobs.small_encoder(tmp_path / "compiled"):
+        yield tiny_jobs.write_data(tmp_path / "data")
+
+
+def small_run(data: pathlib.Path, folder: str) -> dict:
+    settings = {"steps": 6, "checkpoint_every_steps": 2, "log_every_steps": 1}
+    config = tiny_runs.tiny_config(
+        data,
+        **settings,
+        keep_checkpoints=3,
+        monitor__diagnostics_every_steps=0,
+        encoder__width=0.03,
+        encoder__stem="cifar",
+        projector__hidden_sizes=(8,),
+        predictor__hidden_sizes=(8,),
+    )
+    config.encoder.depth = 2
+    return pretrain.pretrain(config, folder, tiny_jobs._wander)
+
+
+def arrays(folder: str, step: int) -> dict[str, bytes]:
+    found = checkpoint_files.read(os.path.join(folder, "checkpoints", str(step)))[1]
+    return {name: array.tobytes() for name, array in found.items()}
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, quick_jobs, quick, tmp_path, monkeypatch):
+    """Stopped and resumed, resumed after a damaged checkpoint; evaluated, verified, reported."""
+    disk = str(tmp_path / "run")
+    small_run(quick_jobs, disk)
+    expected = arrays(disk, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.StopSignals, "received", lambda self, step: 15 if step == 2 else None)
+        with pytest.raises(Stopped, match=f"after step 2, which is saved in {RUN}"):
+            small_run(quick_jobs, RUN)
+    small_run(quick_jobs, RUN)
+    assert checkpoint_files.steps(RUN) == [2, 4, 6]
+    assert arrays(RUN, 6) == expected
+    assert content(f"{RUN}/metrics.jsonl") == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert all(good for good, _ in verify.verify("gs://bucket/runs"))
+
+    objects = bucket[0].objects["bucket"]
+    meta = "runs/a/checkpoints/6/meta/metadata"
+    objects[meta] = objects[meta]._replace(content=b"{")
+    told = [line for good, line in verify.verify("gs://bucket/runs") if not good]
+    assert len(told) == 1 and told[0].startswith(f"the checkpoint {RUN}/checkpoints/6 cannot")
+    with lock.held(RUN), pytest.raises(UserError, match=rf"process {os.getpid()} on .* running"):
+        small_run(quick_jobs, RUN)
+    small_run(quick_jobs, RUN)
+    assert arrays(RUN, 6) == expected
+    assert paths.exists(f"{RUN}/damaged_checkpoints/6/meta/metadata")
+
+    probe = "gs://bucket/jobs/probe"
+    results = tiny_jobs.run_job("linear_probe:byol", RUN, probe)
+    on_disk = tiny_jobs.run_job("linear_probe:byol", disk, tmp_path / "probe")
+    assert {k for k in results if results[k] != on_disk[k]} == {"checkpoint", "run"}
+    assert results["run"] == RUN and files.read_json(f"{probe}/results.json") == results
+    assert not paths.exists(f"{probe}/checkpoints") and paths.exists(f"{probe}/confusion.npz")
+    encoder.export(encoder.load(RUN), "gs://bucket/export")
+    exported = tiny_jobs.run_job("knn", "gs://bucket/export", tmp_path / "knn")
+    assert exported["knn_top1"] == tiny_jobs.run_job("knn", disk, tmp_path / "2")["knn_top1"]
+
+    for _ in range(2):  # the second replaces the first
+        page.write(["gs://bucket/runs", probe], "gs://bucket/report.html")
+    shown = content("gs://bucket/report.html").decode()
+    assert "byol" in shown and "1 run and 1 job" in page.write([RUN, probe], str(tmp_path / "r"))
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_followed_by_the_next(bucket, tmp_path):
+    """By the command line: killed with SIGKILL between two checkpoints, its lock taken over."""
+    _, address = bucket
+    folder = "gs://bucket/runs/killed"
+    images = tiny_runs.write_images(tmp_path / "images", 3, 60)
+    fields = tiny_runs.fields(images, steps=40, checkpoint_every_steps=4, log_every_steps=1)
+    command = [
+        *(sys.executable, "tests/tiny_process.py", "--config=configs/byol.py:folder"),
+        *(f"--workdir={folder}", f"--compilation_cache={tmp_path / 'compiled'}"),
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+    environment = process_env(1) | fake_bucket.environment(address) | {"TINY_EXPIRE": "6"}
+
+    def start(pause: str) -> subprocess.Popen:
+        env = environment | {"TINY_PAUSE": pause}
+        return subprocess.Popen(command, cwd=REPOSITORY, env=env, stderr=subprocess.PIPE, text=True)
+
+    first = start(pause="0.2")
+    try:
+        for line in first.stderr:
+            if line.startswith("step ") and checkpoint_files.steps(folder):
+                break
+        with (
+            pytest.raises(UserError, match=rf"process {first.pid} on .* is running there"),
+            lock.held(folder),
+        ):
+            raise AssertionError
+    finally:
+        first.kill()
+        first.communicate()
+    saved = checkpoint_files.steps(folder)[-1]
+    second = start(pause="0")
+    _, told = second.communicate()
+    assert second.returncode == 0, told
+    assert f"process {first.pid} on {socket.gethostname()} has died" in told
+    assert f"resuming from step {saved} in {folder}" in told
+    history = metrics.read_history(folder)
+    assert history["loss"][0] == list(range(1, 41)) and checkpoint_files.steps(folder) == [40]
+    assert all(good for good, _ in verify.verify(folder))
