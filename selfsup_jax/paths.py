@@ -15,6 +15,7 @@ import functools
 import glob as local_glob
 import importlib.util
 import io
+import logging
 import os
 import posixpath
 import shutil
@@ -78,6 +79,7 @@ def _gcsfs() -> Any:
     # Other processes and TensorStore write there too, so no listing is remembered; nor by etils'
     # own instance, which takes this default.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs
     return fsspec.filesystem("gcs")
 
 
