@@ -18,6 +18,7 @@ import io
 import logging
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def check(path: str, name: str) -> None:
 def reason(error: BaseException) -> str:
     """Why a library could not use a bucket: one line, with what to do if access is denied."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
-    if any(word in text for word in ("401", "403", "Forbidden", "Anonymous", "redentials")):
+    if re.search(r"\b40[13]\b|Forbidden|Anonymous|[Cc]redentials|PERMISSION_DENIED", text):
         remedy = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=FILE"
         return f"access is denied ({text}); {remedy}"
     return text

@@ -97,11 +97,16 @@ def whole_file(path: str, mode: str = "w", partial: str = "", **options: Any) ->
         paths.put(path, content.getvalue())
         return
     partial = partial or path + ".partial"
-    with open(partial, mode, **options) as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, mode, **options) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
 
 
 class _GrowingObject(io.BytesIO):

@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
@@ -85,6 +86,7 @@ class _ObjectLock:
         self._folder = os.path.join(workdir, _FOLDER)
         self._lost = lost
         self._released = threading.Event()
+        self._id = uuid.uuid4().hex
         self._number = 0
         self._renewals = 0
 
@@ -95,8 +97,10 @@ class _ObjectLock:
         self._number = last + 1
         try:
             paths.put(self._path(self._number), self._content(), new=True)
-        except FileExistsError as e:  # another process was faster
-            raise _taken(self._workdir, _described(self._read(self._number))) from e
+        except FileExistsError as e:
+            faster = self._read(self._number) or {}
+            if faster.get("id") != self._id:  # or the answer was lost, and it was put twice
+                raise _taken(self._workdir, _described(faster)) from e
         newest = self._last()
         if newest > self._number:  # this number had been used and removed before
             paths.remove(self._path(self._number))
@@ -170,7 +174,7 @@ class _ObjectLock:
 
     def _content(self, ended: bool = False) -> bytes:
         self._renewals += 1
-        holder = {"process": os.getpid(), "host": socket.gethostname()}
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "id": self._id}
         return json.dumps(holder | {"renewals": self._renewals, "ended": ended}).encode()
 
 

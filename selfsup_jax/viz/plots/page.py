@@ -102,9 +102,5 @@ def open_page(path: str, width: int, height: int, title: str, note: str = "") ->
         yield page
         page.figure.figimage(page.sheet, origin="upper", zorder=-1)
         paths.makedirs(os.path.dirname(path) or ".")
-        try:
-            with whole_file(path, "wb") as f:
-                page.figure.savefig(f, format="png", dpi=DPI)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path + ".partial")
+        with whole_file(path, "wb") as f:
+            page.figure.savefig(f, format="png", dpi=DPI)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -70,9 +69,6 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
             f.write(text)
     except OSError as e:
         raise UserError(f"{output}: cannot be written: {e.strerror or e}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            paths.remove(partial)
     size = len(text.encode()) / 1e6
     return f"wrote {output} ({size:.1f} MB): {_count(records)}"
 
