@@ -33,6 +33,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import parsing
 from selfsup_jax import command_line
 from selfsup_jax.errors import Stopped, UserError
+from selfsup_jax.paths import BucketError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -119,6 +120,10 @@ def main(argv: list[str]) -> None:
     except UserError as e:
         _tell_other_hosts(2, str(e), e)
         _fail(e)
+    except BucketError as e:
+        line = f"{e.filename}: {e.strerror}"
+        _tell_other_hosts(2, line, e)
+        _fail(line)
     except Stopped as e:
         print(e, file=sys.stderr, flush=True)
         _finish()

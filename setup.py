@@ -38,7 +38,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
+        "gcs": ["gcsfs>=2025.2"],  # workdirs and arrays in a bucket, gs://
         "test": [
+            "gcsfs>=2025.2",
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # two test files in parallel: compilation uses one core
             "hypothesis>=6.100",  # random mistakes in configs and flags

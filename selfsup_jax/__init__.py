@@ -1,5 +1,6 @@
 """Code that all methods share: data, encoders, optimizers, devices, the training loop."""
 
+import importlib.util
 import os
 import time
 
@@ -7,6 +8,11 @@ import time
 # up because TensorFlow only reads images here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+# Orbax's and TFDS's paths (etils) then read buckets with gcsfs, as `paths.py` does, and without
+# TensorFlow. Without gcsfs TensorFlow reads them, enough for TFDS's data.
+if importlib.util.find_spec("gcsfs"):
+    os.environ.setdefault("EPATH_USE_TF", "false")
 
 # When the process started: a run logs the time from here to the end of its first step.
 STARTED = time.perf_counter()

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from selfsup_jax import paths
 from selfsup_jax.command_line import Parser
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import checkpoint_files
@@ -25,7 +26,8 @@ def verify(workdir: str) -> Iterator[tuple[bool, str]]:
         UserError: there is none.
     """
     found = False
-    for folder, names, _ in os.walk(workdir):
+    paths.check(workdir, "WORKDIR")
+    for folder, names, _ in paths.walk(workdir):
         names.sort()
         for step in checkpoint_files.steps(folder) if "checkpoints" in names else ():
             found = True

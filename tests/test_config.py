@@ -559,8 +559,8 @@ def test_a_workdir_that_takes_no_file_is_named(tmp_path):
         ):
             raise AssertionError
     with (
-        pytest.raises(UserError, match="--workdir=gs://bucket/run: must be a path"),
-        workdir.opened(config_with(), "gs://bucket/run"),
+        pytest.raises(UserError, match="--workdir=s3://bucket/run: must be a path, or gs://"),
+        workdir.opened(config_with(), "s3://bucket/run"),
     ):
         raise AssertionError
 

@@ -141,6 +141,23 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
         assert not calls & {"open", "print"}, path
 
 
+def test_a_workdir_may_be_in_a_bucket():
+    """What lies in one is looked at with `paths` and written with `run/files.py`."""
+    folders = {"evaluation", "jobs", "run", "training", "viz", "verify.py"}
+    on_disk = {
+        f"selfsup_jax/run/{name}.py" for name in ("events", "files", "library_errors", "lock")
+    }
+    on_disk.add("selfsup_jax/training/reference.py")
+    for path, tree in SOURCES.items():
+        if path.parts[0] != "selfsup_jax" or path.parts[1] not in folders or str(path) in on_disk:
+            continue
+        calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+        local = ("open", "os.listdir", "os.makedirs", "os.remove", "os.rename", "os.replace")
+        local += ("os.walk", "os.path.abspath", "os.path.exists", "os.path.isdir")
+        local += ("os.path.realpath", "glob.glob", "shutil.rmtree")
+        assert not calls & set(local), path
+
+
 def test_one_step_of_a_method_is_four_files_and_500_lines():
     """And `CONTRIBUTING.md` has the counts."""
     text = (REPOSITORY / "CONTRIBUTING.md").read_text().split("Lines in all: ")[1].split(".")[0]

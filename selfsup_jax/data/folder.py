@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 from absl import logging
 
+from selfsup_jax import paths
 from selfsup_jax.data import scan
 from selfsup_jax.data.source import Source, split_indices
 from selfsup_jax.errors import NoData, bad_field
@@ -28,8 +29,8 @@ def load(directory: str, split: str, field: str) -> Source:
     splits = _splits(directory)
     files: dict[str, list[str]] = {}
     left_out: Counter[str] = Counter()
-    for name, (paths, skipped) in scan.images(splits).items():
-        files[name] = sorted(paths, key=lambda path: hashlib.md5(os.fsencode(path)).digest())
+    for name, (found, skipped) in scan.images(splits).items():
+        files[name] = sorted(found, key=lambda path: hashlib.md5(os.fsencode(path)).digest())
         left_out += skipped
     if not any(files.values()):
         hint = f"holds no images ({', '.join(scan.ENDINGS)})"
@@ -37,7 +38,7 @@ def load(directory: str, split: str, field: str) -> Source:
         raise bad_field("data.dir", directory, hint)
     parts = split_indices(split, {k: len(v) for k, v in files.items()}, field)
     chosen = [(name, files[name][i]) for name, indices in parts for i in indices]
-    paths = [os.path.join(splits[name], path) for name, path in chosen]
+    whole = [os.path.join(splits[name], path) for name, path in chosen]
 
     all_files = [path for members in files.values() for path in members]
     class_names: tuple[str, ...] | None = None
@@ -55,12 +56,12 @@ def load(directory: str, split: str, field: str) -> Source:
         labels = np.asarray([class_index[path.split(os.sep)[0]] for _, path in chosen], np.int32)
     return Source(
         name=f"{directory} {split}",
-        num_examples=len(paths),
+        num_examples=len(whole),
         class_names=tuple(map(_printable, class_names)) if class_names else None,
         kind="path",
-        images=np.asarray(paths),
+        images=np.asarray(whole),
         labels=labels,
-        describe=lambda i: paths[i],
+        describe=lambda i: whole[i],
         left_out=scan.listed(left_out),
     )
 
@@ -78,6 +79,12 @@ def split_names(directory: str) -> list[str]:
 def _splits(directory: str) -> dict[str, str]:
     if not directory:
         raise NoData(str(bad_field("data.dir", directory, "must name the folder of images")))
+    if paths.is_bucket(directory):
+        hint = (
+            "a folder of images must be on a disk: copy it there with gcloud storage cp -r, or "
+            "pack it with python -m selfsup_jax.data.pack and put the arrays into the bucket"
+        )
+        raise NoData(str(bad_field("data.dir", directory, hint)))
     if not os.path.isdir(directory):
         raise NoData(str(bad_field("data.dir", directory, "is not a directory")))
     subfolders = {entry.name: entry.path for entry in os.scandir(directory) if entry.is_dir()}

@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 
+from selfsup_jax import paths
 from selfsup_jax.command_line import Parser
 from selfsup_jax.data import announce, decode, intensity, pixels, resident, sources
 from selfsup_jax.data.batches import Undecodable
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.out = args.out.rstrip(os.sep)
     try:
+        if paths.is_bucket(args.out):
+            hint = "must be a path; copy it to the bucket afterwards, with gcloud storage cp -r"
+            raise UserError(f"--out={args.out}: {hint}")
         if os.path.exists(args.out):
             raise UserError(f"--out={args.out}: exists already")
         if args.size < 0:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow_datasets as tfds
 
+from selfsup_jax import paths
 from selfsup_jax.data import sources
 from selfsup_jax.data.host_tensorflow import tf
 from selfsup_jax.data.source import Source
@@ -146,12 +147,12 @@ def _builder(name: str, directory: str, download: bool = False) -> tfds.core.Dat
             first_line = (str(e).splitlines() or [type(e).__name__])[0]
             raise NoData(f"config.data.name={name!r}: could not be prepared: {first_line}") from e
     if not builder.info.splits:
-        where = data_dir or builder._data_dir_root
-        there = sorted(os.listdir(where)) if os.path.isdir(where) else []
+        where = str(data_dir or builder._data_dir_root)
+        there = sorted(paths.listdir(where)) if paths.isdir(where) else []
         there = there[:10] + ["..."] * (len(there) > 10)
         hint = (
             f"holds no prepared {name} (it holds: {', '.join(there) or 'nothing'}); point it to "
             "where it lies, or add --config.data.download=True"
         )
-        raise NoData(str(bad_field("data.dir", str(where), hint)))
+        raise NoData(str(bad_field("data.dir", where, hint)))
     return builder

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from selfsup_jax import stored
+from selfsup_jax import paths, stored
 from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
@@ -88,13 +88,14 @@ def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
     """
     if not path:
         raise bad_field("checkpoint", path, "must name a run's workdir, or a checkpoint in one")
-    root = os.path.abspath(os.path.expanduser(path))
+    root = paths.absolute(os.path.expanduser(path))
+    paths.check(root, "config.checkpoint")
     parent, name = os.path.split(root)
     if os.path.basename(parent) == "checkpoints" and name.isdigit():
         root, step = os.path.dirname(parent), int(name)
-    if not os.path.isdir(root):
+    if not paths.isdir(root):
         raise bad_field("checkpoint", path, "is not a directory")
-    if os.path.exists(os.path.join(root, ABOUT)):
+    if paths.exists(os.path.join(root, ABOUT)):
         return root, None
     if os.path.basename(root) == "checkpoints":
         root = os.path.dirname(root)
@@ -202,12 +203,13 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
     Raises:
         UserError: the folder cannot be written to, or has files that are not of an export.
     """
+    paths.check(folder, "FOLDER")
     _check_export(folder)
     arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
     keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "data_info")
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
     with writing_to(folder):
-        os.makedirs(folder, exist_ok=True)
+        paths.makedirs(folder)
         with whole_file(os.path.join(folder, VARIABLES), "wb") as f:
             np.savez(f, **arrays)  # type: ignore[arg-type]
         write_json(os.path.join(folder, ABOUT), about)  # last: marks the export as complete
@@ -216,10 +218,10 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
 def _check_export(folder: str) -> None:
     """Only an earlier export may be replaced; and a run with these files would be taken for one."""
     about = os.path.join(folder, ABOUT)
-    ours = os.path.exists(about) and {"config", "step"} <= read_json(about).keys()
+    ours = paths.exists(about) and {"config", "step"} <= read_json(about).keys()
     if not ours:
         for name in ("config.json", "runs.json", "checkpoints", ABOUT, VARIABLES):
-            if os.path.exists(os.path.join(folder, name)):
+            if paths.exists(os.path.join(folder, name)):
                 raise UserError(
                     f"{folder}: has a {name} that is not of an export; choose another folder"
                 )
@@ -227,25 +229,31 @@ def _check_export(folder: str) -> None:
 
 def _load_exported(folder: str) -> FrozenEncoder:
     """Reads a folder that `export`, or a stranger, wrote: the arrays only once all else fits."""
-    path = os.path.join(folder, VARIABLES)
+    about_file, arrays_file = (os.path.join(folder, name) for name in (ABOUT, VARIABLES))
     try:
-        about = stored.read_json(os.path.join(folder, ABOUT))
-        headers = stored.npz_headers(path)
-        for name, header in headers.items():
-            if header.dtype.kind != "f":
-                raise ValueError(f"{name} is {header.dtype}, not floating-point")
-        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in headers.items()}
-        config = upgraded_tree(about["config"])
-        variables = unflatten_dict(shapes, sep="/")
-        frozen = FrozenEncoder(variables, config, folder, None, int(about.get("step") or 0))
-        _check_config(config)
-        check(frozen)
-        arrays = stored.read_npz(path, headers, headers)
+        with paths.local_copy(about_file) as path:
+            about = stored.read_json(path)
+        with paths.local_copy(arrays_file) as path:
+            return _read_exported(folder, about, path)
     except UserError:
         raise
     except Exception as e:  # there is no end to what a stranger's files may hold
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"the exported encoder {folder} cannot be read: {reason[:200]}") from e
+
+
+def _read_exported(folder: str, about: dict[str, Any], path: str) -> FrozenEncoder:
+    headers = stored.npz_headers(path)
+    for name, header in headers.items():
+        if header.dtype.kind != "f":
+            raise ValueError(f"{name} is {header.dtype}, not floating-point")
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in headers.items()}
+    config = upgraded_tree(about["config"])
+    variables = unflatten_dict(shapes, sep="/")
+    frozen = FrozenEncoder(variables, config, folder, None, int(about.get("step") or 0))
+    _check_config(config)
+    check(frozen)
+    arrays = stored.read_npz(path, headers, headers)
     return frozen._replace(variables=unflatten_dict(arrays, sep="/"))
 
 

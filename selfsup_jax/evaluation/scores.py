@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from sklearn.metrics import confusion_matrix
 
+from selfsup_jax import paths
 from selfsup_jax.run.files import whole_file
 from selfsup_jax.viz import plots
 
@@ -81,7 +82,7 @@ def write_confusion(folder: str, matrix: np.ndarray, class_names: Sequence[str])
         matrix: see `confusion`.
         class_names: the names of its rows.
     """
-    os.makedirs(folder, exist_ok=True)
+    paths.makedirs(folder)
     with whole_file(os.path.join(folder, "confusion.npz"), "wb") as f:
         np.savez_compressed(f, matrix=matrix, class_names=np.asarray(class_names, dtype=str))
     path = os.path.join(folder, "per_class.csv")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from selfsup_jax import paths
 from selfsup_jax.data import sources
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
@@ -38,7 +38,7 @@ def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     extract = runner.extractor(config, frozen)
 
     def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
-        os.makedirs(folder, exist_ok=True)
+        paths.makedirs(folder)
         batches = frozen_features.counted(config, source, source.num_examples)
         rows = (_rows(x, batch) for x, batch in extract.stream(frozen.variables, batches))
         write = _write_one if config.format == "npz" else _write_parts
@@ -80,8 +80,8 @@ def _write_parts(
     host = f"host{jax.process_index()}-" if jax.process_count() > 1 else ""
     if hosts.is_writer():
         for name in ("features", "labels", "names"):  # from an interrupted attempt
-            for stale in glob.glob(os.path.join(glob.escape(folder), f"{name}-*.npy")):
-                os.remove(stale)
+            for stale in paths.glob(folder, f"{name}-*.npy"):
+                paths.remove(stale)
     hosts.wait_for_all("cleared")
     pending: list[Rows] = []
     files: list[str] = []

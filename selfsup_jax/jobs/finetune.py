@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import checks, durations, optim
+from selfsup_jax import checks, durations, optim, paths
 from selfsup_jax.data import sources
 from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.devices import hosts, parallel
@@ -84,7 +84,7 @@ def balanced(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 def _read_list(path: str) -> set[str]:
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as f:
+        with paths.open(os.path.expanduser(path), encoding="utf-8") as f:
             names = {line.strip() for line in f} - {""}
     except (OSError, UnicodeDecodeError) as e:
         raise bad_field("label_list", path, f"cannot be read: {e}") from e

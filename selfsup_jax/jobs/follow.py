@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import os
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from selfsup_jax import paths
 from selfsup_jax.config import check_values
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
@@ -46,12 +46,14 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
         UserError: as `runner.run`; also if the checkpoint is not a run's workdir, with several
             hosts, or without a new checkpoint for `config.follow_patience_hours`.
     """
-    run = os.path.abspath(os.path.expanduser(config.checkpoint))
-    exported = os.path.exists(os.path.join(run, encoder.ABOUT))
-    if not config.checkpoint or not os.path.isdir(run) or exported or _inside_a_run(run):
+    run = paths.absolute(os.path.expanduser(config.checkpoint))
+    paths.check(run, "config.checkpoint")
+    exported = paths.exists(os.path.join(run, encoder.ABOUT))
+    if not config.checkpoint or not paths.isdir(run) or exported or _inside_a_run(run):
         raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to follow it")
     if jax.process_count() > 1:
         raise bad_field("follow", True, "is for one host")
+    workdir.check_path(directory)
     owner.check(directory, config.job)
     with workdir.locked(directory), _MeasureLog(run, directory) as measure_log:
         resolved: ConfigDict | None = None
@@ -82,8 +84,8 @@ def step_folder(directory: str, step: int) -> str:
 
 def done_steps(directory: str) -> list[int]:
     """The steps whose evaluation is complete, in ascending order."""
-    pattern = os.path.join(glob.escape(directory), "step_*", runner.RESULTS)
-    names = (path.split(os.sep)[-2].removeprefix("step_") for path in glob.glob(pattern))
+    found = paths.glob(directory, f"step_*/{runner.RESULTS}")
+    names = (path.split(os.sep)[-2].removeprefix("step_") for path in found)
     return sorted(int(name) for name in names if name.isdecimal())
 
 
@@ -93,7 +95,7 @@ def has_ended(run: str) -> bool:
     steps = encoder.checkpoint_steps(run)
     try:
         # A process that resumes a run first rewrites its config.
-        if not steps or os.path.getmtime(results) < os.path.getmtime(config):
+        if not steps or paths.getmtime(results) < paths.getmtime(config):
             return False
         last = read_json(results).get("steps", 0)
         if not isinstance(last, int):
@@ -155,7 +157,7 @@ class _MeasureLog:
 
     def __init__(self, run: str, directory: str):
         self._directory = directory
-        here = os.path.realpath(directory)
+        here = paths.real(directory)
         mark = hashlib.md5(here.encode()).hexdigest()[:6]  # two jobs may have the same folder name
         self._folder = os.path.join(run, "evaluation", f"{os.path.basename(here)}-{mark}")
         self._recorder: Recorder | None = None
@@ -163,7 +165,7 @@ class _MeasureLog:
     def __enter__(self) -> _MeasureLog:
         done = done_steps(self._directory)
         try:
-            os.makedirs(self._folder, exist_ok=True)
+            paths.makedirs(self._folder)
             self._recorder = Recorder(self._folder, done[-1] if done else 0)
         except OSError as e:  # for example, another user owns the run
             self._folder = self._directory

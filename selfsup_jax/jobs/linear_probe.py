@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import zipfile
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import checks, durations, optim
+from selfsup_jax import checks, durations, optim, paths
 from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, parallel
@@ -50,13 +49,13 @@ def _prepare_sgd(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
 
     def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
         path = os.path.join(folder, _CLASSIFIER)
-        if not os.path.exists(path):
+        if not paths.exists(path):
             heads = _train_heads(config, frozen, train, classes, folder)
             if hosts.is_writer():
                 with whole_file(path, "wb") as f:
                     np.savez(f, **heads)  # type: ignore[arg-type]
                 # The checkpoints, which include the encoder, are no longer needed.
-                shutil.rmtree(os.path.join(folder, "checkpoints"))
+                paths.rmtree(os.path.join(folder, "checkpoints"))
             hosts.wait_for_all("heads")
         heads = _read_heads(path, len(config.learning_rates), classes)
         return _evaluate(config, extract, frozen, heads, held, test, classes, folder)
@@ -68,7 +67,7 @@ def _prepare_sgd(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
 def _read_heads(path: str, num_heads: int, classes: int) -> dict[str, np.ndarray]:
     """The trained classifiers; raises `UserError` if the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with paths.local_copy(path) as file, np.load(file, allow_pickle=False) as saved:
             heads = {name: saved[name] for name in ("kernel", "bias")}
         if heads["bias"].shape != (num_heads, classes) or heads["kernel"].ndim != 3:
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in heads.items())

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from selfsup_jax import paths
 from selfsup_jax.config import check_values
 from selfsup_jax.data import inputs, sources
 from selfsup_jax.devices import hosts, process
@@ -66,6 +67,7 @@ def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the config, the checkpoint, the data or the workdir.
     """
+    workdir.check_path(directory)
     owner.check(directory, config.job)
     with workdir.locked(directory):
         step = _begun_step(config, directory)
@@ -134,8 +136,8 @@ def _is_the_runs_data(data: ConfigDict, run_data: dict[str, Any]) -> bool:
     An image folder (`data.name="folder"`) with another path is another data set.
     """
     if data.name == "folder" and data.dir:
-        paths = (data.dir, run_data["dir"])
-        here, there = (os.path.realpath(os.path.expanduser(path)) for path in paths)
+        folders = (data.dir, run_data["dir"])
+        here, there = (paths.real(os.path.expanduser(folder)) for folder in folders)
         return run_data["name"] == "folder" and here == there
     return not data.name or data.name == run_data["name"]
 
@@ -144,17 +146,17 @@ def _begun_step(config: ConfigDict, directory: str) -> int | None:
     """The step that an earlier process here started with, if the newest checkpoint is asked for."""
     path = os.path.join(directory, "config.json")
     root, newest = encoder.locate(config.checkpoint)
-    asked = os.path.abspath(os.path.expanduser(config.checkpoint))
+    asked = paths.absolute(os.path.expanduser(config.checkpoint))
     if newest is None or os.path.dirname(asked) == os.path.join(root, "checkpoints"):
         return None
-    if not os.path.exists(path):
+    if not paths.exists(path):
         return None
     begun_with = identity.flat(read_json(path))
     step = begun_with.get("data_info.step")
     if begun_with.get("data_info.run") != root or step == newest:
         return None
     if step not in encoder.checkpoint_steps(root):
-        if os.path.exists(os.path.join(directory, RESULTS)):
+        if paths.exists(os.path.join(directory, RESULTS)):
             return _REMOVED
         raise UserError(
             f"--workdir={directory}: was started with the checkpoint of step {step}, which "
@@ -178,7 +180,7 @@ def evaluate(
     description = describe_job(config, job, frozen)
     check_same(description, directory)
     path = os.path.join(directory, RESULTS)
-    if os.path.exists(path):
+    if paths.exists(path):
         log(f"{path} is there already; another --workdir evaluates again")
         return read_json(path)
     with disk_errors(directory, lambda: None), begun(description, directory):
@@ -204,13 +206,13 @@ def _untrained(
 ) -> dict[str, Any]:
     """Results of an untrained encoder of the same architecture; computed once per folder."""
     path = os.path.join(folder, RESULTS)
-    if os.path.exists(path):
+    if paths.exists(path):
         return read_json(path)
     log(f"{config.job}: an encoder that was never trained")
     variables = jax.device_get(encoder.untrained(frozen.config, config.seed))
     results = job.task(frozen._replace(variables=variables), folder)
     if hosts.is_writer():
-        os.makedirs(folder, exist_ok=True)
+        paths.makedirs(folder)
         write_json(path, results)
     return results
 
@@ -227,17 +229,17 @@ def begun(description: dict[str, Any], directory: str) -> Iterator[None]:
     Some mistakes appear only in the features; the corrected command may then use this directory.
     """
     path = os.path.join(directory, "config.json")
-    new = not os.path.exists(path)
+    new = not paths.exists(path)
     if hosts.is_writer():
-        os.makedirs(directory, exist_ok=True)
+        paths.makedirs(directory)
         write_json(path, description)
     hosts.wait_for_all("job")
     try:
         yield
     except UserError:
-        saved = any(os.path.exists(os.path.join(directory, name)) for name in _PARTIAL)
+        saved = any(paths.exists(os.path.join(directory, name)) for name in _PARTIAL)
         if new and not saved and hosts.is_writer():
-            os.remove(path)
+            paths.remove(path)
         raise
 
 
@@ -250,7 +252,7 @@ def check_same(description: dict[str, Any], directory: str, free: tuple[str, ...
         free: fields that may differ, in addition to those that do not change results.
     """
     path = os.path.join(directory, "config.json")
-    if not os.path.exists(path):
+    if not paths.exists(path):
         return
     now, before = identity.flat(description), identity.flat(read_json(path))
     different = identity.differences(now, before, (*identity.SAME_JOB, *free))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from selfsup_jax import STARTED, durations, optim
+from selfsup_jax import STARTED, durations, optim, paths
 from selfsup_jax.data import inputs, sources
 from selfsup_jax.data.batches import Undecodable
 from selfsup_jax.errors import bad_field
@@ -100,7 +99,7 @@ def train(
         log(f"{length}; {source.num_examples:,} images")
         log(optim.describe(config.optimizer, config.batch_size, total, warmup))
 
-    os.makedirs(folder, exist_ok=True)
+    paths.makedirs(folder)
     with workdir.checkpoints_of(config, folder) as checkpoints:
         spec = loop.TrainSpec(
             config=config,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from selfsup_jax import paths
 from selfsup_jax.data import inputs, sources
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import NoData, UserError, bad_field
@@ -68,7 +69,7 @@ def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
 
     def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
         path = os.path.join(folder, _DONE)
-        results = files.read_json(path) if os.path.exists(path) else {}
+        results = files.read_json(path) if paths.exists(path) else {}
         _check_done(results, path)
         for name in present:
             if f"transfer_{name}" not in results:
@@ -183,7 +184,7 @@ def _write_table(
     lines = [f"| {name:<12} | {metric:<14} | {value:>7} |" for name, metric, value in rows]
     lines += ["", *(f"Left out: {name}: {why}" for name, why in missing.items())]
     with files.writing_to(folder):
-        os.makedirs(folder, exist_ok=True)
+        paths.makedirs(folder)
         files.write_json(os.path.join(folder, _DONE), results)
         with files.whole_file(os.path.join(folder, "table.md"), encoding="utf-8") as f:
             f.write("\n".join(lines).rstrip() + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from selfsup_jax import paths
 from selfsup_jax.command_line import Parser
 from selfsup_jax.plan import hlo
 
@@ -20,9 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lines", type=int, default=30, help="of the table; 0 for all")
     args = parser.parse_args(argv)
     path = args.program
-    path = os.path.join(path, "plan.hlo") if os.path.isdir(path) else path
+    path = os.path.join(path, "plan.hlo") if paths.isdir(path) else path
     try:
-        with open(path, encoding="utf-8") as f:
+        with paths.open(path, encoding="utf-8") as f:
             text = f.read()
         rows = hlo.bytes_by_line(text)
     except (OSError, ValueError) as e:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from selfsup_jax import config as configs
-from selfsup_jax import durations
+from selfsup_jax import durations, paths
 from selfsup_jax.build import Build, find
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
@@ -58,6 +58,7 @@ def run(
         raise UserError(f"--plan_images={images}: must be at least 1")
     if price is not None and not 0 <= price < float("inf"):
         raise UserError(f"--plan_price={price}: must be a finite number, not negative")
+    paths.check(workdir, "--workdir")
     names = [name.removesuffix(":batch") for name in pods.split(",")]
     planned = [chips.pod(name) for name in names]
     config = config.copy_and_resolve_references()
@@ -82,11 +83,11 @@ def run(
         print("\n".join(described(plan, pod)) + "\n", flush=True)
         if program.text:
             with files.writing_to(workdir):
-                os.makedirs(workdir, exist_ok=True)
+                paths.makedirs(workdir)
                 with files.whole_file(os.path.join(workdir, "plan.hlo")) as f:
                     f.write(program.text)
     with files.writing_to(workdir):
-        os.makedirs(workdir, exist_ok=True)
+        paths.makedirs(workdir)
         only = plans[0] if len(plans) == 1 else {"plans": plans}
         files.write_json(os.path.join(workdir, FILE), only)
         if len(plans) > 1:

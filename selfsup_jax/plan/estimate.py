@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from selfsup_jax import paths
 from selfsup_jax.errors import UserError
 from selfsup_jax.plan import chips, hlo
 from selfsup_jax.plan.chips import Pod
@@ -117,7 +118,7 @@ def estimate(run: Run, pod: Pod, program: Program) -> dict[str, Any]:
 def share_of_plan(workdir: str, batch_size: int, images_per_second: float) -> float | None:
     """Measured speed over the bound of the workdir's plan; None without one for these devices."""
     path = os.path.join(workdir, FILE)
-    if not os.path.exists(path):
+    if not paths.exists(path):
         return None
     try:
         plan = files.read_json(path)

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import platform
 import shutil
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from selfsup_jax import __version__
+from selfsup_jax import __version__, paths
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import NotFinite, UserError
 from selfsup_jax.run import checkpoint_files, library_errors
@@ -41,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0):
-        self._directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
+        self._directory = paths.absolute(os.path.join(workdir, "checkpoints"))
         self._keep_every = keep_every
         self._pending: tuple[int, TrainState, dict[str, Any]] | None = None
         self._write_started = False
@@ -123,7 +124,9 @@ class Checkpoints:
         single = parallel.unreplicate(state)
         step = int(single.step)
         needed = sum(x.nbytes for x in jax.tree.leaves(single))
-        free = shutil.disk_usage(self._directory).free
+        free = sys.maxsize  # in a bucket
+        if not paths.is_bucket(self._directory):
+            free = shutil.disk_usage(self._directory).free
         if free < needed:  # fail before the write, not during it
             raise UserError(
                 f"{self._directory}: no space for the checkpoint of step {step}: it needs "
@@ -171,11 +174,12 @@ class Checkpoints:
             return
         aside = os.path.join(os.path.dirname(self._directory), _DAMAGED)
         if hosts.is_writer():
-            os.makedirs(aside, exist_ok=True)
+            paths.makedirs(aside)
+            there = paths.listdir(aside) if paths.isdir(aside) else []
             for step in self._damaged:
-                others = sum(name.partition(".")[0] == str(step) for name in os.listdir(aside))
+                others = sum(name.partition(".")[0] == str(step) for name in there)
                 name = f"{step}.{others}" if others else str(step)
-                os.rename(self._folder(step), os.path.join(aside, name))
+                paths.move(self._folder(step), os.path.join(aside, name))
         hosts.wait_for_all("damaged checkpoints")
         log(f"damaged checkpoints are moved to {aside}")
         self._damaged = set()

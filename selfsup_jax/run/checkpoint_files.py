@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from selfsup_jax import paths
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import library_errors
 
@@ -33,7 +34,7 @@ class Damaged(UserError):
 def steps(workdir: str) -> list[int]:
     """The sorted steps of a workdir's complete checkpoints, without one that is being written."""
     folder = os.path.join(workdir, "checkpoints")
-    return sorted(ocp.utils.checkpoint_steps(folder)) if os.path.isdir(folder) else []
+    return sorted(ocp.utils.checkpoint_steps(folder)) if paths.isdir(folder) else []
 
 
 def read(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Any, Arrays]:
@@ -63,7 +64,7 @@ def read(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> tupl
 def read_meta(folder: str) -> dict[str, Any]:
     """Reads and verifies the `meta` of a checkpoint; raises as `read`."""
     try:
-        with open(os.path.join(folder, META, _META_FILE), encoding="utf-8") as f:
+        with paths.open(os.path.join(folder, META, _META_FILE), encoding="utf-8") as f:
             meta = json.load(f)
         if not isinstance(meta, dict):
             raise ValueError("its meta is not a JSON object")
@@ -77,8 +78,7 @@ def read_meta(folder: str) -> dict[str, Any]:
 
 def write_meta(folder: str, meta: Mapping[str, Any]) -> None:
     """Writes the `meta` of a checkpoint."""
-    with open(os.path.join(folder, _META_FILE), "w", encoding="utf-8") as f:
-        json.dump(meta, f)
+    (epath.Path(folder) / _META_FILE).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def has_checksums(meta: Mapping[str, Any]) -> bool:

@@ -12,12 +12,15 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from typing import IO
 
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from selfsup_jax import paths
+from selfsup_jax.run import files
 
 PATTERN = "events.out.tfevents.*"
 
@@ -42,7 +45,7 @@ class EventWriter:
         self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        """Returns when all is handed to the operating system."""
+        """Returns when all is handed to the operating system, or is in the bucket."""
         self._file.flush()
 
     def close(self) -> None:
@@ -50,10 +53,13 @@ class EventWriter:
         self._file.close()
 
 
-def _new_file(directory: str, name: str) -> BinaryIO:
+def _new_file(directory: str, name: str) -> IO[bytes]:
     for number in itertools.count():  # several writers of a process may start in the same second
         path = os.path.join(directory, f"events.out.tfevents.{name}.{number}")
         with contextlib.suppress(FileExistsError):
+            if paths.is_bucket(path):
+                paths.put(path, b"", new=True)
+                return files.growing(path)
             return open(path, "xb")
     raise AssertionError
 
@@ -63,18 +69,17 @@ def cut(path: str, last_step: int) -> bool:
 
     Returns whether it is damaged: more than a last record that was being written.
     """
-    with open(path, "rb") as f:
+    with paths.open(path, "rb") as f:
         content = f.read()
     records = list(_records(content))
     kept = [record for record, step in records if step <= last_step]
     if len(kept) <= 1:  # at most the record of the file's version
-        os.remove(path)
+        paths.remove(path)
     elif sum(map(len, kept)) < len(content):
         # After a kill, neither TensorBoard nor this function takes this name for an event file.
         partial = os.path.join(os.path.dirname(path), "cut.partial")
-        with open(partial, "wb") as f:
+        with files.whole_file(path, "wb", partial) as f:
             f.writelines(kept)
-        os.replace(partial, path)
     return _is_damaged(content[sum(len(record) for record, _ in records) :])
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from selfsup_jax import paths
+
 FILE = "library_errors.log"
 
 
@@ -66,8 +68,8 @@ _CATCHER = _Catcher()
 def catch(workdir: str | None = None) -> None:
     """From now on such errors go to `library_errors.log` in the workdir.
 
-    Without a workdir, or if it is full, they go to the folder of temporary files.
+    Without a workdir, or if it is full or in a bucket, they go to the folder of temporary files.
     """
     if workdir is not None:
-        _CATCHER.workdirs = [workdir]
+        _CATCHER.workdirs = [] if paths.is_bucket(workdir) else [workdir]
     _CATCHER.install()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import shutil
 import sys
+import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import IO, Any
 
+from selfsup_jax import paths
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import events
-from selfsup_jax.run.files import whole_file
+from selfsup_jax.run.files import growing, sync, whole_file
 from selfsup_jax.run.progress import log
 
 FILE = "metrics.jsonl"
+_FLUSH_SECONDS = 60.0  # between checkpoints, in a bucket, where each flush writes all anew
 
 
 class Recorder:
@@ -37,30 +38,30 @@ class Recorder:
 
     def __init__(self, workdir: str, first_step: int):
         self.history: dict[str, tuple[list[int], list[float]]] = {}
-        self._file: TextIO | None = None
+        self._file: IO[bytes] | None = None
         self._writer: events.EventWriter | None = None
         if not hosts.is_writer():
             return
         path = os.path.join(workdir, FILE)
         lines, broken = _lines_up_to(path, first_step)
-        if first_step and not os.path.exists(path):
+        if first_step and not paths.exists(path):
             log(f"{path} is missing: the curves begin at step {first_step + 1:,}")
         if broken:
             aside = os.path.join(workdir, "metrics.damaged.jsonl")
-            shutil.copyfile(path, aside)
+            with paths.open(path, "rb") as old, whole_file(aside, "wb") as copy:
+                copy.write(old.read())
             log(f"{path}: {_listed(broken)} cannot be read, left out; all of it is in {aside}")
         if not first_step and _lines_up_to(path, sys.maxsize)[0]:
             aside = os.path.join(workdir, "metrics.before.jsonl")
             log(f"no checkpoint to resume from: earlier metrics are moved to {aside}")
-            os.replace(path, aside)
+            paths.move(path, aside)
         self.history = _history(lines)
-        with whole_file(path) as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
-        for event_file in glob.glob(os.path.join(glob.escape(workdir), events.PATTERN)):
+        self._file = growing(path, b"".join(map(_text, lines)))
+        for event_file in paths.glob(workdir, events.PATTERN):
             if events.cut(event_file, first_step):
                 log(f"{event_file}: is damaged; TensorBoard's points after that place are cut off")
-        self._file = open(path, "a")  # noqa: SIM115
         self._workdir = workdir
+        self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """Records a step's values; `timings` are not reproducible and go to TensorBoard only."""
@@ -69,16 +70,18 @@ class Recorder:
         if self._writer is None:  # creates the event file, so not before the first point
             self._writer = events.EventWriter(self._workdir)
         _append(self.history, step, values)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(_text({"step": step, **values}))
         self._writer.scalars(step, {**values, **timings})
+        if paths.is_bucket(self._workdir) and time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Returns when all is written; called before a checkpoint marks the steps as done."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file)
         if self._writer is not None:
             self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -120,7 +123,7 @@ def _lines_up_to(path: str, last_step: int) -> tuple[list[dict], list[int]]:
     """
     lines, broken = [], []
     try:
-        with open(path, "rb") as f:
+        with paths.open(path, "rb") as f:
             for number, text in enumerate(f, start=1):
                 if not text.endswith(b"\n"):
                     break
@@ -134,6 +137,10 @@ def _lines_up_to(path: str, last_step: int) -> tuple[list[dict], list[int]]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}; move it away") from e
     return lines, broken
+
+
+def _text(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def _line(text: bytes) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from selfsup_jax import paths
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import identity
 from selfsup_jax.run.files import read_json
@@ -42,10 +43,10 @@ def check_unfinished(run: identity.Flat, directory: str) -> None:
     Raises:
         UserError: it has; the message names every field that differs.
     """
-    paths = [os.path.join(directory, name) for name in (CONFIG, RESULTS)]
-    if not all(os.path.exists(path) for path in paths):
+    files = [os.path.join(directory, name) for name in (CONFIG, RESULTS)]
+    if not all(paths.exists(file) for file in files):
         return  # a run that had saved nothing may be corrected and started again
-    before = identity.flat(read_json(paths[0]))
+    before = identity.flat(read_json(files[0]))
     different = identity.differences(run, before, identity.steps_free(run, before))
     if different:
         text = identity.described(different, "the finished run there")
@@ -56,13 +57,13 @@ def _owner(directory: str) -> tuple[str, str] | None:
     """(kind, description) of the job that a workdir belongs to; None if it is new."""
     config, results, record = (os.path.join(directory, name) for name in (CONFIG, RESULTS, RECORD))
     for path in (config, results, record):
-        if os.path.isdir(path):
+        if paths.isdir(path):
             raise UserError(f"{path}: is a folder, where a file is written; move it away")
-    if os.path.exists(record):
+    if paths.exists(record):
         return _SWEEP, "a sweep (it has a runs.json)"
-    if os.path.exists(config):
+    if paths.exists(config):
         return _described(read_json(config))
-    if os.path.exists(results):
+    if paths.exists(results):
         return "", "an unknown job (it has a results.json without a config.json)"
     return None
 

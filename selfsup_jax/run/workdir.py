@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from selfsup_jax import paths
 from selfsup_jax.data.inputs import Data
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import Stopped, UserError
-from selfsup_jax.run import checkpoint, identity
+from selfsup_jax.run import checkpoint, identity, lock
 from selfsup_jax.run.files import write_json
 from selfsup_jax.run.progress import log
 
@@ -28,12 +28,10 @@ def check_path(workdir: str) -> None:
     """Checks that checkpoints can be written to a path.
 
     Raises:
-        UserError: it is a bucket's address, which would create a local folder of that name, or has
-            a character that the libraries of checkpoints take for a part of a pattern.
+        UserError: it is the address of a bucket that cannot be used, or has a character that the
+            libraries of checkpoints take for a part of a pattern.
     """
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: must be a path; mount the bucket to write to it")
-    path = os.path.abspath(workdir)
+    path = paths.absolute(workdir)
     try:
         path.encode()
     except UnicodeEncodeError as e:
@@ -47,6 +45,7 @@ def check_path(workdir: str) -> None:
             f"--workdir={workdir}{where}: must not contain {' or '.join(taken)}, also not in the "
             "folders above: checkpoints cannot be written there; use another name"
         )
+    paths.check(workdir, "--workdir")
 
 
 @contextlib.contextmanager
@@ -97,37 +96,19 @@ def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Chec
 def locked(workdir: str) -> Iterator[None]:
     """Creates the workdir and locks it for this process; all hosts must call it.
 
-    The operating system releases the lock when the process ends, even after a crash.
-
     Raises:
         UserError: the workdir cannot be written to, or another process uses it.
     """
     check_path(workdir)
     with contextlib.ExitStack() as stack:
         try:
-            os.makedirs(workdir, exist_ok=True)
+            paths.makedirs(workdir)
             if hosts.is_writer():
-                _acquire(workdir, stack.enter_context(open(os.path.join(workdir, ".lock"), "a+")))
+                stack.enter_context(lock.held(workdir))
         except OSError as e:
             raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
         hosts.wait_for_all("workdir")
         yield
-
-
-def _acquire(workdir: str, lock: TextIO) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        lock.seek(0)
-        raise UserError(
-            f"--workdir={workdir}: process {lock.read().strip()} is running there; wait for it, "
-            "stop it, or use another"
-        ) from e
-    except OSError:  # a file system without locks: no other process is kept out
-        pass
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
 
 
 def describe_run(config: ConfigDict, train: Source) -> dict[str, Any]:

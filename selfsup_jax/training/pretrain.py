@@ -11,7 +11,7 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from selfsup_jax import STARTED, durations, optim
+from selfsup_jax import STARTED, durations, optim, paths
 from selfsup_jax.build import Build, find
 from selfsup_jax.config import validate
 from selfsup_jax.data import inputs
@@ -71,7 +71,7 @@ def pretrain(
     validate(config, build)
     data = inputs.load_data(config)
     total, warmup = durations.total_and_warmup(config, data.train.num_examples)
-    _check_lengths(config, data, total)
+    _check_lengths(config, data, total, directory)
     feed = inputs.feed(config, data.train)
     method = build(config, data.train.num_classes, total, warmup)
     description = workdir.describe_run(config, data.train)
@@ -85,7 +85,7 @@ def pretrain(
             return _pretrain(run)
 
 
-def _check_lengths(config: ConfigDict, data: inputs.Data, total_steps: int) -> None:
+def _check_lengths(config: ConfigDict, data: inputs.Data, total_steps: int, directory: str) -> None:
     profile, images = config.profile, data.train.num_examples
     if profile.first_step and profile.first_step + profile.num_steps > total_steps:
         raise bad_field(
@@ -93,6 +93,8 @@ def _check_lengths(config: ConfigDict, data: inputs.Data, total_steps: int) -> N
             profile.first_step,
             f"must leave profile.num_steps={profile.num_steps} of the run's {total_steps} steps",
         )
+    if profile.first_step and paths.is_bucket(directory):
+        raise bad_field("profile.first_step", profile.first_step, "needs a --workdir on a disk")
     if config.get("queue_size", 0) > images:
         logging.warning(
             "config.queue_size=%d: more keys than the %d images, so that an image has keys of its "
@@ -152,7 +154,7 @@ def _announce(run: Run, state: TrainState) -> None:
     sizes = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in params.items()}
     if hosts.is_writer():
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
-        with open(os.path.join(run.workdir, "parameters.txt"), "w") as f:
+        with files.whole_file(os.path.join(run.workdir, "parameters.txt")) as f:
             f.write(table + "\n")
     labels = f"{data.train.num_classes} classes" if data.train.num_classes else "no labels"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -193,7 +195,7 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any
 
 def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     path = os.path.join(run.workdir, "results.json")
-    if "images_per_second" not in results and os.path.exists(path):
+    if "images_per_second" not in results and paths.exists(path):
         # No step was left to train: keep the speed that an earlier process measured.
         try:
             earlier = files.read_json(path)

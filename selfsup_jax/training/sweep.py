@@ -12,12 +12,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from selfsup_jax import paths
 from selfsup_jax.build import Build, find
 from selfsup_jax.config import check_fields, of_variant, validate
 from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
 from selfsup_jax.run import files, identity, owner, workdir
-from selfsup_jax.run.files import write_json, writing_to
+from selfsup_jax.run.files import whole_file, write_json, writing_to
 from selfsup_jax.run.progress import format_seconds, log
 from selfsup_jax.training import sweep_table
 from selfsup_jax.training.pretrain import pretrain
@@ -145,7 +146,7 @@ def _expected(record: Mapping[str, Any], left: int) -> str:
 
 def _read_record(directory: str) -> dict[str, Any]:
     path = os.path.join(directory, RECORD)
-    record = files.read_json(path) if os.path.exists(path) else {}
+    record = files.read_json(path) if paths.exists(path) else {}
     types: dict[str, Any] = {"config": dict, "results": dict, "seconds": int | float}
     for name, entry in record.items():
         fields = entry if isinstance(entry, dict) else {}
@@ -158,9 +159,10 @@ def _check_published(folder: str, runs: list[Run]) -> None:
     """Checks that only an earlier table of the same runs would be replaced."""
     if not folder:
         return
-    if not os.path.exists(os.path.join(folder, RECORD)):
+    paths.check(folder, "config.publish_dir")
+    if not paths.exists(os.path.join(folder, RECORD)):
         for name in (TABLE, PICTURE):
-            if os.path.exists(os.path.join(folder, name)):
+            if paths.exists(os.path.join(folder, name)):
                 raise bad_field("publish_dir", folder, f"has a {name} that is not of a sweep")
     record = _read_record(folder)
     for run in runs:
@@ -197,11 +199,11 @@ def _write(
         return results, table
     for folder in filter(None, (directory, config.publish_dir)):
         with writing_to(folder):
-            os.makedirs(folder, exist_ok=True)  # an error shows before hours of work
+            paths.makedirs(folder)  # an error shows before hours of work
             if folder == config.publish_dir and missing:
                 continue  # the table published there may be complete
             write_json(os.path.join(folder, RECORD), record)
-            with open(os.path.join(folder, TABLE), "w", encoding="utf-8") as f:
+            with whole_file(os.path.join(folder, TABLE), encoding="utf-8") as f:
                 f.write(table + "\n")
         if results["runs"]:
             _draw(os.path.join(folder, PICTURE), config, done)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selfsup_jax import paths
+from selfsup_jax.run.files import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -98,11 +101,6 @@ def open_page(path: str, width: int, height: int, title: str, note: str = "") ->
         page = Page(width, height, title, note)
         yield page
         page.figure.figimage(page.sheet, origin="upper", zorder=-1)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        partial = path + ".partial"
-        try:
-            page.figure.savefig(partial, format="png", dpi=DPI)
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+        paths.makedirs(os.path.dirname(path) or ".")
+        with whole_file(path, "wb") as f:
+            page.figure.savefig(f, format="png", dpi=DPI)

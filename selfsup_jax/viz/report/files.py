@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from selfsup_jax import stored
+from selfsup_jax import paths, stored
 from selfsup_jax.viz.titles import finite
 
 History = dict[str, tuple[list[int], list[float]]]  # quantity -> (steps, values)
@@ -33,7 +33,7 @@ def whole(value: Any) -> int | None:
 def read_json(path: str, notes: list[str]) -> Any:
     """The content of a JSON file; None if it is missing or, with a note, if it is broken."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with paths.open(path, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError:
         return None
@@ -57,7 +57,7 @@ def read_history(path: str, notes: list[str]) -> History:
     history: History = {}
     broken = []
     try:
-        with open(path, encoding="utf-8", errors="replace") as f:
+        with paths.open(path, encoding="utf-8", errors="replace") as f:
             for number, text in enumerate(f, start=1):
                 if not text.endswith("\n"):
                     break  # the run is writing it, or was killed while writing it
@@ -87,7 +87,7 @@ def read_history(path: str, notes: list[str]) -> History:
 def read_versions(folder: str) -> dict[str, str]:
     """Package -> version, from the newest checkpoint whose metadata has them; else empty."""
     checkpoints = os.path.join(folder, "checkpoints")
-    steps = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+    steps = paths.listdir(checkpoints) if paths.isdir(checkpoints) else []
     for step in sorted((s for s in steps if s.isdecimal()), key=int, reverse=True):
         meta = read_json(os.path.join(checkpoints, step, "meta", "metadata"), [])
         versions = meta.get("versions") if isinstance(meta, dict) else None
@@ -98,11 +98,12 @@ def read_versions(folder: str) -> dict[str, str]:
 
 def read_confusion(path: str, notes: list[str]) -> Confusion | None:
     """`confusion.npz`; None if it is missing or, with a note, broken."""
-    if not os.path.exists(path):
+    if not paths.exists(path):
         return None
     try:
-        headers = stored.npz_headers(path)
-        arrays = stored.read_npz(path, headers, headers)
+        with paths.local_copy(path) as file:
+            headers = stored.npz_headers(file)
+            arrays = stored.read_npz(file, headers, headers)
         matrix = np.asarray(arrays["matrix"], np.int64)
         names = [str(i) for i in range(len(matrix))]
         if "class_names" in arrays:

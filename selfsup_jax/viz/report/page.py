@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import datetime
-import glob
 import json
 import os
 import struct
@@ -16,8 +14,9 @@ from typing import Any
 
 import jinja2
 
-from selfsup_jax import __version__
+from selfsup_jax import __version__, paths
 from selfsup_jax.errors import UserError
+from selfsup_jax.run.files import whole_file
 from selfsup_jax.viz import titles
 from selfsup_jax.viz.report import charts, curves, measures, recipes
 from selfsup_jax.viz.report.confusion import mistakes
@@ -66,21 +65,18 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
     text = render(records, workdirs, title)
     partial = f"{output}.{os.getpid()}.partial"
     try:
-        with open(partial, "w", encoding="utf-8") as f:
+        with whole_file(output, "w", partial, encoding="utf-8") as f:
             f.write(text)
-        os.replace(partial, output)
     except OSError as e:
         raise UserError(f"{output}: cannot be written: {e.strerror or e}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
     size = len(text.encode()) / 1e6
     return f"wrote {output} ({size:.1f} MB): {_count(records)}"
 
 
 def _check_output(output: str) -> None:
+    paths.check(output, "--output")
     try:
-        with open(output, "rb") as f:
+        with paths.open(output, "rb") as f:
             start = f.read(4096)
     except FileNotFoundError:
         return
@@ -216,8 +212,8 @@ def _pictures(
     named += [(_job_name(job, owners), job.path) for job in records.jobs]
     result = []
     for name, folder in named:
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "plots", "*.png")), key=_order)
-        loaded = (_load(path, notes) for path in paths)
+        files = sorted(paths.glob(folder, "plots/*.png"), key=_order)
+        loaded = (_load(path, notes) for path in files)
         pictures = [picture for picture in loaded if picture is not None]
         if pictures:
             result.append((name, pictures))
@@ -234,7 +230,7 @@ def _load(path: str, notes: list[str]) -> Picture | None:
     if name in _DRAWN_ELSEWHERE:
         return None
     try:
-        with open(path, "rb") as f:
+        with paths.open(path, "rb") as f:
             data = f.read()
     except OSError as e:
         notes.append(f"{path}: cannot be read, left out: {e.strerror}")

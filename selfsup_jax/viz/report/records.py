@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from selfsup_jax import paths
 from selfsup_jax.errors import UserError
 from selfsup_jax.run.identity import flat
 from selfsup_jax.viz.report.files import (
@@ -93,7 +94,7 @@ class Job:
     def run(self) -> str | None:
         """Real path of the evaluated pretraining run; None if there is none."""
         run = self.get("run")
-        return os.path.realpath(run) if isinstance(run, str) and run else None
+        return paths.real(run) if isinstance(run, str) and run else None
 
 
 @dataclasses.dataclass
@@ -119,10 +120,11 @@ def read(workdirs: Sequence[str]) -> Records:
     """
     records, seen = Records(), set[str]()
     for workdir in workdirs:
-        if not os.path.isdir(workdir):
+        paths.check(workdir, "WORKDIR")
+        if not paths.isdir(workdir):
             raise UserError(f"{workdir}: does not exist")
         notes, any_here = len(records.notes), False
-        for folder in _folders(os.path.realpath(workdir)):
+        for folder in _folders(paths.real(workdir)):
             known = folder in seen
             seen.add(folder)
             any_here |= known or _read_folder(folder, records)
@@ -136,7 +138,7 @@ def read(workdirs: Sequence[str]) -> Records:
 
 
 def _folders(top: str) -> Iterator[str]:
-    for folder, names, _ in os.walk(top):
+    for folder, names, _ in paths.walk(top):
         yield folder
         deep = os.path.relpath(folder, top).count(os.sep) >= _DEPTH - 1 and folder != top
         names[:] = [] if deep else sorted(n for n in names if not _APART.match(n))
@@ -144,7 +146,7 @@ def _folders(top: str) -> Iterator[str]:
 
 def _read_folder(folder: str, records: Records) -> bool:
     """Adds the run or job of a folder. Returns whether the folder is a run, a job or a sweep."""
-    if os.path.exists(os.path.join(folder, "runs.json")):
+    if paths.exists(os.path.join(folder, "runs.json")):
         return True
     config = read_json(os.path.join(folder, "config.json"), records.notes)
     if not isinstance(config, dict) or not {"job", "method"} & set(config):
@@ -160,14 +162,14 @@ def _read_run(folder: str, config: dict[str, Any], notes: list[str]) -> Run:
     run = Run(folder, config, flat(config), read_results(folder, notes))
     run.history = read_history(os.path.join(folder, "metrics.jsonl"), notes)
     run.versions = read_versions(folder)
-    if run.results is None and os.path.exists(os.path.join(folder, "non_finite.json")):
+    if run.results is None and paths.exists(os.path.join(folder, "non_finite.json")):
         run.ended = "a loss or gradient was no number"
     return run
 
 
 def _read_job(folder: str, config: dict[str, Any], notes: list[str]) -> Job:
     by_step = []
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(paths.listdir(folder)):
         step = name.removeprefix("step_")
         if step != name and step.isdecimal():
             results = read_results(os.path.join(folder, name), notes)
