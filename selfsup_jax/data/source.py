@@ -26,8 +26,7 @@ class Source:
         num_examples: number of images.
         class_names: names of the classes; None if there are no labels, or only one class.
         kind: what `images` contains: `array` (pixels), `path`, or `encoded` (TFDS).
-        images: uint8 `[N, H, W, 3]`, or `[N]` paths, or a TensorFlow tensor of `[N]` encoded
-            images; or None.
+        images: uint8 `[N, H, W, 3]`, or `[N]` paths, or `[N]` bytes of encoded images; or None.
         labels: `[N]` int32, or `[N, classes]` of zeros and ones if an image can have several
             labels; or None.
         describe: index of an example -> its name for the log.
@@ -104,20 +103,12 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
     return dataclasses.replace(
         source,
         num_examples=len(indices),
-        images=_rows(source.images, indices),
+        images=source.images[indices],
         labels=source.labels[indices],
         describe=lambda i: names[indices[i]],
         sizes=None if source.sizes is None else source.sizes[indices],
         broken=tuple(i for i, row in enumerate(indices) if row in broken),
     )
-
-
-def _rows(images: Any, indices: np.ndarray) -> Any:
-    if isinstance(images, np.ndarray):
-        return images[indices]
-    from selfsup_jax.data.host_tensorflow import tf
-
-    return tf.gather(images, indices)
 
 
 def _subset_of_stream(source: Source, choose: Callable[..., np.ndarray]) -> Source:
@@ -137,7 +128,7 @@ def _subset_of_stream(source: Source, choose: Callable[..., np.ndarray]) -> Sour
     return dataclasses.replace(
         source,
         num_examples=len(indices),
-        images=tf.gather(tf.constant(encoded, tf.string), positions),
+        images=np.asarray(encoded, object)[positions],
         labels=labels[indices],
         describe=lambda i: names[indices[i]],
         stream=None,

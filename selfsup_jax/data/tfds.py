@@ -75,7 +75,7 @@ def load(
         num_examples=len(images),
         class_names=class_names,
         kind="encoded",
-        images=tf.constant(images, tf.string),
+        images=images,
         labels=labels if class_names else None,
         describe=lambda i: ids[i].decode(),
         shape=shape,
