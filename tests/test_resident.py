@@ -224,7 +224,7 @@ def test_both_placements_give_the_same_batches(mixed):
             views = [np.asarray(x[f"view_{i}"], int) for x in (device, host)]
             assert views[0].shape == (8, spec.size, spec.size, 3)
             for difference in np.abs(views[0] - views[1]):
-                assert difference.max() <= 1 and difference.mean() < 0.05
+                assert difference.max() <= 1 and difference.mean() < 0.2
     assert replaced == 2  # once in each epoch
     assert undecodable["device"].names == undecodable["host"].names != set()
 
@@ -296,7 +296,7 @@ def test_evaluation_sees_the_same_images_in_both_placements(mixed):
         for name in ("label", "name"):
             np.testing.assert_array_equal(device[name], host[name])
         difference = np.abs(device["image"].astype(int) - host["image"])
-        assert difference.max() <= 1 and difference.mean() < 0.05
+        assert difference.max() <= 1 and difference.mean() < 0.2
 
 
 # ----------------------------------------------------------------------------- placement

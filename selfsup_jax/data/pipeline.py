@@ -31,13 +31,13 @@ class Encoded(NamedTuple):
 
     Attributes:
         step: the steps before it.
-        images: `[b]` paths or bytes.
+        images: `[b]` paths or bytes; or indices for `Source.read`, which gives labels and names.
         labels: `[b]` int32 (`[b, classes]` if an image can have several), -1 without labels.
         names: `[b]` str.
     """
 
     step: int
-    images: Sequence[pixels.Encoded]
+    images: Any
     labels: np.ndarray
     names: np.ndarray
 
@@ -78,8 +78,8 @@ def train_batches(
         canvas, instead of views: `image` `[b, canvas, canvas, 3]` uint8, `size` `[b, 2]` int32 and
         `drawn` `[b]` int32 (the index whose crop is used).
     """
-    if source.images is not None:
-        raw = _batches_in_memory(source, seed, batch_size, positions, first_step)
+    if source.stream is None:
+        raw = _batches_of_rows(source, seed, batch_size, positions, first_step)
     else:
         raw = _streamed_batches(source, seed, batch_size, len(positions), first_step, host, hosts)
     decode = functools.partial(_decode, reading=source.reading, largest=canvas)
@@ -93,12 +93,13 @@ def train_batches(
         return {f"view_{i}": np.empty(s, np.uint8) for i, s in enumerate(shapes, start=1)}
 
     def work(encoded: Encoded, made: dict[str, np.ndarray], chunk: slice) -> list[bool]:
-        images = [decode(image) for image in encoded.images[chunk]]
+        images = [decode(image) for image in _read(source, encoded, chunk)]
         put(images, encoded.step, positions[chunk], {k: x[chunk] for k, x in made.items()})
         return [image is not None for image in images]
 
     for encoded, made, good in _ahead(raw, arrays, work):
-        batch = made | {"index": positions, "label": encoded.labels, "name": encoded.names}
+        batch = made | {"index": positions, "label": encoded.labels}
+        batch["name"] = encoded.names.astype(str)
         if canvas:
             batch["drawn"] = positions
         if source.num_classes is None:
@@ -106,7 +107,7 @@ def train_batches(
         yield _without_gaps(batch, encoded, ~good, undecodable)
 
 
-def _batches_in_memory(
+def _batches_of_rows(
     source: Source, seed: int, batch_size: int, positions: np.ndarray, step: int
 ) -> Iterator[Encoded]:
     steps_per_epoch = source.num_examples // batch_size
@@ -120,8 +121,17 @@ def _batches_in_memory(
 
 def _rows(source: Source, rows: np.ndarray, step: int = 0) -> Encoded:
     labels = -np.ones(len(rows), np.int32) if source.labels is None else source.labels[rows]
+    if source.images is None:
+        return Encoded(step, rows, labels, np.empty(len(rows), object))
     names = np.array([source.describe(int(row)) for row in rows])
     return Encoded(step, source.images[rows], labels.astype(np.int32), names)
+
+
+def _read(source: Source, encoded: Encoded, chunk: slice) -> Sequence[pixels.Encoded]:
+    if source.read is None:
+        return encoded.images[chunk]
+    images, encoded.labels[chunk], encoded.names[chunk] = source.read(encoded.images[chunk])
+    return images
 
 
 def _streamed_batches(
@@ -239,7 +249,7 @@ def eval_batches(
         `image` `[b, size, size, 3]` uint8, `label` `[b]` int32 (-1 without labels; `[b, classes]`
         if an image can have several) and `name` `[b]` str.
     """
-    if source.images is not None:
+    if source.stream is None:
         indices = np.array_split(spread(source.num_examples, limit), hosts)[host]
         starts = range(0, len(indices), batch_size)
         raw: Iterable[Encoded] = (_rows(source, indices[i : i + batch_size]) for i in starts)
@@ -248,7 +258,7 @@ def eval_batches(
 
     def work(encoded: Encoded, made: dict[str, np.ndarray], chunk: slice) -> list[bool]:
         good = []
-        for i, image in enumerate(encoded.images[chunk], start=chunk.start):
+        for i, image in enumerate(_read(source, encoded, chunk), start=chunk.start):
             rgb = pixels.decoded(image, source.reading)
             if rgb is not None and source.shape not in (None, rgb.shape[:2]):
                 rgb = None  # an image of another size than all others is broken, too
@@ -265,7 +275,8 @@ def eval_batches(
             undecodable.add(str(name))
         if good.any():
             batch = {"image": made["image"][: len(good)], "label": encoded.labels}
-            yield {k: x[good] for k, x in (batch | {"name": encoded.names}).items()}
+            batch["name"] = encoded.names.astype(str)
+            yield {k: x[good] for k, x in batch.items()}
 
 
 def _streamed_part(

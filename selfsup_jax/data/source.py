@@ -19,7 +19,8 @@ from selfsup_jax.errors import bad_field
 class Source:
     """One split of a data set.
 
-    Either `images` is set, and examples can be read in any order, or `stream` is set.
+    One of `images`, `read` and `stream` is set; with the first two, examples can be read in any
+    order.
 
     Attributes:
         name: for messages.
@@ -38,6 +39,8 @@ class Source:
         reading: how encoded images become pixels.
         stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
             from the seed (None: in the order of the files), for splits too large for memory.
+        read: `indices -> (encoded images, labels, names)`, for splits too large for memory whose
+            files can be read in any order. Labels are -1 without `class_names`.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Source:
     left_out: str = ""
     reading: Reading = dataclasses.field(default_factory=Reading)
     stream: Callable[[int | None, int, int], Any] | None = None
+    read: Callable[[np.ndarray], tuple[list[bytes], np.ndarray, np.ndarray]] | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -91,11 +95,13 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
     """Selects examples of a split and holds them in memory.
 
     Args:
-        source: a split with labels. A streamed one is read twice.
+        source: a split with labels. One that is not in memory is read twice.
         choose: `(labels, names) -> indices` of the examples to keep, in their new order.
     """
     if source.stream is not None:
         return _subset_of_stream(source, choose)
+    if source.read is not None:
+        return _subset_of_records(source, choose)
     assert source.labels is not None
     names = [source.describe(i) for i in range(source.num_examples)]
     indices = np.asarray(choose(source.labels, names), np.int64)
@@ -108,6 +114,25 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
         describe=lambda i: names[indices[i]],
         sizes=None if source.sizes is None else source.sizes[indices],
         broken=tuple(i for i, row in enumerate(indices) if row in broken),
+    )
+
+
+def _subset_of_records(source: Source, choose: Callable[..., np.ndarray]) -> Source:
+    assert source.read is not None
+    starts = range(0, source.num_examples, 1024)
+    blocks = [np.arange(i, min(i + 1024, source.num_examples)) for i in starts]
+    pairs = [source.read(rows)[1:] for rows in blocks]  # images are not kept
+    labels, names = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    indices = np.asarray(choose(labels, names.tolist()))
+    images = np.asarray(source.read(indices)[0], object)
+    kept = names[indices]
+    return dataclasses.replace(
+        source,
+        num_examples=len(indices),
+        images=images,
+        labels=labels[indices],
+        describe=lambda i: str(kept[i]),
+        read=None,
     )
 
 
