@@ -21,8 +21,9 @@ setup(
         "clu>=0.0.12",
         "ml-collections>=1.1.0",
         "tensorflow-datasets>=4.9.10",
-        "tensorflow-cpu>=2.21.0",  # tf.data, for TFDS and large folders; it uses no accelerator
-        "pillow>=11",  # decodes images of data sets that fit into memory
+        "tensorflow-cpu>=2.21.0",  # reads TFDS's files; it uses no accelerator
+        "pillow>=11",  # decodes images
+        "simplejpeg>=1.8",  # decodes JPEGs in four fifths of Pillow's time, to the same pixels
         "tensorboard>=2.21.0",  # event files
         "importlib_resources>=6.0",  # undeclared dependency of tensorflow-datasets
         "absl-py>=2.1",  # flags and logging

@@ -47,6 +47,11 @@ def pretrain_defaults() -> ConfigDict:
     # them; on the `host`, which decodes and crops them for each step; `auto`: `device` if they fit.
     config.data.placement = "auto"
     config.data.device_share = 0.25  # of a device's memory, for a split
+    # Who crops images that the host decodes for each step: the `host`; or the `device`, which gets
+    # them whole, in a square of `canvas` pixels (larger images are made smaller). The host then has
+    # about half the work.
+    config.data.crop_on = "host"
+    config.data.canvas = 512
     config.data.max_undecodable = 0.01  # share of images that may be broken before the run stops
 
     config.online_probe = online_probe()

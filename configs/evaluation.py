@@ -40,6 +40,8 @@ def job_defaults(job: str) -> ConfigDict:
     config.data.shuffle_buffer = 16384  # images, for streamed splits
     config.data.placement = "auto"  # `device`, `host`: where the images are, see `common.py`
     config.data.device_share = 0.25  # of a device's memory, for a split
+    config.data.crop_on = "host"  # or `device`, see `common.py`
+    config.data.canvas = 512  # pixels
     config.data.max_undecodable = 0.01  # share of images that may be broken before the job stops
     config.data.max_train_images = 0  # maximum, evenly spread over the split; 0: all
     config.data.allow_unseen_classes = False  # in the test split; True: they count as wrong

@@ -53,6 +53,8 @@ _RUN: checks.Table = {  # of every pretraining config
     "data.cache_gib": not_negative,
     "data.shuffle_buffer": _COUNT,
     "data.placement": one_of(inputs.PLACEMENTS),
+    "data.crop_on": one_of(inputs.CROP_ON),
+    "data.canvas": views.SIZE,
     "data.labels": one_of(inputs.LABELS),
     "data.intensity": intensity.rule,
     "data.exif_orientation": flag,

@@ -397,7 +397,7 @@ def test_an_epoch_shows_each_image_at_most_once_in_a_new_order(folder):
 def digits_by_placement() -> dict[str, sources.Source]:
     """Digits in an array, and the same as PNGs."""
     digits = sources.load("digits", "", "train[:50]", FIELD)
-    encoded = tf.constant([tf.io.encode_png(image).numpy() for image in digits.images])
+    encoded = np.asarray([tf.io.encode_png(image).numpy() for image in digits.images], object)
     pngs = dataclasses.replace(digits, kind="encoded", images=encoded)
     return {"device": digits, "host": pngs}
 
@@ -430,7 +430,7 @@ def test_an_image_is_cropped_anew_in_every_view_place_and_epoch(placement):
     if placement == "device":
         same = sources.Source("same", 8, None, "array", images=np.stack([image] * 8))
     else:
-        encoded = tf.repeat(tf.io.encode_png(image), 8)
+        encoded = np.asarray([tf.io.encode_png(image).numpy()] * 8, object)
         same = sources.Source("same", 8, None, "encoded", images=encoded)
     stream = batches(same, 4, 6)  # three epochs
     crops_seen = [crop for batch in stream for key in ("view_1", "view_2") for crop in batch[key]]
@@ -603,7 +603,7 @@ def test_tfds_gives_its_images_and_labels(tfds_dir, tfds_ids, options):
 
 @pytest.mark.slow
 def test_the_order_in_memory_is_that_of_the_files(tfds_dir):
-    orders = [load_tfds(tfds_dir).images.numpy().tolist() for _ in range(3)]
+    orders = [load_tfds(tfds_dir).images.tolist() for _ in range(3)]
     assert orders[0] == orders[1] == orders[2]
     streamed = evaluate(load_tfds(tfds_dir, **STREAMED), 40)
     assert_same(streamed[0], evaluate(load_tfds(tfds_dir), 40)[0])
@@ -647,6 +647,49 @@ def test_hosts_share_a_streamed_split(tfds_dir, hosts):
             evaluated.extend(images_of(batch, "image"))
     assert len(trained) == len(set(trained)) == 36  # no image twice in an epoch
     assert sorted(evaluated) == list(range(40))
+
+
+@pytest.fixture(scope="module")
+def records_dir(tmp_path_factory) -> str:
+    directory = str(tmp_path_factory.mktemp("records"))
+    several_files = tfds.download.DownloadConfig(num_shards=4)
+    made = TinyColours(data_dir=directory, file_format="array_record")
+    made.download_and_prepare(download_config=several_files)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "train[:50%]+train[80%:]"])
+def test_records_are_read_in_the_order_of_a_split_in_memory(records_dir, split):
+    """Whatever the number of hosts, from any step on."""
+    whole = load_tfds(records_dir, split)
+    records = load_tfds(records_dir, split, cache_gib=0.0)
+    assert whole.images is not None and records.images is None and records.stream is None
+    expected = batches(whole, 8, 7)
+    for a, b in zip(expected, batches(records, 8, 7), strict=True):
+        assert_same(a, b)
+    for a, b in zip(expected[4:], batches(records, 8, 3, first_step=4), strict=True):
+        assert_same(a, b)
+    np.testing.assert_array_equal(expected[0]["label"], images_of(expected[0]) % 3)
+    for host in (0, 1):
+        positions = np.arange(4 * host, 4 * host + 4, dtype=np.int32)
+        part = batches(records, 8, 5, positions=positions, host=host, hosts=2)
+        for a, b in zip(expected, part, strict=False):
+            np.testing.assert_array_equal(a["name"][positions], b["name"])
+            np.testing.assert_array_equal(a["view_1"][positions], b["view_1"])
+    for limit in (10**6, 9):
+        pairs = zip(evaluate(whole, 6, limit), evaluate(records, 6, limit), strict=True)
+        for a, b in pairs:
+            assert_same(a, b)
+
+
+@pytest.mark.slow
+def test_a_part_of_records_is_held_in_memory(records_dir):
+    records = load_tfds(records_dir, cache_gib=0.0)
+    part = sources.subset(records, lambda labels, names: np.flatnonzero(labels == 1)[::-1])
+    (batch,) = evaluate(part, 100)
+    assert part.read is None and (batch["label"] == 1).all() and len(batch["label"]) == 13
+    np.testing.assert_array_equal(images_of(batch, "image") % 3, batch["label"])
 
 
 @pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])

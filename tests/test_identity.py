@@ -113,6 +113,7 @@ def earlier(config: dict) -> dict:
     del old["eval"]["linear"], old["steps_per_call"]
     for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
         del old["data"][name]
+    del old["data"]["crop_on"], old["data"]["canvas"]
     return old
 
 

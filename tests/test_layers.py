@@ -82,7 +82,7 @@ def test_tensorflow_is_only_in_the_data_package():
     """And set up by one file, from which the others have it."""
     assert importers("tensorflow") == {"selfsup_jax/data/host_tensorflow.py"}
     users = importers("selfsup_jax.data.host_tensorflow", "tensorflow_datasets")
-    assert "selfsup_jax/data/pipeline.py" in users
+    assert "selfsup_jax/data/tfds.py" in users
     assert all(path.startswith("selfsup_jax/data/") for path in users)
     assert importers("tensorflow_datasets") <= importers("selfsup_jax.data.host_tensorflow")
 

@@ -314,11 +314,14 @@ def test_rate_and_time_to_go(clock):
     line = progress.Progress(1000, first_step=0, images_per_step=64, knn_k=20, stream=stream)
     line.restart(1)
     clock.now += 10
-    rate = line.show(101, {"loss": 0.123456})
+    rate = line.show(101, {"loss": 0.123456})["images_per_second"]
     assert rate == 640.0
     assert shown(stream) == "step 101/1000 (10%)  640 images/s  ETA 1m30s  loss 0.1235"
     clock.now += 30  # slower: the rate is the interval's, the time to go that of all so far
-    assert line.show(201, {"loss": 1.0, "probe_top1": 0.5, "knn_top1": 0.913}) == 64 * 100 / 30
+    assert (
+        line.show(201, {"loss": 1.0, "probe_top1": 0.5, "knn_top1": 0.913})["images_per_second"]
+        == 64 * 100 / 30
+    )
     for part in ("step 201/1000", "213 images/s", "ETA 2m40s", "50.0%", "kNN (k 20) 91.3%"):
         assert part in shown(stream)
     assert line.images_per_second == 64 * 200 / 40
@@ -329,14 +332,14 @@ def test_a_first_line_without_a_rate(clock):
     line = progress.Progress(total=10, first_step=0, images_per_step=2, stream=stream)
     line.restart(1)
     clock.now += 5
-    assert line.show(1, {"loss": 1.0}) == 0.0 and line.images_per_second == 0.0
+    assert line.show(1, {"loss": 1.0}) == {} and line.images_per_second == 0.0
     assert shown(stream) == "step 1/10 (10%)  loss 1.0000"
 
 
 def test_what_was_done_before_is_not_this_processs_speed(clock):
     line = progress.Progress(total=100, first_step=50, images_per_step=2, stream=io.StringIO())
     clock.now += 5
-    assert line.show(60, {"loss": 1.0}) == 4.0
+    assert line.show(60, {"loss": 1.0})["images_per_second"] == 4.0
 
 
 def test_a_pause_is_left_out(clock):
@@ -348,12 +351,12 @@ def test_a_pause_is_left_out(clock):
     clock.now += 1
     with line.pause():
         clock.now += 70
-    assert line.show(10, {"loss": 1.0}) == 50.0
+    assert line.show(10, {"loss": 1.0})["images_per_second"] == 50.0
     assert line.images_per_second == 50.0 and "ETA 18s" in shown(stream)
     with line.pause():
         clock.now += 500
     clock.now += 1
-    assert line.show(20, {"loss": 1.0}) == 100.0
+    assert line.show(20, {"loss": 1.0})["images_per_second"] == 100.0
 
 
 def test_expectation(clock):
@@ -429,7 +432,7 @@ def test_other_hosts_say_nothing(clock, capfd, monkeypatch, stream):
     stream = stream()
     line = progress.Progress(total=100, first_step=0, images_per_step=1, stream=stream)
     clock.now += 1
-    assert line.show(10, {"loss": 1.0}) == 10.0
+    assert line.show(10, {"loss": 1.0})["images_per_second"] == 10.0
     line.announce("news")
     line.close()
     assert not stream.getvalue() and capfd.readouterr() == ("", "")
@@ -441,3 +444,17 @@ def test_other_hosts_say_nothing(clock, capfd, monkeypatch, stream):
 )
 def test_format_seconds(seconds, text):
     assert progress.format_seconds(seconds) == text
+
+
+def test_waiting_for_images_is_told(monkeypatch, clock):
+    stream = io.StringIO()
+    line = progress.Progress(100, 0, 10, stream=stream)
+    told = []
+    monkeypatch.setattr(progress, "log", told.append)
+    for step, waited, share in ((10, 0.25, 0.05), (20, 1.0, 0.2), (30, 9.0, 1.0), (40, 2.0, 0.4)):
+        clock.now += 5
+        assert line.show(step, {"loss": 1.0}, waited)["input_wait"] == share
+    lines = stream.getvalue().splitlines()
+    assert "waits" not in lines[0] and "waits for images 20% of the time" in lines[1]
+    assert len(told) == 1 and "--config.data.crop_on=device" in told[0]
+    assert "input_wait" not in line.show(50, {"loss": 1.0})

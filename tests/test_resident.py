@@ -16,7 +16,7 @@ from conftest import assert_same
 from PIL import Image
 
 from configs import byol
-from selfsup_jax.data import decode, host_crops, inputs, pipeline, pixels, resident, sources
+from selfsup_jax.data import decode, inputs, pipeline, pixels, resident, sources
 from selfsup_jax.data.batches import Undecodable
 from selfsup_jax.data.crops import CropSpec
 from selfsup_jax.data.pixels import Reading
@@ -84,21 +84,21 @@ def encodings() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", sorted(encodings()))
-def test_pillow_decodes_what_the_host_decodes(name):
-    """Bit for bit, so that the placement doesn't change the pixels."""
+def test_an_image_is_decoded_as_tensorflow_does(name):
+    """Bit for bit: another library, but all results so far were made with it."""
     encoded = encodings()[name]
-    expected = host_crops.decode(tf.constant(encoded), Reading()).numpy()
+    expected = tf.io.decode_image(encoded, 3, expand_animations=False).numpy()
+    if name.startswith("jpeg"):
+        expected = tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE").numpy()
     assert expected.shape == (37, 53, 3) and expected.std() > 20
     np.testing.assert_array_equal(pixels.decoded(encoded, Reading()), expected)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 300, 0.5, -30])
 @pytest.mark.parametrize("name", ["jpeg 4:2:0", "png", "gif"])
-def test_an_image_is_broken_for_both(name, kept):
+def test_an_image_that_is_cut_off_is_broken(name, kept):
     encoded = encodings()[name]
     cut = encoded[: int(kept * len(encoded)) if isinstance(kept, float) else kept]
-    with pytest.raises(tf.errors.OpError):
-        host_crops.decode(tf.constant(cut), Reading())
     assert pixels.decoded(cut, Reading()) is None
 
 
@@ -151,7 +151,9 @@ def test_images_of_one_size_are_not_padded(tmp_path):
 def test_an_image_of_another_size_than_the_data_sets_is_broken():
     """As for the host, which would have to make a batch of it."""
     encoded = [tf.io.encode_png(noise(*shape, 3)).numpy() for shape in ((8, 8), (8, 9), (8, 8))]
-    source = sources.Source("three", 3, None, "encoded", images=tf.constant(encoded), shape=(8, 8))
+    source = sources.Source(
+        "three", 3, None, "encoded", images=np.asarray(encoded, object), shape=(8, 8)
+    )
     array = decode.into_array(source)
     assert array.broken == (1,) and array.images.shape == (3, 8, 8, 3)
 
@@ -221,10 +223,8 @@ def test_both_placements_give_the_same_batches(mixed):
         for i, spec in enumerate(SPECS, start=1):
             views = [np.asarray(x[f"view_{i}"], int) for x in (device, host)]
             assert views[0].shape == (8, spec.size, spec.size, 3)
-            for name, difference in zip(batch["name"], np.abs(views[0] - views[1]), strict=True):
-                # The host decodes a window of a JPEG; the chroma at its edge has no neighbours.
-                assert difference.max() <= (1 if str(name).endswith("png") else 4)
-                assert difference.mean() < 0.2
+            for difference in np.abs(views[0] - views[1]):
+                assert difference.max() <= 1 and difference.mean() < 0.2
     assert replaced == 2  # once in each epoch
     assert undecodable["device"].names == undecodable["host"].names != set()
 
@@ -296,7 +296,7 @@ def test_evaluation_sees_the_same_images_in_both_placements(mixed):
         for name in ("label", "name"):
             np.testing.assert_array_equal(device[name], host[name])
         difference = np.abs(device["image"].astype(int) - host["image"])
-        assert difference.max() <= 1 and difference.mean() < 0.05
+        assert difference.max() <= 1 and difference.mean() < 0.2
 
 
 # ----------------------------------------------------------------------------- placement

@@ -20,7 +20,7 @@ LIBRARIES = ("tensorflow", "tensorflow_datasets")
 
 
 def modules_without() -> list[str]:
-    """Every module of ours that needs no TensorFlow: all but those for TFDS and tf.data."""
+    """Every module of ours that needs no TensorFlow: all but those for TFDS."""
     names = {}
     for path, tree in SOURCES.items():
         if path.suffix == ".py" and path.parts[0] != "configs":
@@ -32,7 +32,8 @@ def modules_without() -> list[str]:
     while new := {name for name, used in names.items() if used & needing} - needing:
         needing |= new
     assert needing - set(LIBRARIES) == {
-        f"selfsup_jax.data.{name}" for name in ("host_crops", "host_tensorflow", "pipeline", "tfds")
+        "selfsup_jax.data.host_tensorflow",
+        "selfsup_jax.data.tfds",
     }
     return sorted(set(names) - needing)
 

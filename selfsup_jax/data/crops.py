@@ -1,8 +1,7 @@
 """Random resized crops in JAX: the boxes, and cropping and resizing inside a compiled step.
 
 The box of a view is drawn from (seed, step, index in the global batch), so it does not depend on
-the devices or hosts, nor on where the image is cropped: `host_crops.py` cuts the same boxes out of
-encoded images with TensorFlow.
+the devices or hosts, nor on where the image is cropped: `host_crops.py` cuts the same boxes out.
 
 To crop and resize is one small matrix per axis: `rows @ image @ columns^T`. The matrix is zero
 outside the box, so that one compiled program, without gathers or branches, works for all boxes.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,15 @@ def boxes_from_draws(draws: jax.Array, sizes: jax.Array, spec: CropSpec) -> jax.
     return jnp.where(fits.any(axis=1)[:, None], chosen, centre)
 
 
+def boxes(
+    seed: int, step: jax.Array, index: jax.Array, sizes: jax.Array, specs: Sequence[CropSpec]
+) -> jax.Array:
+    """The boxes of all views of a batch, `[b, views, 4]`; see `box_draws`, `boxes_from_draws`."""
+    draws = box_draws(seed, step, index, len(specs))
+    each = [boxes_from_draws(draws[:, i], sizes, spec) for i, spec in enumerate(specs)]
+    return jnp.stack(each, axis=1)
+
+
 # --------------------------------------------------------------------------------- resizing
 
 
@@ -164,7 +173,7 @@ def resize_matrix(
     first: jax.Array | None = None,
     antialias: bool = False,
 ) -> jax.Array:
-    """Matrices that cut a part out of an axis and resize it, with TensorFlow's weights.
+    """Matrices that cut a part out of an axis and resize it.
 
     Args:
         start, length: `[b]` float32, the part, in pixels.
@@ -181,29 +190,48 @@ def resize_matrix(
     scale = length / out if scale is None else scale
     first = jnp.zeros_like(length) if first is None else first
     start, length, scale, first = (x[:, None, None] for x in (start, length, scale, first))
-    source = jnp.arange(total, dtype=jnp.float32) - start  # pixels of the axis, within the part
+    source = jnp.arange(total, dtype=jnp.float32) - start
     target = jnp.arange(out, dtype=jnp.float32)[:, None] + first
+    return resize_weights(source, target, length, scale, method, antialias)
+
+
+def resize_weights(
+    source: Any, target: Any, length: Any, scale: Any, method: str, antialias: bool, np: Any = jnp
+) -> Any:
+    """How much each pixel counts in each pixel of the result, as in TensorFlow.
+
+    Args:
+        source: pixels of the part, whole numbers; not all are in it.
+        target: pixels of the result, that broadcast with `source`.
+        length: of the part.
+        scale, method, antialias: see `resize_matrix`.
+        np: `jax.numpy` or `numpy`, which computes them.
+
+    Returns:
+        float32, 0 outside the part; they sum to 1 over the last axis.
+    """
     if method == "area":  # the mean over the pixels, and parts of pixels, under a target pixel
-        end = jnp.minimum((target + 1) * scale, source + 1)
-        weights = jnp.maximum(end - jnp.maximum(target * scale, source), 0)
+        end = np.minimum((target + 1) * scale, source + 1)
+        weights = np.maximum(end - np.maximum(target * scale, source), 0)
     else:
-        width = jnp.maximum(scale, 1) if antialias else 1.0
-        weights = _KERNELS[method](jnp.abs(source + 0.5 - (target + 0.5) * scale) / width)
-    weights = jnp.where((source >= 0) & (source < length), weights, 0)
+        width = np.maximum(scale, 1) if antialias else 1.0
+        weights = _KERNELS[method](np.abs(source + 0.5 - (target + 0.5) * scale) / width, np)
+    weights = np.where((source >= 0) & (source < length), weights, 0)
     return weights / weights.sum(-1, keepdims=True)
 
 
-def _bicubic(x: jax.Array) -> jax.Array:  # Keys 1981, a = -0.5
+def _bicubic(x: Any, np: Any) -> Any:  # Keys 1981, a = -0.5
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((2.5 - 0.5 * x) * x - 4) * x + 2
-    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
 
 
-# Weight of a pixel by its distance from the sampled point.
+# Weight of a pixel by its distance from the sampled point; no pixel beyond the radius counts.
+RADIUS = {"bilinear": 1.0, "bicubic": 2.0, "lanczos3": 3.0, "area": 1.0}
 _KERNELS = {
-    "bilinear": lambda x: jnp.maximum(1 - x, 0),
+    "bilinear": lambda x, np: np.maximum(1 - x, 0),
     "bicubic": _bicubic,
-    "lanczos3": lambda x: jnp.where(x < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0),
+    "lanczos3": lambda x, np: np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0),
 }
 
 

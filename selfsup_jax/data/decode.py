@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ def array_bytes(source: Source, limit: float) -> float:
     if source.shape is not None:
         return 3.0 * source.num_examples * source.shape[0] * source.shape[1]
     height = width = 1
-    for image in _encoded(source):
+    for image in source.images:
         rows, columns = pixels.size(image, source.reading)
         height, width = max(height, rows), max(width, columns)
         if 3.0 * source.num_examples * height * width > limit:
@@ -39,7 +38,7 @@ def into_array(source: Source) -> Source:
     """The same split with its images in one array; see `Source.sizes` and `Source.broken`."""
     if source.kind == "array":
         return source
-    encoded = _encoded(source)
+    encoded = source.images
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         if source.shape is not None:  # no header needs to be read
             sizes = np.tile(np.asarray(source.shape, np.int32), (len(encoded), 1))
@@ -67,8 +66,3 @@ def into_array(source: Source) -> Source:
         sizes=None if full else sizes,
         broken=tuple(int(i) for i in np.flatnonzero(~good)),
     )
-
-
-def _encoded(source: Source) -> Any:
-    """Paths, or byte strings."""
-    return source.images if source.kind == "path" else source.images.numpy()

@@ -1,208 +1,83 @@
-"""Random resized crops on the host with TensorFlow, for images that are decoded during training.
+"""Crops on the host, in NumPy, for images that are decoded during training.
 
-The boxes are those of `crops.py`, up to a pixel where a rounding of `exp` decides (3 of 156,000);
-the pixels differ by at most one grey level, at the edges of a JPEG's window by four.
+The boxes and the weights are those of `crops.py`. Few weights of a row of a resize matrix are not
+zero, so here the matrices are sparse. The pixels are the same, up to one grey level by rounding.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
 
 import numpy as np
+import scipy.sparse
 
-from selfsup_jax.data import pixels
-from selfsup_jax.data.crops import CropSpec
-from selfsup_jax.data.host_tensorflow import tf
-from selfsup_jax.data.pixels import Reading
-
-_DCT = "INTEGER_ACCURATE"  # exactly the pixels that Pillow decodes; TensorFlow's default is rougher
+from selfsup_jax.data import crops
 
 
-def boxes_from_draws(
-    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, spec: CropSpec
-) -> tf.Tensor:
-    """Crop boxes for an image of `height` x `width` pixels.
-
-    The first attempt that fits into the image is used; if none fits, the largest centre crop with
-    an allowed aspect.
+def crop_and_resize(image: np.ndarray, box: np.ndarray, spec: crops.CropSpec) -> np.ndarray:
+    """Cuts a box out of an image and resizes it.
 
     Args:
-        draws: `[views, attempts, 4]` uniform in [0, 1): area, aspect, row, column.
-        height, width: int32 scalars.
-        spec: ranges of area and aspect.
+        image: `[H, W, 3]` uint8.
+        box: `[4]`, whole numbers: top, left, height, width.
+        spec: the result's size, and how it is resized.
 
     Returns:
-        `[views, 4]` int32: top, left, height, width.
+        `[size, size, 3]` uint8.
     """
-    rows, columns = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    low, high = spec.area
-    area = rows * columns * (low + (high - low) * draws[..., 0])
-    log_low, log_high = tf.math.log(spec.aspect[0]), tf.math.log(spec.aspect[1])
-    aspect = tf.exp(log_low + (log_high - log_low) * draws[..., 1])
-    box_w = tf.round(tf.sqrt(area * aspect))
-    box_h = tf.round(tf.sqrt(area / aspect))
-    fits = (box_w >= 1) & (box_h >= 1) & (box_w <= columns) & (box_h <= rows)
-    top = tf.floor(draws[..., 2] * (rows - box_h + 1))
-    left = tf.floor(draws[..., 3] * (columns - box_w + 1))
-    attempts = tf.stack([top, left, box_h, box_w], axis=-1)  # [views, attempts, 4]
-    chosen = tf.gather(attempts, tf.argmax(fits, axis=1), axis=1, batch_dims=1)
+    top, left, height, width = (int(x) for x in box)
+    crop = image[top : top + height, left : left + width]
+    rows = _matrix(height, spec.size, spec.method)
+    columns = _matrix(width, spec.size, spec.method, channels=3)
+    return _resized(crop, rows, columns)
 
-    ratio = tf.clip_by_value(columns / rows, spec.aspect[0], spec.aspect[1])
-    centre_w = tf.round(tf.minimum(columns, rows * ratio))
-    centre_h = tf.round(tf.minimum(rows, columns / ratio))
-    centre = tf.stack(
-        [(rows - centre_h) // 2, (columns - centre_w) // 2, centre_h, centre_w], axis=-1
+
+def test_view(image: np.ndarray, resize: int, size: int, method: str) -> np.ndarray:
+    """The evaluation view, see `crops.test_view`: `[H, W, 3]` uint8 to `[size, size, 3]`."""
+    shorter = min(image.shape[:2])
+
+    def matrix(length: int, channels: int) -> scipy.sparse.csr_matrix:
+        scaled = float(np.round(np.float32(length * resize) / np.float32(shorter)))
+        first, scale = (scaled - size) // 2, length / scaled
+        return _matrix(length, size, method, scale, first, antialias=True, channels=channels)
+
+    return _resized(image, matrix(image.shape[0], 1), matrix(image.shape[1], 3))
+
+
+@functools.lru_cache(maxsize=4096)  # of some 30 kilobytes each
+def _matrix(
+    length: int,
+    out: int,
+    method: str,
+    scale: float = 0.0,
+    first: float = 0.0,
+    *,
+    antialias: bool = False,
+    channels: int = 1,
+) -> scipy.sparse.csr_matrix:
+    """`crops.resize_matrix` of a whole axis, which has `channels` numbers a pixel."""
+    pace = np.float32(scale or length / out)
+    target = np.arange(out, dtype=np.float32)[:, None] + np.float32(first)
+    radius = crops.RADIUS[method] * (
+        max(float(pace), 1.0) if antialias or method == "area" else 1.0
     )
-    return tf.cast(tf.where(tf.reduce_any(fits, axis=1)[:, None], chosen, centre), tf.int32)
+    near = np.arange(2 * int(np.ceil(radius)) + 1, dtype=np.float32)
+    source = np.floor((target + 0.5) * pace - radius) + near
+    weights = crops.resize_weights(source, target, length, pace, method, antialias, np)
+    pixels = np.clip(source, 0, length - 1).astype(np.int32)
+    rows = [np.broadcast_to(weights, (channels, *weights.shape)).swapaxes(0, 1)]
+    rows.append(channels * pixels[:, None] + np.arange(channels, dtype=np.int32)[:, None])
+    data, columns = (np.ascontiguousarray(x).reshape(-1) for x in rows)
+    ends = np.arange(0, data.size + 1, near.size, dtype=np.int32)
+    shape = (channels * out, channels * length)
+    return scipy.sparse.csr_matrix((data.astype(np.float32), columns, ends), shape)
 
 
-def boxes_of_views(
-    draws: tf.Tensor, height: tf.Tensor, width: tf.Tensor, specs: Sequence[CropSpec]
-) -> tf.Tensor:
-    """`boxes_from_draws` with one spec per view."""
-    boxes, first = [], 0
-    for spec, members in itertools.groupby(specs):
-        count = len(list(members))
-        boxes.append(boxes_from_draws(draws[first : first + count], height, width, spec))
-        first += count
-    return tf.concat(boxes, axis=0)
-
-
-def crop_encoded(
-    encoded: tf.Tensor, draws: tf.Tensor, specs: Sequence[CropSpec], reading: Reading
-) -> list[tf.Tensor]:
-    """The views of an encoded image, `[size, size, 3]` uint8 each.
-
-    Of an upright JPEG only the window that contains all crops is decoded, once.
-    """
-
-    def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
-        shape = tf.image.extract_jpeg_shape(encoded)
-        boxes = boxes_of_views(draws, shape[0], shape[1], specs)
-        start = tf.reduce_min(boxes[:, :2], axis=0)
-        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0)
-        window = tf.concat([start, end - start], axis=0)
-        image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3, dct_method=_DCT)
-        return image, boxes - tf.concat([start, [0, 0]], axis=0)
-
-    def other() -> tuple[tf.Tensor, tf.Tensor]:
-        image = _decode_other(encoded, reading)
-        shape = tf.shape(image)
-        return image, boxes_of_views(draws, shape[0], shape[1], specs)
-
-    image, boxes = tf.cond(_is_upright_jpeg(encoded, reading), jpeg, other)
-    return crop_and_resize(image, boxes, specs)
-
-
-def decode(encoded: tf.Tensor, reading: Reading) -> tf.Tensor:
-    """A whole image, `[H, W, 3]` uint8; of an animation, the first frame."""
-    return tf.cond(
-        _is_upright_jpeg(encoded, reading),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
-        lambda: _decode_other(encoded, reading),
-    )
-
-
-def _decode_other(encoded: tf.Tensor, reading: Reading) -> tf.Tensor:
-    """A whole image that is no upright JPEG. PNGs take TensorFlow two thirds of Pillow's time."""
-
-    def by_tensorflow() -> tf.Tensor:
-        return tf.io.decode_png(encoded, channels=3)
-
-    def by_pillow() -> tf.Tensor:
-        def decoded(image: Any) -> np.ndarray:
-            found = pixels.decoded(_bytes(image), reading)
-            # An exception would be logged with its traceback for each broken image.
-            return np.zeros((0, 0, 3), np.uint8) if found is None else found
-
-        image = tf.numpy_function(decoded, [encoded], tf.uint8, stateful=False)
-        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, ["broken"])]):
-            return tf.ensure_shape(image, (None, None, 3))
-
-    head = tf.strings.join([tf.strings.substr(encoded, 0, 64), tf.constant(bytes(64))])
-
-    def at(position: int, text: bytes) -> tf.Tensor:
-        return tf.equal(tf.strings.substr(head, position, len(text)), text)
-
-    # Of most PNGs the first bytes say that they have no tags, and not 16 bits.
-    surely = at(0, b"\x89PNG") & at(37, b"IDAT") & ~at(24, b"\x10")
-    unsure = at(0, b"\x89PNG") & ~surely
-    plain = surely | _asked(unsure, encoded, lambda image: pixels.is_plain(image, reading))
-    return tf.cond(plain, by_tensorflow, by_pillow)
-
-
-def _is_upright_jpeg(encoded: tf.Tensor, reading: Reading) -> tf.Tensor:
-    """Whether TensorFlow gives the pixels of `pixels.decoded`, which takes longer.
-
-    Pillow is asked only if there are EXIF data: it takes 0.1 ms, and decoding 1 or 2.
-    """
-    is_jpeg = tf.io.is_jpeg(encoded)
-    if not reading.exif_orientation:
-        return is_jpeg
-    head = tf.strings.substr(encoded, 0, pixels.HEAD)
-    has_exif = is_jpeg & tf.strings.regex_full_match(head, r"\C*Exif\C*")
-    upright = _asked(has_exif, encoded, lambda image: pixels.is_plain(image, reading))
-    return is_jpeg & (upright | ~has_exif)
-
-
-def _asked(
-    condition: tf.Tensor, encoded: tf.Tensor, question: Callable[[bytes], bool]
-) -> tf.Tensor:
-    """`condition and question(encoded)`."""
-
-    def ask() -> tf.Tensor:
-        def answer(image: Any) -> np.bool_:
-            return np.bool_(question(_bytes(image)))
-
-        return tf.numpy_function(answer, [encoded], tf.bool, stateful=False)
-
-    return tf.ensure_shape(tf.cond(condition, ask, lambda: condition), ())
-
-
-def _bytes(image: Any) -> bytes:
-    """The argument of a `numpy_function`: bytes in a graph, an array outside."""
-    return image if isinstance(image, bytes) else image.item()
-
-
-def crop_and_resize(
-    image: tf.Tensor, boxes: tf.Tensor, specs: Sequence[CropSpec]
-) -> list[tf.Tensor]:
-    """Cuts the boxes `[views, 4]` out of an image `[H, W, 3]` uint8 and resizes them."""
-    views = []
-    for i, spec in enumerate(specs):
-        top, left, height, width = tf.unstack(boxes[i], num=4)
-        crop = image[top : top + height, left : left + width]
-        views.append(_resize(crop, (spec.size, spec.size), spec.method, antialias=False))
-    return views
-
-
-def test_image(image: tf.Tensor, resize: int, size: int, method: str) -> tf.Tensor:
-    """The evaluation view: the shorter side resized to `resize`, then a centre crop.
-
-    Args:
-        image: `[H, W, 3]` uint8, or a batch `[B, H, W, 3]`.
-        resize, size: pixels; `resize` is at least `size`.
-        method: of resizing; with antialiasing, because nothing else smooths a large image.
-
-    Returns:
-        `[size, size, 3]` uint8, or a batch of them. An image whose shorter side is already `resize`
-        is only cropped.
-    """
-    shape = tf.shape(image)[-3:-1]
-    shorter = tf.reduce_min(shape)
-    scaled = tf.cast(tf.round(shape * resize / shorter), tf.int32)
-    image = tf.cond(
-        tf.equal(shorter, resize),
-        lambda: image,
-        lambda: _resize(image, scaled, method, antialias=True),
-    )
-    top, left = tf.unstack((tf.shape(image)[-3:-1] - size) // 2, num=2)
-    centre = image[..., top : top + size, left : left + size, :]
-    return tf.ensure_shape(centre, (*[None] * (len(image.shape) - 3), size, size, 3))
-
-
-def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
-    resized = tf.image.resize(image, size, method=method, antialias=antialias)
-    return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
+def _resized(
+    image: np.ndarray, rows: scipy.sparse.csr_matrix, columns: scipy.sparse.csr_matrix
+) -> np.ndarray:
+    x = rows @ image.astype(np.float32).reshape(len(image), -1)  # [H', W C]
+    x = columns @ np.ascontiguousarray(x.T)  # [W' C, H']
+    np.rint(x, out=x)
+    np.clip(x, 0, 255, out=x)
+    return x.astype(np.uint8).T.reshape(rows.shape[0], -1, 3)

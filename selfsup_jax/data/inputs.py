@@ -17,6 +17,7 @@ from selfsup_jax.data import (
     crops,
     decode,
     intensity,
+    pipeline,
     pixels,
     resident,
     sources,
@@ -29,6 +30,7 @@ from selfsup_jax.state import Batch
 
 PLACEMENTS = ("auto", "device", "host")
 LABELS = ("auto", "none")
+CROP_ON = ("host", "device")
 
 
 class Data(NamedTuple):
@@ -152,10 +154,11 @@ def feed(config: ConfigDict, source: sources.Source) -> Feed:
             f"{source.name} is streamed, or larger than data.device_share={data.device_share:g} "
             f"of a device's {process.bytes_of_a_device() / 2**30:.1f} GiB; use host",
         )
-    if source.kind != "array":
+    if source.kind != "array" and data.crop_on == "host":
         return Feed()
     crop = functools.partial(resident.crop_batch, specs=_specs(config), seed=config.seed)
-    return Feed(crop, resident.arrays_of(source) if _fits(data, source) else None)
+    resides = source.kind == "array" and _fits(data, source)
+    return Feed(crop, resident.arrays_of(source) if resides else None)
 
 
 def with_views(feed: Feed, step: int, batch: HostBatch) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def with_views(feed: Feed, step: int, batch: HostBatch) -> dict[str, Any]:
 def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[HostBatch]:
     """This host's part of each global batch, from `first_step` on, endlessly.
 
-    The batches of a split in an array have rows for `Feed.views`; others have views.
+    The batches of a split in an array have rows for `Feed.views`; others have images or views.
     """
     options: dict[str, Any] = {
         "seed": config.seed,
@@ -184,8 +187,7 @@ def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[H
     if data.train.kind == "array":
         resides = _fits(config.data, data.train)
         return resident.train_batches(data.train, with_images=not resides, **options)
-    from selfsup_jax.data import pipeline  # imports TensorFlow
-
+    options["canvas"] = config.data.canvas if config.data.crop_on == "device" else 0
     place = {"host": jax.process_index(), "hosts": jax.process_count()}
     return pipeline.train_batches(data.train, _specs(config), **options, **place)
 
@@ -212,12 +214,9 @@ def eval_batches(
         batch_size: of this host.
         limit: see `pipeline.eval_batches`; None for all images.
     """
-    if source.kind == "array":
-        read: Callable[..., Iterable[HostBatch]] = resident.eval_batches
-    else:
-        from selfsup_jax.data import pipeline  # imports TensorFlow
-
-        read = pipeline.eval_batches
+    in_array = source.kind == "array"
+    read: Callable[..., Iterable[HostBatch]]
+    read = resident.eval_batches if in_array else pipeline.eval_batches
     undecodable = Undecodable(source.num_examples, data.max_undecodable)
     return lambda: read(
         source,

@@ -58,7 +58,7 @@ def _spread_images(source: Source) -> list[Any]:
         ]
         return [str(kind[i]) for kind in kinds for i in _spread(len(kind))]
     if source.kind == "encoded" and source.images is not None:
-        return [source.images[i].numpy() for i in _spread(source.num_examples)]
+        return [source.images[i] for i in _spread(source.num_examples)]
     return []
 
 

@@ -1,33 +1,52 @@
-"""Batches that the host decodes and crops with tf.data, for images that stay encoded.
+"""Batches of images that stay encoded: threads of the host decode them, a few batches ahead.
 
-A split in memory gives the same global batches on any number of hosts.
+They crop them too, or leave that to the training step. A split in memory gives the same global
+batches on any number of hosts.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from selfsup_jax.data import crops, host_crops
+from selfsup_jax.data import crops, host_crops, pixels
 from selfsup_jax.data.batches import HostBatch, Undecodable, epoch_order, neighbours, spread
-from selfsup_jax.data.host_tensorflow import tf
 from selfsup_jax.data.source import Source
 from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
 
-# AutoGraph has nothing to convert here, and warns if it can't parse a newer Python's source.
-_without_autograph = tf.autograph.experimental.do_not_convert
-_BATCHES_IN_FLIGHT = 3  # per host: decoded in parallel, and prefetched
+_BATCHES_AHEAD = 3
+_IMAGES_AT_ONCE = 8  # of one thread: their boxes are drawn in one call
+
+
+class Encoded(NamedTuple):
+    """A batch of this host, not decoded.
+
+    Attributes:
+        step: the steps before it.
+        images: `[b]` paths or bytes; or indices for `Source.read`, which gives labels and names.
+        labels: `[b]` int32 (`[b, classes]` if an image can have several), -1 without labels.
+        names: `[b]` str.
+    """
+
+    step: int
+    images: Any
+    labels: np.ndarray
+    names: np.ndarray
 
 
 def train_batches(
     source: Source,
     specs: Sequence[crops.CropSpec],
     *,
+    canvas: int = 0,
     seed: int,
     batch_size: int,
     positions: np.ndarray,
@@ -44,6 +63,8 @@ def train_batches(
     Args:
         source: the split.
         specs: how the crops of each view are drawn.
+        canvas: 0, or the side in pixels of the square in which an image is left to
+            `resident.crop_batch`; larger images are made smaller.
         seed: of the order and the crops.
         batch_size: global batch size.
         positions: `[b]`, this host's indices in the global batch.
@@ -53,143 +74,153 @@ def train_batches(
 
     Yields:
         `view_1`, `view_2`, ... `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str
-        (each image's file, or its id in the data set) and, with labels, `label` `[b]` int32.
+        (each image's file, or its id in the data set) and, with labels, `label` `[b]` int32. With a
+        canvas, instead of views: `image` `[b, canvas, canvas, 3]` uint8, `size` `[b, 2]` int32 and
+        `drawn` `[b]` int32 (the index whose crop is used).
     """
-    raw = _raw_batches if source.images is not None else _raw_stream
-    for dataset in raw(source, seed, batch_size, positions, first_step, host, hosts):
-        decoded = dataset.interleave(
-            lambda batch: _crop_batch(batch, source, specs, seed),
-            cycle_length=_BATCHES_IN_FLIGHT,
-            block_length=1,
-            num_parallel_calls=_BATCHES_IN_FLIGHT,
-            deterministic=True,
-        )
-        for batch in decoded.prefetch(_BATCHES_IN_FLIGHT).as_numpy_iterator():
-            yield _fill_gaps(batch, positions, source, undecodable)
+    if source.stream is None:
+        raw = _batches_of_rows(source, seed, batch_size, positions, first_step)
+    else:
+        raw = _streamed_batches(source, seed, batch_size, len(positions), first_step, host, hosts)
+    decode = functools.partial(_decode, reading=source.reading, largest=canvas)
+    put = _put_image if canvas else functools.partial(_put_views, seed=seed, specs=tuple(specs))
+
+    def arrays() -> dict[str, np.ndarray]:
+        if canvas:
+            shape = (len(positions), canvas, canvas, 3)
+            return {"image": np.zeros(shape, np.uint8), "size": np.ones((shape[0], 2), np.int32)}
+        shapes = [(len(positions), spec.size, spec.size, 3) for spec in specs]
+        return {f"view_{i}": np.empty(s, np.uint8) for i, s in enumerate(shapes, start=1)}
+
+    def work(encoded: Encoded, made: dict[str, np.ndarray], chunk: slice) -> list[bool]:
+        images = [decode(image) for image in _read(source, encoded, chunk)]
+        put(images, encoded.step, positions[chunk], {k: x[chunk] for k, x in made.items()})
+        return [image is not None for image in images]
+
+    for encoded, made, good in _ahead(raw, arrays, work):
+        batch = made | {"index": positions, "label": encoded.labels}
+        batch["name"] = encoded.names.astype(str)
+        if canvas:
+            batch["drawn"] = positions
+        if source.num_classes is None:
+            del batch["label"]
+        yield _without_gaps(batch, encoded, ~good, undecodable)
 
 
-def _raw_batches(source, seed, batch_size, positions, first_step, host, hosts):
-    """Yields one endless data set of undecoded batches; NumPy draws the order of each epoch."""
-    del host, hosts
+def _batches_of_rows(
+    source: Source, seed: int, batch_size: int, positions: np.ndarray, step: int
+) -> Iterator[Encoded]:
     steps_per_epoch = source.num_examples // batch_size
-
-    def batches():
-        step = first_step
-        while True:
-            epoch, start = divmod(step, steps_per_epoch)
-            order = epoch_order(source.num_examples, seed, epoch)
-            for i in range(start, steps_per_epoch):
-                yield step, positions, order[i * batch_size + positions]
-                step += 1
-
-    images, size = _tensor(source), len(positions)
-    signature = (
-        tf.TensorSpec((), tf.int64),
-        tf.TensorSpec((size,), tf.int32),
-        tf.TensorSpec((size,), tf.int64),
-    )
-
-    def add_examples(step, index, example):
-        label = -tf.ones_like(index)
-        if source.labels is not None:
-            label = tf.gather(tf.constant(source.labels), example)
-        return {
-            "step": step,
-            "index": index,
-            "image": tf.gather(images, example),
-            "label": label,
-            "id": tf.strings.as_string(example),
-        }
-
-    yield tf.data.Dataset.from_generator(batches, output_signature=signature).map(add_examples)
+    while True:
+        epoch, start = divmod(step, steps_per_epoch)
+        order = epoch_order(source.num_examples, seed, epoch)
+        for i in range(start, steps_per_epoch):
+            yield _rows(source, order[i * batch_size + positions], step)
+            step += 1
 
 
-def _raw_stream(source, seed, batch_size, positions, first_step, host, hosts):
-    """Yields one data set per epoch; each host reads its own part of the split."""
+def _rows(source: Source, rows: np.ndarray, step: int = 0) -> Encoded:
+    labels = -np.ones(len(rows), np.int32) if source.labels is None else source.labels[rows]
+    if source.images is None:
+        return Encoded(step, rows, labels, np.empty(len(rows), object))
+    names = np.array([source.describe(int(row)) for row in rows])
+    return Encoded(step, source.images[rows], labels.astype(np.int32), names)
+
+
+def _read(source: Source, encoded: Encoded, chunk: slice) -> Sequence[pixels.Encoded]:
+    if source.read is None:
+        return encoded.images[chunk]
+    images, encoded.labels[chunk], encoded.names[chunk] = source.read(encoded.images[chunk])
+    return images
+
+
+def _streamed_batches(
+    source: Source, seed: int, batch_size: int, size: int, step: int, host: int, hosts: int
+) -> Iterator[Encoded]:
+    """Each host reads its own part of the split, in an order of the files and the epoch."""
     assert source.stream is not None
     steps_per_epoch = source.num_examples // batch_size
-    epoch, start = divmod(first_step, steps_per_epoch)
     while True:
+        epoch, start = divmod(step, steps_per_epoch)
         epoch_seed = int(np.random.default_rng((seed, epoch)).integers(2**31))
-        first = tf.constant(epoch * steps_per_epoch, tf.int64)
-
-        def add_step(i, examples, first=first):
-            image, label, name = examples
-            return {
-                "step": first + i,
-                "index": tf.constant(positions),
-                "image": image,
-                "label": label,
-                "id": name,
-            }
-
         examples = source.stream(epoch_seed, host, hosts)
         # A host with a slightly larger part stops at the same step as the others.
-        batches = examples.batch(len(positions), drop_remainder=True).take(steps_per_epoch)
-        yield batches.enumerate().skip(start).map(add_step)
-        epoch, start = epoch + 1, 0
+        batches = examples.batch(size, drop_remainder=True).take(steps_per_epoch).skip(start)
+        for images, labels, names in batches.prefetch(_BATCHES_AHEAD).as_numpy_iterator():
+            yield Encoded(step, images, labels, np.array([name.decode() for name in names]))
+            step += 1
 
 
-def _crop_batch(
-    batch: dict[str, tf.Tensor],
-    source: Source,
-    specs: Sequence[crops.CropSpec],
-    seed: int,
-) -> tf.data.Dataset:
-    """A data set with one element: the batch's views, without images that can't be decoded."""
+def _ahead(
+    raw: Iterable[Encoded],
+    arrays: Callable[[], dict[str, np.ndarray]],
+    work: Callable[[Encoded, dict[str, np.ndarray], slice], list[bool]],
+) -> Iterator[tuple[Encoded, dict[str, np.ndarray], np.ndarray]]:
+    """Yields each batch, its arrays once they are filled, and which images could be decoded."""
+    pending: collections.deque[Any] = collections.deque()
 
-    @_without_autograph
-    def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        encoded = _read(example["image"], source.kind)
-        views = host_crops.crop_encoded(encoded, example["draws"], specs, source.reading)
-        numbered = {f"view_{i}": view for i, view in enumerate(views, start=1)}
-        return numbered | {"index": example["index"], "label": example["label"]}
+    def first() -> tuple[Encoded, dict[str, np.ndarray], np.ndarray]:
+        encoded, made, parts = pending.popleft()
+        return encoded, made, np.concatenate([part.result() for part in parts])
 
-    draws = tf.numpy_function(
-        functools.partial(_draws, seed, num_views=len(specs)),
-        (batch["step"], batch["index"]),
-        tf.float32,
-        stateful=False,
-    )
-    draws = tf.ensure_shape(draws, (*batch["index"].shape, len(specs), None, 4))
-    rows = {k: batch[k] for k in ("index", "image", "label")} | {"draws": draws}
-    examples = tf.data.Dataset.from_tensor_slices(rows)
-    decoded = examples.map(crop, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
-    # If no image can be decoded, the element is an empty batch: without any element, `interleave`
-    # would search for the next batch forever.
-    no_rows = {k: tf.zeros((0, *v.shape), v.dtype) for k, v in decoded.element_spec.items()}
-    empty = tf.data.Dataset.from_tensors(no_rows)
-    element = decoded.batch(batch["index"].shape[0]).concatenate(empty).take(1)
-    return element.map(lambda views: views | {"step": batch["step"], "ids": batch["id"]})
+    threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
+    try:
+        for encoded in raw:
+            made, count = arrays(), len(encoded.images)
+            chunks = [slice(i, i + _IMAGES_AT_ONCE) for i in range(0, count, _IMAGES_AT_ONCE)]
+            parts = [threads.submit(work, encoded, made, chunk) for chunk in chunks]
+            pending.append((encoded, made, parts))
+            if len(pending) > _BATCHES_AHEAD:
+                yield first()
+        while pending:
+            yield first()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
-_compiled_draws = jax.jit(crops.box_draws, static_argnames="num_views")
+def _decode(image: pixels.Encoded, *, reading: pixels.Reading, largest: int) -> np.ndarray | None:
+    return pixels.decoded(image, reading, largest)
 
 
-def _draws(seed: int, step: np.int64, index: np.ndarray, *, num_views: int) -> np.ndarray:
+def _put_image(images, step, index, made) -> None:
+    for i, image in enumerate(images):
+        if image is not None:
+            made["size"][i] = image.shape[:2]
+            made["image"][i, : image.shape[0], : image.shape[1]] = image
+
+
+_boxes = jax.jit(crops.boxes, static_argnames="specs")
+
+
+def _put_views(images, step, index, made, *, seed, specs) -> None:
+    missing = _IMAGES_AT_ONCE - len(images)  # one compilation for all
+    sizes = np.ones((_IMAGES_AT_ONCE, 2), np.int32)
+    for i, image in enumerate(images):
+        if image is not None:
+            sizes[i] = image.shape[:2]
     with process.on_cpu():
-        return np.asarray(_compiled_draws(seed, np.int32(step), index, num_views=num_views))
+        index = np.pad(index, (0, missing))
+        boxes = np.asarray(_boxes(seed, np.int32(step), index, sizes, specs=specs))
+    for i, image in enumerate(images):
+        if image is not None:
+            for view, box, spec in zip(made.values(), boxes[i], specs, strict=True):
+                view[i] = host_crops.crop_and_resize(image, box, spec)
 
 
-def _fill_gaps(
-    batch: HostBatch, positions: np.ndarray, source: Source, undecodable: Undecodable
+def _without_gaps(
+    batch: HostBatch, encoded: Encoded, missing: np.ndarray, undecodable: Undecodable
 ) -> HostBatch:
-    """Adds the names; replaces each missing image by the next one that was decoded."""
-    ids, step = batch.pop("ids"), batch.pop("step")
-    streamed = source.stream is not None
-    names = np.array([i.decode() if streamed else source.describe(int(i)) for i in ids])
-    if len(batch["index"]) < len(positions):
-        missing = ~np.isin(positions, batch["index"])
-        for name in names[missing]:
-            undecodable.add(str(name))
-        if not len(batch["index"]):
-            raise UserError(f"config.data.dir: no image of the batch of step {step} can be decoded")
-        rows = neighbours(missing)
-        batch = {k: v[rows] for k, v in batch.items()} | {"index": positions}
-        names = names[~missing][rows]
-    if source.num_classes is None:
-        del batch["label"]
-    return batch | {"name": names}
+    """Replaces each missing image by the next one that was decoded."""
+    if not missing.any():
+        return batch
+    for name in encoded.names[missing]:
+        undecodable.add(str(name))
+    if missing.all():
+        raise UserError(
+            f"config.data.dir: no image of the batch of step {encoded.step} can be decoded"
+        )
+    rows = np.flatnonzero(~missing)[neighbours(missing)]
+    return {k: v[rows] for k, v in batch.items()} | {"index": batch["index"]}
 
 
 def eval_batches(
@@ -208,7 +239,7 @@ def eval_batches(
 
     Args:
         source: the split.
-        resize, size, method: see `host_crops.test_image`.
+        resize, size, method: see `crops.test_view`.
         batch_size: of this host.
         limit: maximum number of images over all hosts: evenly spread, or shuffled if streamed.
         undecodable: counts the broken images, which are left out.
@@ -218,69 +249,45 @@ def eval_batches(
         `image` `[b, size, size, 3]` uint8, `label` `[b]` int32 (-1 without labels; `[b, classes]`
         if an image can have several) and `name` `[b]` str.
     """
-    count = min(limit, source.num_examples)
-    if source.images is not None:
+    if source.stream is None:
         indices = np.array_split(spread(source.num_examples, limit), hosts)[host]
-        images = _tensor(source)
-        labels = source.labels if source.labels is not None else -np.ones(source.num_examples)
-        examples = tf.data.Dataset.from_tensor_slices(indices).map(
-            lambda i: (
-                tf.gather(images, i),
-                tf.gather(tf.constant(labels, tf.int32), i),
-                tf.strings.as_string(i),
-            )
-        )
+        starts = range(0, len(indices), batch_size)
+        raw: Iterable[Encoded] = (_rows(source, indices[i : i + batch_size]) for i in starts)
     else:
-        assert source.stream is not None
-        whole = count == source.num_examples
-        examples = source.stream(None if whole else 0, host, hosts)
-        if not whole:
-            examples = examples.take(count // hosts + (host < count % hosts))
-        part = int(examples.cardinality())  # negative if unknown
+        raw = _streamed_part(source, batch_size, limit, host, hosts)
 
-    @_without_autograph
-    def decode(image, label, name):
-        image = host_crops.decode(_read(image, source.kind), source.reading)
-        if source.shape is not None:  # fails here, where a broken image can still be left out
-            image = tf.ensure_shape(image, (*source.shape, 3))
-        return {"image": image, "label": label, "id": name}
+    def work(encoded: Encoded, made: dict[str, np.ndarray], chunk: slice) -> list[bool]:
+        good = []
+        for i, image in enumerate(_read(source, encoded, chunk), start=chunk.start):
+            rgb = pixels.decoded(image, source.reading)
+            if rgb is not None and source.shape not in (None, rgb.shape[:2]):
+                rgb = None  # an image of another size than all others is broken, too
+            if rgb is not None:
+                made["image"][i] = host_crops.test_view(rgb, resize, size, method)
+            good.append(rgb is not None)
+        return good
 
-    def view(example):
-        return example | {"image": host_crops.test_image(example["image"], resize, size, method)}
+    def arrays() -> dict[str, np.ndarray]:
+        return {"image": np.empty((batch_size, size, size, 3), np.uint8)}
 
-    in_memory = source.images is not None
-    # Small images are resized in batches: one call per image would cost more than the resizing.
-    by_batch = source.shape is not None and max(source.shape) <= 128
-    ids: list[bytes] = []
+    for encoded, made, good in _ahead(raw, arrays, work):
+        for name in encoded.names[~good]:
+            undecodable.add(str(name))
+        if good.any():
+            batch = {"image": made["image"][: len(good)], "label": encoded.labels}
+            batch["name"] = encoded.names.astype(str)
+            yield {k: x[good] for k, x in batch.items()}
+
+
+def _streamed_part(
+    source: Source, batch_size: int, limit: int, host: int, hosts: int
+) -> Iterator[Encoded]:
+    assert source.stream is not None
+    count = min(limit, source.num_examples)
+    whole = count == source.num_examples
+    examples = source.stream(None if whole else 0, host, hosts)
+    if not whole:
+        examples = examples.take(count // hosts + (host < count % hosts))
     # No autotuning: at the end of a data set the tuner may sleep for seconds before it stops.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    parallel = os.cpu_count() or 1
-    if by_batch:
-        decoded = examples.map(decode, num_parallel_calls=parallel).ignore_errors()
-        viewed = decoded.batch(batch_size).map(view)
-    else:
-        both = examples.map(lambda *x: view(decode(*x)), num_parallel_calls=parallel)
-        viewed = both.ignore_errors().batch(batch_size)
-    for batch in viewed.prefetch(2).with_options(options).as_numpy_iterator():
-        batch_ids = batch.pop("id")
-        ids.extend(batch_ids)
-        names = [source.describe(int(i)) if in_memory else i.decode() for i in batch_ids]
-        yield batch | {"name": np.asarray(names)}
-    if in_memory and len(ids) < len(indices):
-        for i in sorted(set(indices) - {int(i) for i in ids}):
-            undecodable.add(source.describe(int(i)))
-    elif source.stream is not None:
-        for i in range(part - len(ids)):  # their names are unknown
-            undecodable.add(f"{source.name}: broken image {i + 1} of host {host}")
-
-
-def _tensor(source: Source) -> tf.Tensor:
-    """The images as a tensor: a data set refers to it, but would copy an array into its graph."""
-    if source.kind == "path":
-        return tf.constant([os.fsencode(path) for path in source.images], tf.string)
-    return tf.convert_to_tensor(source.images)
-
-
-def _read(image: tf.Tensor, kind: str) -> tf.Tensor:
-    return tf.io.read_file(image) if kind == "path" else image
+    for images, labels, names in examples.batch(batch_size).prefetch(2).as_numpy_iterator():
+        yield Encoded(0, images, labels, np.array([name.decode() for name in names]))

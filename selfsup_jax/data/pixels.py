@@ -1,7 +1,7 @@
-"""One encoded image -> its pixels, with Pillow: `[H, W, 3]` uint8, upright.
+"""One encoded image -> its pixels: `[H, W, 3]` uint8, upright.
 
-Images with more than 8 bits per channel are `deep` here. TensorFlow decodes the plain ones faster
-(`host_crops.py`), with the same result.
+Pillow decodes all but plain JPEGs, which simplejpeg decodes to the same pixels in four fifths of
+the time. Images with more than 8 bits per channel are `deep` here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from absl import logging
 from PIL import ExifTags, Image, ImageFile
 
@@ -43,18 +44,58 @@ def size(image: Encoded, reading: Reading) -> tuple[int, int]:
         return 1, 1
 
 
-def decoded(image: Encoded, reading: Reading) -> np.ndarray | None:
-    """`[H, W, 3]` uint8 of the first frame, or None if the image cannot be decoded."""
+def decoded(image: Encoded, reading: Reading, largest: int = 0) -> np.ndarray | None:
+    """`[H, W, 3]` uint8 of the first frame, or None if the image cannot be decoded.
+
+    With `largest`, an image with a longer side is made smaller: a JPEG while it is decoded, to as
+    many eighths of its size as fit.
+    """
     try:
-        with _open(image) as file:
-            turned = _orientation(file) if reading.exif_orientation else 1
-            if is_deep(file):
-                rgb = to_uint8(_values(file, image), reading.intensity)
-            else:
-                rgb = np.asarray(file.convert("RGB"))
-        return np.ascontiguousarray(_UPRIGHT[turned](rgb)) if turned != 1 else rgb
-    except Exception:
+        if isinstance(image, str):
+            with open(image, "rb") as file:
+                image = file.read()
+        rgb = _plain_jpeg(image, reading, largest)
+        rgb = _by_pillow(image, reading) if rgb is None else rgb
+        return _fitted(rgb, largest) if largest and max(rgb.shape) > largest else rgb
+    except Exception:  # of many types, for damaged files
         return None
+
+
+def _plain_jpeg(image: bytes, reading: Reading, largest: int) -> np.ndarray | None:
+    """The pixels of an upright JPEG in colour or gray, else None; raises if it is damaged."""
+    if not image.startswith(b"\xff\xd8\xff"):
+        return None
+    if reading.exif_orientation and b"Exif" in image[:HEAD]:
+        with _open(image) as file:
+            if _orientation(file) != 1:
+                return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(image)
+        if space not in ("YCbCr", "Gray"):
+            return None
+        if not 0 < largest < max(height, width):
+            return simplejpeg.decode_jpeg(image)
+        eighths = max(8 * largest // max(height, width), 1)
+        at_least = [-(-side * eighths // 8) for side in (height, width)]
+        return simplejpeg.decode_jpeg(image, min_height=at_least[0], min_width=at_least[1])
+    except ValueError:
+        return None  # Pillow decides what is too damaged
+
+
+def _by_pillow(image: bytes, reading: Reading) -> np.ndarray:
+    with _open(image) as file:
+        turned = _orientation(file) if reading.exif_orientation else 1
+        if is_deep(file):
+            rgb = to_uint8(_values(file, image), reading.intensity)
+        else:
+            rgb = np.asarray(file.convert("RGB"))
+    return np.ascontiguousarray(_UPRIGHT[turned](rgb)) if turned != 1 else rgb
+
+
+def _fitted(rgb: np.ndarray, largest: int) -> np.ndarray:
+    image = Image.fromarray(rgb)
+    image.thumbnail((largest, largest), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def deep_values(image: Encoded) -> np.ndarray | None:
@@ -64,16 +105,6 @@ def deep_values(image: Encoded) -> np.ndarray | None:
             return _values(file, image) if is_deep(file) else None
     except Exception:
         return None
-
-
-def is_plain(image: bytes, reading: Reading) -> bool:
-    """Whether TensorFlow gives the pixels of `decoded`: of upright JPEGs, and PNGs of 8 bits."""
-    try:
-        with _open(image) as file:
-            upright = not reading.exif_orientation or _orientation(file) == 1
-            return upright and not is_deep(file)
-    except Exception:
-        return True  # TensorFlow finds what is wrong with it
 
 
 def is_deep(file: ImageFile.ImageFile) -> bool:
@@ -172,7 +203,7 @@ def _orientation(file: ImageFile.ImageFile) -> int:
 
 
 def _starts_with_exif(file: ImageFile.ImageFile) -> bool:
-    """Whether a JPEG's tags are where the standard has them; `host_crops.py` looks only there."""
+    """Whether a JPEG's tags are where the standard has them; `_plain_jpeg` looks only there."""
     assert file.fp is not None
     position = file.fp.tell()
     file.fp.seek(0)

@@ -19,15 +19,15 @@ from selfsup_jax.errors import bad_field
 class Source:
     """One split of a data set.
 
-    Either `images` is set, and examples can be read in any order, or `stream` is set.
+    One of `images`, `read` and `stream` is set; with the first two, examples can be read in any
+    order.
 
     Attributes:
         name: for messages.
         num_examples: number of images.
         class_names: names of the classes; None if there are no labels, or only one class.
         kind: what `images` contains: `array` (pixels), `path`, or `encoded` (TFDS).
-        images: uint8 `[N, H, W, 3]`, or `[N]` paths, or a TensorFlow tensor of `[N]` encoded
-            images; or None.
+        images: uint8 `[N, H, W, 3]`, or `[N]` paths, or `[N]` bytes of encoded images; or None.
         labels: `[N]` int32, or `[N, classes]` of zeros and ones if an image can have several
             labels; or None.
         describe: index of an example -> its name for the log.
@@ -39,6 +39,8 @@ class Source:
         reading: how encoded images become pixels.
         stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
             from the seed (None: in the order of the files), for splits too large for memory.
+        read: `indices -> (encoded images, labels, names)`, for splits too large for memory whose
+            files can be read in any order. Labels are -1 without `class_names`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Source:
     left_out: str = ""
     reading: Reading = dataclasses.field(default_factory=Reading)
     stream: Callable[[int | None, int, int], Any] | None = None
+    read: Callable[[np.ndarray], tuple[list[bytes], np.ndarray, np.ndarray]] | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -92,11 +95,13 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
     """Selects examples of a split and holds them in memory.
 
     Args:
-        source: a split with labels. A streamed one is read twice.
+        source: a split with labels. One that is not in memory is read twice.
         choose: `(labels, names) -> indices` of the examples to keep, in their new order.
     """
     if source.stream is not None:
         return _subset_of_stream(source, choose)
+    if source.read is not None:
+        return _subset_of_records(source, choose)
     assert source.labels is not None
     names = [source.describe(i) for i in range(source.num_examples)]
     indices = np.asarray(choose(source.labels, names), np.int64)
@@ -104,7 +109,7 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
     return dataclasses.replace(
         source,
         num_examples=len(indices),
-        images=_rows(source.images, indices),
+        images=source.images[indices],
         labels=source.labels[indices],
         describe=lambda i: names[indices[i]],
         sizes=None if source.sizes is None else source.sizes[indices],
@@ -112,12 +117,23 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
     )
 
 
-def _rows(images: Any, indices: np.ndarray) -> Any:
-    if isinstance(images, np.ndarray):
-        return images[indices]
-    from selfsup_jax.data.host_tensorflow import tf
-
-    return tf.gather(images, indices)
+def _subset_of_records(source: Source, choose: Callable[..., np.ndarray]) -> Source:
+    assert source.read is not None
+    starts = range(0, source.num_examples, 1024)
+    blocks = [np.arange(i, min(i + 1024, source.num_examples)) for i in starts]
+    pairs = [source.read(rows)[1:] for rows in blocks]  # images are not kept
+    labels, names = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    indices = np.asarray(choose(labels, names.tolist()))
+    images = np.asarray(source.read(indices)[0], object)
+    kept = names[indices]
+    return dataclasses.replace(
+        source,
+        num_examples=len(indices),
+        images=images,
+        labels=labels[indices],
+        describe=lambda i: str(kept[i]),
+        read=None,
+    )
 
 
 def _subset_of_stream(source: Source, choose: Callable[..., np.ndarray]) -> Source:
@@ -137,7 +153,7 @@ def _subset_of_stream(source: Source, choose: Callable[..., np.ndarray]) -> Sour
     return dataclasses.replace(
         source,
         num_examples=len(indices),
-        images=tf.gather(tf.constant(encoded, tf.string), positions),
+        images=np.asarray(encoded, object)[positions],
         labels=labels[indices],
         describe=lambda i: names[indices[i]],
         stream=None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,10 +29,10 @@ def load(
 ) -> Source:
     """A TFDS image-classification split with encoded images.
 
-    A split of up to `cache_gib` GiB is held in memory and can be read in any order. A larger one is
-    streamed: each host reads its own part, with shuffled files and a shuffle buffer of
-    `shuffle_buffer` images. A data set with several labels per image counts as unlabelled, unless
-    `several_labels` is True.
+    A split of up to `cache_gib` GiB is held in memory and can be read in any order. So can a larger
+    one that lies in ArrayRecord files. Any other is streamed: each host reads its own part, with
+    shuffled files and a shuffle buffer of `shuffle_buffer` images. A data set with several labels
+    per image counts as unlabelled, unless `several_labels` is True.
     """
     builder = _builder(name, directory)
     info = builder.info
@@ -44,8 +46,18 @@ def load(
     parts = _part_lengths(split, lengths, field)
     total = sum(count for _, count in parts)
     label_of, names = _labels_of(info.features, several_labels)
+    full_name = f"{info.full_name} {split}"
     class_names = tuple(names) if names and len(names) > 1 else None
     size = sum(info.splits[part].num_bytes * count / lengths[part] for part, count in parts)
+
+    if info.file_format == tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
+        records = builder.as_data_source(
+            split=split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        made = Source(full_name, total, class_names, "encoded", shape=shape)
+        return _of_records(
+            made, records, several_labels, in_memory=several_labels or size <= cache_gib * 2**30
+        )
 
     def read(seed: int | None, host: int, hosts: int) -> tf.data.Dataset:
         config = tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True)
@@ -61,7 +73,6 @@ def load(
             dataset = dataset.shuffle(shuffle_buffer, seed=seed)
         return dataset.map(lambda x: (x["image"], label_of(x), _name_of(x)))
 
-    full_name = f"{builder.info.full_name} {split}"
     if size > cache_gib * 2**30:
         if np.min(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # unpublished labels are -1
             class_names = None
@@ -76,11 +87,47 @@ def load(
         num_examples=len(images),
         class_names=class_names,
         kind="encoded",
-        images=tf.constant(images, tf.string),
+        images=images,
         labels=labels if class_names else None,
         describe=lambda i: ids[i].decode(),
         shape=shape,
     )
+
+
+def _of_records(source: Source, records: Any, several_labels: bool, in_memory: bool) -> Source:
+    """The split of ArrayRecord files: `records[i]` is a dictionary."""
+    classes = source.num_classes
+
+    def label_of(example: dict[str, Any]) -> Any:
+        if "label" in example:
+            return example["label"] if classes else -1
+        if not (classes and several_labels):
+            return -1
+        return np.bincount(np.asarray(example["labels"], int), minlength=classes).clip(max=1)
+
+    def read(rows: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+        examples = records.__getitems__([int(row) for row in rows])
+        labels = np.asarray([label_of(example) for example in examples], np.int32)
+        pairs = zip(rows, examples, strict=True)
+        names = [_file_name(example) or f"{source.name}[{row}]" for row, example in pairs]
+        return [example["image"] for example in examples], labels, np.asarray(names)
+
+    if np.min(read(np.arange(1))[1]) < 0:  # unpublished labels are -1
+        source = dataclasses.replace(source, class_names=None)
+    if not in_memory:
+        return dataclasses.replace(source, read=read)
+    images, labels, names = read(np.arange(source.num_examples))
+    return dataclasses.replace(
+        source,
+        images=np.asarray(images, object),
+        labels=labels if source.class_names else None,
+        describe=lambda i: str(names[i]),
+    )
+
+
+def _file_name(example: dict[str, Any]) -> str:
+    name = example.get("file_name", example.get("image/filename", ""))
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _part_lengths(split: str, lengths: dict[str, int], field: str) -> list[tuple[str, int]]:

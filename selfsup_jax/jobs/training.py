@@ -45,7 +45,7 @@ def hold_out(
     count = min(config.held_out_images, train.num_examples // 5)
     if not count:
         return train, None
-    if train.stream is not None:
+    if train.images is None:
         name = config.data.train_split
         if not name.isidentifier():
             raise bad_field(

@@ -157,7 +157,12 @@ _ADDED: dict[str, Flat] = {
         "optimizer.adam_epsilon": 1e-8,
         "whole_epochs": True,
     },
-    "data.name": {"data.labels": "auto", "data.intensity": "full"},
+    "data.name": {
+        "data.labels": "auto",
+        "data.intensity": "full",
+        "data.crop_on": "host",
+        "data.canvas": 512,
+    },
     "encoder.depth": {"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
     "monitor.max_rows": {
         "online_probe.kernel_init": "lecun",

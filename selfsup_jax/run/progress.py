@@ -57,6 +57,7 @@ class Progress:
         self._width = 0
         self._counted_steps = 0
         self._counted_seconds = 0.0
+        self._advised = False
 
     @property
     def images_per_second(self) -> float:
@@ -88,26 +89,50 @@ class Progress:
             "evaluation not counted"
         )
 
-    def show(self, step: int, metrics: Mapping[str, float]) -> float:
-        """Shows step, rate, ETA, loss and accuracies. Returns the interval's images per second."""
+    def show(
+        self, step: int, metrics: Mapping[str, float], waited: float | None = None
+    ) -> dict[str, float]:
+        """Shows step, rate, ETA, loss, accuracies, and whether the devices wait for images.
+
+        Args:
+            step: the current step.
+            metrics: of this step.
+            waited: seconds since the last line in which the devices had no batch, if known.
+
+        Returns:
+            `images_per_second` since the last line, and `input_wait`, the share of that time in
+            which the devices had no batch; empty without a step since.
+        """
         now = time.perf_counter()
         seconds, steps = now - self._last[0], step - self._last[1]
         self._last = (now, step)
-        rate = 0.0
+        timings: dict[str, float] = {}
         if steps > 0:
             self._counted_seconds += seconds
             self._counted_steps += steps
             rate = steps * self._images_per_step / max(seconds, 1e-9)
+            timings = {"images_per_second": rate}
+            if waited is not None:
+                timings["input_wait"] = min(waited / max(seconds, 1e-9), 1.0)
         parts = [f"step {step}/{self._total} ({100 * step // max(1, self._total)}%)"]
         if self._counted_steps:
             left = (self._total - step) * self._counted_seconds / self._counted_steps
+            rate = timings.get("images_per_second", 0.0)
             parts += [f"{rate:,.0f} images/s", f"ETA {format_seconds(left)}"]
         parts.append(f"loss {metrics['loss']:.4f}")
         for name, shown in self._shown.items():
             if name in metrics:
                 parts.append(f"{shown} {100 * metrics[name]:.1f}%")
+        if timings.get("input_wait", 0.0) > 0.05:
+            parts.append(f"waits for images {timings['input_wait']:.0%} of the time")
+            if self._counted_seconds > 10 and not self._advised:  # not because of a slow start
+                self._advised = True
+                self.announce(
+                    "the devices wait for images: with --config.data.crop_on=device the host has "
+                    "half the work; else it needs more cores, or smaller files"
+                )
         self._write("  ".join(parts))
-        return rate
+        return timings
 
     def _write(self, line: str) -> None:
         if self._quiet:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,3 +104,50 @@ class Call:
             batch = parallel.shard(only)
         state, (metrics, outputs) = self._run(state, (self._arrays, batch, count))
         return state, metrics, outputs
+
+
+class Ahead:
+    """Fetches batches for the devices, two calls ahead of them, and measures how long these wait.
+
+    With more calls ahead, their batches would fill the devices' memory.
+
+    Args:
+        batches: of this host.
+        from_host: False if the batches are only row numbers: nothing is limited or measured then.
+    """
+
+    def __init__(self, batches: Iterator[HostBatch], from_host: bool):
+        self._batches = batches
+        self._running: collections.deque[Any] = collections.deque()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "ahead") if from_host else None
+        self._waited = 0.0
+
+    def fetch(self, count: int) -> list[HostBatch]:
+        """The next batches, once the devices have at most one call left."""
+        while len(self._running) > 1:
+            self._running.popleft().result()
+        begin = time.perf_counter()
+        batches = list(itertools.islice(self._batches, count))
+        if self._running and self._running[-1].done():
+            self._waited += time.perf_counter() - max(begin, self._running[-1].result())
+        return batches
+
+    def add(self, metrics: Any) -> None:
+        """Notes a call, by what it returns."""
+        if self._thread:
+            self._running.append(self._thread.submit(_time_when_ready, metrics))
+
+    def waited(self) -> float | None:
+        """Seconds in which the devices had nothing to do since the last question."""
+        waited, self._waited = self._waited, 0.0
+        return waited if self._thread else None
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._thread:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _time_when_ready(arrays: Any) -> float:
+    jax.block_until_ready(arrays)
+    return time.perf_counter()

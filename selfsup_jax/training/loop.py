@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -170,17 +170,18 @@ def train(
     call = calls.Call(spec.train_step, spec.feed, most)
     guard = nan_guard.NanGuard(spec.workdir)
     profile = _profiler(spec)
-    batches = spec.batches(first_step)
+    ahead = calls.Ahead(spec.batches(first_step), from_host=spec.feed.arrays is None)
     hosts.at_step(first_step)
     hosts.reached_preemption(first_step)  # so that the hosts agree on a later step
     postponed = announced = False
     ends = functools.partial(_ends_call, spec, first_step)
     step = first_step
-    with signals.StopSignals() as stop_signals:
+    with signals.StopSignals() as stop_signals, contextlib.closing(ahead):
         for count in calls.lengths(first_step, spec.total_steps, most, ends):
-            given = list(itertools.islice(batches, count))
+            given = ahead.fetch(count)
             names = [batch.pop("name") for batch in given]
             state, metrics, outputs = call(state, given)
+            ahead.add(metrics)
             checkpoints.write()  # of the previous call, while the device computes this one
             guard.add(step + 1, metrics, names)
             step, batch = step + count, given[-1]
@@ -206,8 +207,7 @@ def train(
                     values |= monitor.diagnose(outputs, state, batch)
                 with progress.pause():
                     values |= monitor.knn(step, state) if monitor and due.knn else {}
-                rate = progress.show(step, values)
-                timings = {"images_per_second": rate} if rate else {}
+                timings = progress.show(step, values, ahead.waited())
                 recorder.write(step, values, timings | process.device_memory())
                 if monitor:
                     monitor.judge()

@@ -40,6 +40,7 @@ QUANTITIES = {
     "update_norm": Quantity("update norm", log=True),
     "target_distance": Quantity("target distance, relative", log=True),
     "tau": Quantity("tau"),
+    "input_wait": Quantity("time without a batch, %"),
 }
 
 
