@@ -36,6 +36,7 @@ PUBLISHED = {"byol": (86.9, 122), "moco": (83.8, 129), "simclr": (84.7, 98)}
 TINY = {
     "batch_size": 16,
     "steps": 6,
+    "encoder.depth": 10,
     "encoder.width": 0.0625,
     "log_every_steps": 3,
     "monitor.diagnostics_every_steps": 3,
@@ -100,7 +101,7 @@ def stages(args: argparse.Namespace, out: pathlib.Path) -> list[Stage]:
 
     tiny = ["--px=32", "--depth=18", "--dtype=float32", "--repeats=1", "--passes=1", "--cache="]
     if args.tiny:
-        made.append(step("step_cifar10", 1, "--cases", "byol:2", "--ours", "plain", *tiny))
+        made.append(step("step_cifar10", 1, "--cases", "byol:2", "--ours", "plain", *tiny, *width))
     else:
         small = ["--px=32", "--depth=18", "--cases", "byol:128", "byol:512", "moco:128"]
         made.append(step("step_cifar10", 5, *small, "simclr:128"))
@@ -109,7 +110,7 @@ def stages(args: argparse.Namespace, out: pathlib.Path) -> list[Stage]:
     loop += [f"--json={out / 'loop.json'}"]
     if args.tiny:
         loop += ["--steps=4", "--rounds=1", "--config.encoder.width=0.0625"]
-        loop += ["--config.batch_size=8"]
+        loop += ["--config.batch_size=8", "--config.encoder.depth=10"]
     made.append(Stage("loop", loop, out / "loop.json", least))
     made += [run(method, 0) for method in methods]
     if not args.tiny:
