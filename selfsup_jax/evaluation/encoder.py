@@ -267,7 +267,7 @@ def _load_exported(folder: str) -> FrozenEncoder:
         variables = unflatten_dict(shapes, sep="/")
         step, origin = int(about.get("step") or 0), str(about.get("origin", ""))[:200]
         frozen = FrozenEncoder(variables, config, folder, None, step, origin)
-        _check_config(config)
+        check_config(config)
         check(frozen)
         arrays = stored.read_npz(path, headers, headers)
     except UserError:
@@ -278,7 +278,7 @@ def _load_exported(folder: str) -> FrozenEncoder:
     return frozen._replace(variables=unflatten_dict(arrays, sep="/"))
 
 
-def _check_config(config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any]) -> None:
     """Raises `ValueError` if the sections of a config are not what its readers take them for."""
     for section in (*_SECTIONS, "eval"):
         if not isinstance(config.get(section, {}), dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +18,8 @@ from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.interop import from_byol, from_simclr, from_torch, torch_files
-from selfsup_jax.interop.weights import Weights
+from selfsup_jax.interop.weights import METADATA, Weights
+from selfsup_jax.run.identity import upgraded_tree
 
 # Beside an export's weights: how to prepare images for it.
 PREPROCESSING = "preprocessing.json"
@@ -59,8 +59,13 @@ def read(source: str, prefix: str | None = None, **images: Any) -> tuple[FrozenE
     }
     origin = f"{weights.origin} ({os.path.basename(os.path.normpath(path))})"
     variables = unflatten_dict(arrays, sep="/")
-    frozen = FrozenEncoder(variables, weights.config, source, None, 0, origin)
-    encoder.check(frozen)
+    try:
+        encoder.check_config(weights.config)
+        frozen = FrozenEncoder(variables, weights.config, source, None, 0, origin)
+        encoder.check(frozen)
+    except ValueError as e:
+        what = f"is no plain {weights.origin}"
+        raise UserError(f"{source}: {what}: {str(e).removeprefix(f'{source}: ')}") from e
     return frozen, weights
 
 
@@ -104,7 +109,10 @@ def _read(path: str, prefix: str | None) -> Weights:
     if torch_files.is_zip(path) or torch_files.is_legacy(path):
         return from_torch.weights(torch_files.names_of(_mapping(torch_files.read(path))), prefix)
     if head[8:9] == b"{":
-        return from_torch.weights(_safetensors(path), prefix)
+        tensors, metadata = _safetensors(path)
+        if METADATA in metadata:
+            return _ours(tensors, metadata[METADATA])
+        return from_torch.weights(tensors, prefix)
     if head[:1] == b"\x80":
         with open(path, "rb") as f:
             return from_byol.weights(from_byol.read(io.BufferedReader(f)))  # type: ignore[arg-type]
@@ -118,10 +126,24 @@ def _mapping(tree: Any) -> Mapping[str, Any]:
     return tree
 
 
-def _safetensors(path: str) -> dict[str, np.ndarray]:
+def _ours(tensors: Mapping[str, np.ndarray], metadata: str) -> Weights:
+    """An export of ours, which has the names that `encoder.npz` has too."""
+    parts = {new: old for old, new in _ENCODER.items()}
+    try:
+        config = upgraded_tree(json.loads(metadata))
+        named = {name.partition("/"): array for name, array in tensors.items()}
+        arrays = {f"{parts[part + '/']}{rest}": array for (part, _, rest), array in named.items()}
+        return Weights(arrays, config, f"ResNet-{config['encoder']['depth']}", {})
+    except Exception as e:  # there is no end to what a stranger's file may hold
+        raise ValueError(f"is no export: {(str(e).splitlines() or [''])[0][:100]}") from e
+
+
+def _safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors, and the file's metadata."""
     try:
         with safetensors.safe_open(path, framework="numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
+            return tensors, f.metadata() or {}
     except (safetensors.SafetensorError, TypeError, KeyError) as e:
         raise ValueError(f"is truncated or damaged, or not of float numbers: {e}") from e
 
@@ -143,7 +165,7 @@ def _beside(path: str) -> dict[str, Any]:
     if "input_size" in config:
         size = found["image_size"] = config["input_size"][-1]
         if "crop_pct" in config:
-            found["test_resize"] = math.floor(size / config["crop_pct"])
+            found["test_resize"] = round(size / config["crop_pct"])
     return found
 
 

@@ -14,6 +14,9 @@ from selfsup_jax.interop import names
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
+# In the metadata of a `.safetensors` file of ours: what `about` returns, as JSON.
+METADATA = "selfsup_jax"
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -142,3 +145,8 @@ def config(
         "views": {"global": group | {"view_1": {"flip_prob": 0.5}}, "mean": mean, "std": std},
         "data": unknown | reading | data,
     }
+
+
+def about(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a config that an encoder cannot be used without."""
+    return {k: config[k] for k in ("encoder", "views", "data", "method") if k in config}
