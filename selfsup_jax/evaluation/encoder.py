@@ -77,9 +77,7 @@ def checkpoint_steps(run: str) -> list[int]:
     return checkpoint_files.steps(run)
 
 
-def locate(
-    path: str, step: int | None = None, field: str = "checkpoint"
-) -> tuple[str, int | None]:
+def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tuple[str, int | None]:
     """Resolves a config's `checkpoint` to (run or exported encoder, step).
 
     Args:
@@ -235,7 +233,7 @@ def export(
             path = os.path.join(folder, name)
             if content:
                 with whole_file(path, "wb") as f:
-                    np.savez(f, **content)  # type: ignore[arg-type]
+                    np.savez(f, **content)
             elif os.path.exists(path):  # of an earlier import
                 os.remove(path)
         write_json(os.path.join(folder, ABOUT), about)  # last: marks the export as complete

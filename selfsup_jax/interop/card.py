@@ -40,7 +40,8 @@ _CIFAR_STEM = {
     "torchvision": """
 model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
 model.maxpool = torch.nn.Identity()""",
-    "timm": """  # before loading: conv1 = Conv2d(3, 64, 3, 1, 1, bias=False), maxpool = Identity()""",
+    "timm": """
+# its conv1 must be Conv2d(3, 64, 3, 1, 1, bias=False) and its maxpool Identity() before that""",
 }
 
 
@@ -87,8 +88,8 @@ def text(
         "",
         *(f"{i}. {step}" for i, step in enumerate(images["steps"], start=1)),
         "",
-        f"Mean {images['mean']}, standard deviation {images['std']}, channels in the order RGB. The "
-        "same in `preprocessing.json`.",
+        f"Mean {images['mean']}, standard deviation {images['std']}, channels in the order RGB.",
+        "The same in `preprocessing.json`.",
         "",
         "## Loading",
         "",

@@ -122,7 +122,9 @@ def _check_folder(folder: str) -> None:
     for name in ("config.json", "runs.json", "checkpoints", encoder.ABOUT):
         taken = os.path.exists(os.path.join(folder, name))
         if taken and not os.path.exists(os.path.join(folder, PREPROCESSING)):
-            raise UserError(f"{folder}: has a {name} that is not of an export; choose another folder")
+            raise UserError(
+                f"{folder}: has a {name} that is not of an export; choose another folder"
+            )
 
 
 def torch_arrays(

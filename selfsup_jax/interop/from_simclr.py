@@ -90,7 +90,9 @@ class _Graph:
         raise ValueError(f"has {count} convolutions, as no plain ResNet: selective kernels?")
 
     def _sizes(self, convolutions: list[str]) -> list[int]:
-        there = [f"{self._root}{names.of_simclr_tf1(i)[0]}/kernel" for i in range(len(convolutions))]
+        there = [
+            f"{self._root}{names.of_simclr_tf1(i)[0]}/kernel" for i in range(len(convolutions))
+        ]
         return [self._tensors.shape(name)[0] for name in there]
 
     @staticmethod
@@ -98,12 +100,16 @@ class _Graph:
         bottleneck = names.STAGES[fields["depth"]][1]
         pointwise = ("shortcut", "conv1", "conv3") if bottleneck else ("shortcut",)
         stem = 7 if fields["stem"] == "imagenet" else 3
-        rest = (1 if conv.endswith(pointwise) else 3 for conv in list(names.convolutions(fields))[1:])
+        rest = (
+            1 if conv.endswith(pointwise) else 3 for conv in list(names.convolutions(fields))[1:]
+        )
         return [stem, *rest]
 
     def layer(self, conv: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weight, norm = names.of_simclr_tf1(self._order[conv])
-        return self._tensors.take(f"{self._root}{weight}/kernel"), _norm(self._tensors, f"{self._root}{norm}")
+        return self._tensors.take(f"{self._root}{weight}/kernel"), _norm(
+            self._tensors, f"{self._root}{norm}"
+        )
 
     def projector(self) -> Arrays:
         root = f"{self._root}head_contrastive/nl_"
@@ -152,5 +158,7 @@ def _projector(tensors: Tensors, root: str, dense: str, norm: str) -> Arrays:
     arrays: Arrays = {}
     for i, (ours, ours_norm) in enumerate(head_names(count) if count else []):
         arrays[f"online_params/projector/{ours}/kernel"] = tensors.take(f"{root}{i}/{dense}/kernel")
-        arrays |= norm_arrays(_norm(tensors, f"{root}{i}/{norm}"), f"projector/{ours_norm}", "online")
+        arrays |= norm_arrays(
+            _norm(tensors, f"{root}{i}/{norm}"), f"projector/{ours_norm}", "online"
+        )
     return arrays

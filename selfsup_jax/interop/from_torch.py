@@ -133,7 +133,9 @@ def _head(tensors: Tensors, root: str, part: str, network: str) -> Arrays:
     if f"{root}.weight" in there:
         linear = [root]
     else:
-        numbers = [m for m in (re.fullmatch(rf"{re.escape(root)}\.(\d+)\.weight", n) for n in there) if m]
+        numbers = [
+            m for m in (re.fullmatch(rf"{re.escape(root)}\.(\d+)\.weight", n) for n in there) if m
+        ]
         indices = sorted(int(m[1]) for m in numbers if len(tensors.shape(m[0])) == 2)
         linear = [f"{root}.{i}" for i in indices]
     arrays: Arrays = {}

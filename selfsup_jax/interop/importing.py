@@ -1,8 +1,7 @@
-"""Imports other projects' checkpoints: finds out what a file is, and reads it without running it."""
+"""Imports other projects' checkpoints: finds out what a file is; runs nothing that is in it."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -115,7 +114,7 @@ def _read(path: str, prefix: str | None) -> Weights:
         return from_torch.weights(tensors, prefix)
     if head[:1] == b"\x80":
         with open(path, "rb") as f:
-            return from_byol.weights(from_byol.read(io.BufferedReader(f)))  # type: ignore[arg-type]
+            return from_byol.weights(from_byol.read(f))
     kinds = "PyTorch, safetensors, a pickle of BYOL's authors, TensorFlow"
     raise ValueError(f"is of no known kind ({kinds}), or its beginning is missing")
 

@@ -14,7 +14,7 @@ OPSET, _IR_VERSION = 17, 8  # of ONNX 1.12: ONNX Runtime 1.12 and newer read the
 
 
 def model(frozen: FrozenEncoder) -> Any:
-    """The `ModelProto`: `images` [N, 3, H, W] normalised -> `features` [N, D], `maps` [N, D, h, w]."""
+    """`images` [N, 3, H, W] normalised -> `features` [N, D] and `maps` [N, D, h, w]."""
     graph = _Graph(frozen)
     last = graph.maps("images")
     pooled = graph.node("GlobalAveragePool", [last])

@@ -110,7 +110,7 @@ def _read_zip(path: str) -> Any:
         root = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
         order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
         with archive.open(f"{root}data.pkl") as f:
-            tree = unpickle.load(f, _TABLE, _storage)  # type: ignore[arg-type]
+            tree = unpickle.load(f, _TABLE, _storage)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
         def numbers(storage: Storage) -> np.ndarray:
@@ -122,7 +122,7 @@ def _read_zip(path: str) -> Any:
             lengths = struct.unpack_from("<HH", mapped, entry.header_offset + 26)
             start = entry.header_offset + 30 + sum(lengths)
             array = np.frombuffer(mapped, dtype, storage.size, start)
-            if array.nbytes != entry.file_size or zlib.crc32(array.view(np.uint8)) != entry.CRC:
+            if array.nbytes != entry.file_size or zlib.crc32(array.view(np.uint8).data) != entry.CRC:
                 raise ValueError(f"storage {storage.key} does not match its checksum")
             return array
 
@@ -145,7 +145,7 @@ def _read_legacy(path: str) -> Any:
 
         tree = unpickle.load(f, _TABLE, storage)
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        arrays, order = {}, "<" if system.get("little_endian", True) else ">"
+        arrays = {}
         for key in unpickle.load(f, {}):
             size = int.from_bytes(f.read(8), "little")
             found = storages.get(key)
@@ -154,7 +154,7 @@ def _read_legacy(path: str) -> Any:
                 raise ValueError(f"storage {key!r:.40} is damaged")
             if start + size * found.dtype.itemsize > len(mapped):
                 raise ValueError(f"is truncated: storage {key!r:.40} is not all there")
-            dtype = found.dtype.newbyteorder(order)
+            dtype = found.dtype.newbyteorder("<" if system.get("little_endian", True) else ">")
             arrays[key] = np.frombuffer(mapped, dtype, size, start)
             f.seek(start + size * found.dtype.itemsize)
     missing = sorted(storages.keys() - arrays.keys())
@@ -198,7 +198,9 @@ def _filled(tree: Any, numbers: Callable[[Storage], np.ndarray]) -> Any:
 # ------------------------------------------------------------------------------ writing
 
 
-def write(file: IO[bytes], arrays: Mapping[str, np.ndarray], under: str = "", **others: Any) -> None:
+def write(
+    file: IO[bytes], arrays: Mapping[str, np.ndarray], under: str = "", **others: Any
+) -> None:
     """Writes a state dictionary as `torch.save` does; `torch.load(weights_only=True)` reads it.
 
     Args:
@@ -218,7 +220,9 @@ def write(file: IO[bytes], arrays: Mapping[str, np.ndarray], under: str = "", **
         archive.writestr("archive/version", "3\n")
 
 
-def _pickled(arrays: Mapping[str, np.ndarray], under: str, others: Mapping[str, Any]) -> Iterator[bytes]:
+def _pickled(
+    arrays: Mapping[str, np.ndarray], under: str, others: Mapping[str, Any]
+) -> Iterator[bytes]:
     """The opcodes of pickle's protocol 2: its own pickler would import PyTorch."""
     names = {np.dtype(dtype): f"{name}Storage" for name, dtype in _DTYPES.items()}
     ordered = b"ccollections\nOrderedDict\n)R"
@@ -267,4 +271,3 @@ def names_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]
         elif isinstance(value, Mapping | list | tuple):
             found |= names_of(value, f"{name}.")  # type: ignore[arg-type]
     return found
-

@@ -62,6 +62,8 @@ class Record(metaclass=_Closed):
     """In place of a named tuple, or of a namespace: its values, by position or by name."""
 
     __slots__ = ("named", "values")
+    values: tuple[Any, ...]
+    named: dict[str, Any]
 
     def __new__(cls, *values: Any) -> Record:  # noqa: D102 - pickle calls it
         self = super().__new__(cls)
@@ -95,6 +97,11 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
+def _no_bytes() -> bytes:
+    """What empty bytes are pickled as, in protocol 2."""
+    return b""
+
+
 def _jax_array(function: Any, arguments: Any, state: Any, *_: Any) -> Array:
     """What a `jax.Array` is pickled as: the parts of a NumPy array."""
     if function is not _reconstruct:
@@ -109,6 +116,7 @@ PLAIN: Table = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     (argparse.__name__, "Namespace"): Record,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     ("numpy", "ndarray"): Array,
     ("numpy", "dtype"): Dtype,
     **{(module, "_reconstruct"): _reconstruct for module in _MULTIARRAY},
