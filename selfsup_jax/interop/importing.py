@@ -63,7 +63,7 @@ def read(source: str, prefix: str | None = None, **images: Any) -> tuple[FrozenE
         frozen = FrozenEncoder(variables, weights.config, source, None, 0, origin)
         encoder.check(frozen)
     except ValueError as e:
-        what = f"is no plain {weights.origin}"
+        what = f"is not as its names say ({weights.origin})"
         raise UserError(f"{source}: {what}: {str(e).removeprefix(f'{source}: ')}") from e
     return frozen, weights
 

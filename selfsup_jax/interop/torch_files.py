@@ -122,7 +122,10 @@ def _read_zip(path: str) -> Any:
             lengths = struct.unpack_from("<HH", mapped, entry.header_offset + 26)
             start = entry.header_offset + 30 + sum(lengths)
             array = np.frombuffer(mapped, dtype, storage.size, start)
-            if array.nbytes != entry.file_size or zlib.crc32(array.view(np.uint8).data) != entry.CRC:
+            if (
+                array.nbytes != entry.file_size
+                or zlib.crc32(array.view(np.uint8).data) != entry.CRC
+            ):
                 raise ValueError(f"storage {storage.key} does not match its checksum")
             return array
 
