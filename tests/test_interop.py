@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from conftest import flatten
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
+from selfsup_jax import export
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
+from selfsup_jax.interop import __main__ as interop
 from selfsup_jax.interop import exporting, importing, torch_files, unpickle
 from selfsup_jax.models import resnet
 
@@ -389,6 +392,46 @@ def test_what_a_library_cannot_express_is_refused(tmp_path):
         exporting.check({"encoder": fields}, "safetensors", measured=False)
     fields = frozen.config["encoder"] | {"padding": "same"}
     exporting.check({"encoder": fields}, "torchvision", measured=True)
+
+
+def run(monkeypatch, capsys, module, *arguments) -> tuple[int, str]:
+    """(Exit status, what it printed) of a command."""
+    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+    status = module.main()
+    out, err = capsys.readouterr()
+    return status, out + err
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    """A mistake is one line and status 2; another padding is measured on images."""
+    layers = foreign.make_resnet((1, 1, 1, 1), False, channels=64)
+    write(tmp_path / "model.pth", foreign.torch_bytes(foreign.torch_state(layers)))
+    source, out = tmp_path / "model.pth", tmp_path / "out"
+    size = ("--image_size=16", "--resize=20")
+    status, text = run(monkeypatch, capsys, interop, "import", source, f"--out={out}", *size)
+    assert status == 0 and "ResNet-10 (model.pth)" in text and "left out (12)" in text
+    missing = tmp_path / "missing"
+    status, text = run(monkeypatch, capsys, interop, "import", missing, f"--out={out}")
+    assert (status, text) == (2, f"error: {missing}: there is no such file\n")
+    command = (export, out, tmp_path / "exported", "--to=torchvision")
+    assert run(monkeypatch, capsys, *command)[0] == 0
+    again, _ = importing.read(str(tmp_path / "exported"))
+    kernel = layers[3, 0, "conv2"].kernel
+    np.testing.assert_array_equal(
+        again.variables["params"]["stage4_block1_conv2"]["kernel"], kernel
+    )
+    # As if it had been trained with TensorFlow's padding.
+    about = json.loads((out / "encoder.json").read_text())
+    about["config"]["encoder"]["padding"] = "same"
+    (out / "encoder.json").write_text(json.dumps(about))
+    status, text = run(monkeypatch, capsys, *command)
+    assert status == 2 and text.startswith("error: --to=torchvision: this encoder pads like 'same'")
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "images" / "1.png")
+    status, text = run(monkeypatch, capsys, *command, f"--measure={tmp_path / 'images'}")
+    assert status == 0 and "padding 'same' replaced by PyTorch's" in text
+    assert "on 1 images its features differ" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_detectron2_has_its_own_names(tmp_path):

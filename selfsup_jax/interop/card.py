@@ -80,6 +80,7 @@ def text(
     lines += [
         f"- from: {origin}; {frozen.step:,} steps",
         f"- training data: {data}",
+        *_recipe(config),
         f"- architecture: {', '.join(f'{k} {v}' for k, v in sorted(fields.items()))}",
         f"- written by selfsup-jax {__version__}, `--to={to}`",
         *([f"- {measured}"] if measured else []),
@@ -102,6 +103,16 @@ def text(
         lines += ["", "## Results", "", "| measure | |", "|---|---|"]
         lines += [f"| {name} | {100 * results[name]:.2f} % |" for name in scores]
     return "\n".join(lines) + "\n"
+
+
+def _recipe(config: Mapping[str, Any]) -> list[str]:
+    """How it was trained, if the config is a run's."""
+    if "optimizer" not in config or "batch_size" not in config:
+        return []
+    fields = {k: v for k, v in config["optimizer"].items() if k in ("name", "learning_rate")}
+    fields |= {"batch size": config["batch_size"], "seed": config.get("seed", 0)}
+    fields |= {f"views.{k}": config["views"]["global"][k] for k in ("size", "area")}
+    return [f"- recipe: {', '.join(f'{k} {v}' for k, v in fields.items())}"]
 
 
 def _loading(to: str, file: str, config: Mapping[str, Any]) -> str:
