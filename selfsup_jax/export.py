@@ -29,8 +29,8 @@ from selfsup_jax.interop import exporting, measuring
 from selfsup_jax.run.files import read_json
 
 
-def main() -> int:
-    """Runs the command in this file's docstring; returns the exit status."""
+def main() -> None:
+    """Runs the command in this file's docstring."""
     parser = Parser(description="Writes a run's encoder as a small folder.")
     parser.add_argument("checkpoint")
     parser.add_argument("folder")
@@ -50,10 +50,9 @@ def main() -> int:
         exporting.export(frozen, args.folder, args.to, known, measured)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        sys.exit(2)
     print(f"wrote {args.folder}: the encoder of {frozen.path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

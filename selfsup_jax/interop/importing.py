@@ -47,9 +47,11 @@ def read(source: str, prefix: str | None = None, **images: Any) -> tuple[FrozenE
     try:
         weights = _read(path, prefix)
         _set_images(weights.config, _beside(path) | {k: v for k, v in images.items() if v})
-    except (ValueError, OSError) as e:
-        reason = e.strerror or str(e) if isinstance(e, OSError) else str(e)
-        raise UserError(f"{source}: {reason}") from e
+    except ValueError as e:
+        raise UserError(f"{source}: {e}") from e
+    except Exception as e:  # there is no end to what a stranger's file may hold
+        reason = (str(e).splitlines() or [""])[0][:100]
+        raise UserError(f"{source}: is truncated or damaged: {type(e).__name__} {reason}") from e
     arrays = {
         new + name.removeprefix(old): array
         for name, array in weights.arrays.items()

@@ -24,6 +24,7 @@ _DTYPES: dict[str, Any] = {
     **{"BFloat16": ml_dtypes.bfloat16, "Bool": np.bool_, "Byte": np.uint8, "Char": np.int8},
     **{"Short": np.int16, "Int": np.int32, "Long": np.int64},
 }
+_LARGEST_PICKLE = 2**28  # bytes; the numbers are not in it
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -50,7 +51,7 @@ class Tensor(NamedTuple):
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         if type(self.offset) is not int or self.offset < 0:
             raise ValueError(f"a tensor begins at {self.offset!r:.40}")
-        if count and self.offset + last >= len(numbers):
+        if count > len(numbers) or (count and self.offset + last >= len(numbers)):
             raise ValueError(f"a tensor of shape {list(self.shape)} lies outside its storage")
         strides = tuple(step * numbers.itemsize for step in self.stride)
         view = numbers[self.offset :] if count else numbers[:0]
@@ -109,6 +110,8 @@ def _read_zip(path: str) -> Any:
         names = archive.namelist()
         root = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
         order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
+        if archive.getinfo(f"{root}data.pkl").file_size > _LARGEST_PICKLE:
+            raise ValueError(f"has a pickle of more than {_LARGEST_PICKLE:,} bytes")
         with archive.open(f"{root}data.pkl") as f:
             tree = unpickle.load(f, _TABLE, _storage)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -117,7 +120,7 @@ def _read_zip(path: str) -> Any:
             dtype = storage.dtype.newbyteorder("<" if order == b"little" else ">")
             entry = archive.getinfo(f"{root}data/{storage.key}")
             if entry.compress_type != zipfile.ZIP_STORED:
-                return np.frombuffer(archive.read(entry), dtype, storage.size)
+                raise ValueError("is compressed, which no file of PyTorch's is")
             # The local header repeats the name, and may have another extra field.
             lengths = struct.unpack_from("<HH", mapped, entry.header_offset + 26)
             start = entry.header_offset + 30 + sum(lengths)

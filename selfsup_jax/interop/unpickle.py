@@ -11,6 +11,7 @@ import argparse
 import collections
 import math
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
@@ -138,12 +139,24 @@ def load(file: IO[bytes], table: Table, persistent: Callable[[Any], Any] | None 
         ValueError: the pickle is damaged, or (`Refused`) names something else. Nothing was called.
     """
     try:
+        _check_memo(file)
         return _Unpickler(file, table, persistent).load()
     except Refused:
         raise
     except Exception as e:  # there is no end to what damaged pickles raise
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"is truncated or damaged: {reason[:100]}") from e
+
+
+def _check_memo(file: IO[bytes]) -> None:
+    """Python takes memory for as many objects as a pickle says: a wrong number would take all."""
+    start, count = file.tell(), 0
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.endswith("PUT"):
+            count += 1
+            if int(argument or 0) > count:
+                raise ValueError(f"stores object {argument} before {count} others")
+    file.seek(start)
 
 
 class _Unpickler(pickle.Unpickler):
