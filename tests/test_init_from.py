@@ -20,6 +20,7 @@ from selfsup_jax.interop import exporting, importing
 from selfsup_jax.models import resnet
 from selfsup_jax.state import encoder_variables
 from selfsup_jax.training import init_from
+from selfsup_jax.viz.report import page
 
 BASIC = ((1, 0, 0, 1), False)
 FEATURES = 16
@@ -213,6 +214,8 @@ def test_a_run_from_a_run(tmp_path, monkeypatch):
         assert started["taken"] == "encoder, target encoder (a copy of the online one)"
         results = json.loads((second / "results.json").read_text())
         assert results["init_from"] == "run first, step 2"
+        page.write([str(second)], str(tmp_path / "report.html"), None)
+        assert "started from run first, step 2" in (tmp_path / "report.html").read_text()
         # As if the last step had not been done.
         before = encoder.load(str(second), 4).variables
         shutil.rmtree(source)

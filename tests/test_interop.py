@@ -261,6 +261,8 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, kind):
         "not of numbers": reconstruct_trick(),
         "getattr": b"\x80\x02cbuiltins\ngetattr\n(cnumpy\nndarray\nX\x06\x00\x00\x00dumps_tR.",
         "no array": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\ntR.",
+        "evil.Tuple": b"\x80\x02cdill._dill\n_create_namedtuple\n(X\x05\x00\x00\x00Tuple)"
+        b"X\x04\x00\x00\x00eviltR.",
         "Dtype": b"\x80\x02cnumpy\ndtype\n(N}X\x05\x00\x00\x00dtypeK\x01stb.",  # sets an attribute
     }
     for named, content in attacks.items():
@@ -272,7 +274,8 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, kind):
         elif kind == "legacy":
             heads = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
             content = b"".join(pickle.dumps(head, 2) for head in heads) + content
-        assert named in refused(write(tmp_path / "evil", content)), named
+        if kind == "pkl" or not named.startswith("evil"):  # dill's names are BYOL's alone
+            assert named in refused(write(tmp_path / "evil", content)), named
         assert os.listdir(tmp_path) == ["evil"]
 
 

@@ -20,12 +20,26 @@ from selfsup_jax.interop.weights import (
 _HAIKU = "haiku._src.data_structures"
 _OPTIMIZERS = ("byol.utils.optimizers", "optax._src.transform", "optax._src.base")
 _STATES = ("AddWeightDecayState", "ScaleByLarsState", "ScaleState", "EmptyState")
-TABLE: unpickle.Table = {
-    **unpickle.PLAIN,
-    **{(_HAIKU, name): dict for name in ("FlatMapping", "FlatMap", "frozendict")},
+_RECORDS: unpickle.Table = {
     ("byol.byol_experiment", "_ByolExperimentState"): unpickle.Record,
     ("__main__", "_ByolExperimentState"): unpickle.Record,
     **{(module, state): unpickle.Record for module in _OPTIMIZERS for state in _STATES},
+}
+
+
+def _named_tuple(name: str, fields: Any, module: str, *_: Any) -> type:
+    """What dill, with which the authors pickle, calls to make a class of named tuples again."""
+    if (module, name) not in _RECORDS:
+        raise unpickle.Refused(f"names {module}.{name}, which is not read: it could be a program")
+    return unpickle.Record
+
+
+TABLE: unpickle.Table = {
+    **unpickle.PLAIN,
+    **{(_HAIKU, name): dict for name in ("FlatMapping", "FlatMap", "frozendict")},
+    **_RECORDS,
+    **{(module, "_create_namedtuple"): _named_tuple for module in ("dill._dill", "dill.dill")},
+    **{(module, "_create_array"): unpickle.array for module in ("dill._dill", "dill.dill")},
 }
 _FIELDS = ("online_params", "target_params", "online_state", "target_state", "opt_state")
 # Layers of the projector and the predictor: theirs -> ours.

@@ -103,13 +103,13 @@ def _no_bytes() -> bytes:
     return b""
 
 
-def _jax_array(function: Any, arguments: Any, state: Any, *_: Any) -> Array:
-    """What a `jax.Array` is pickled as: the parts of a NumPy array."""
+def array(function: Any, arguments: Any, state: Any, *_: Any) -> Array:
+    """What JAX, and dill, pickle an array as: the parts of NumPy's pickle."""
     if function is not _reconstruct:
         raise Refused("reconstructs something that is no array")
-    array = _reconstruct(*arguments)
-    array.__setstate__(state)
-    return array
+    made = _reconstruct(*arguments)
+    made.__setstate__(state)
+    return made
 
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -122,8 +122,8 @@ PLAIN: Table = {
     ("numpy", "dtype"): Dtype,
     **{(module, "_reconstruct"): _reconstruct for module in _MULTIARRAY},
     **{(module, "scalar"): _scalar for module in _MULTIARRAY},
-    ("jax._src.array", "_reconstruct_array"): _jax_array,
-    ("jax._src.device_array", "reconstruct_device_array"): _jax_array,
+    ("jax._src.array", "_reconstruct_array"): array,
+    ("jax._src.device_array", "reconstruct_device_array"): array,
 }
 
 
