@@ -31,9 +31,8 @@ def modules_without() -> list[str]:
     needing = {"tensorflow", "tensorflow_datasets"}
     while new := {name for name, used in names.items() if used & needing} - needing:
         needing |= new
-    assert needing - set(LIBRARIES) == {
-        f"selfsup_jax.data.{name}" for name in ("host_crops", "host_tensorflow", "pipeline", "tfds")
-    }
+    readers = ("host_crops", "host_tensorflow", "pipeline", "tensorflow_variables", "tfds")
+    assert needing - set(LIBRARIES) == {f"selfsup_jax.data.{name}" for name in readers}
     return sorted(set(names) - needing)
 
 

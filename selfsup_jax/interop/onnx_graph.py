@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.models.resnet import STAGES
@@ -15,7 +14,9 @@ OPSET, _IR_VERSION = 17, 8  # of ONNX 1.12: ONNX Runtime 1.12 and newer read the
 
 def model(frozen: FrozenEncoder) -> Any:
     """`images` [N, 3, H, W] normalised -> `features` [N, D] and `maps` [N, D, h, w]."""
-    graph = _Graph(frozen)
+    import onnx  # an extra of this package
+
+    graph = _Graph(onnx.helper, frozen)
     last = graph.maps("images")
     pooled = graph.node("GlobalAveragePool", [last])
     graph.node("Flatten", [pooled], output="features")
@@ -43,8 +44,8 @@ def model(frozen: FrozenEncoder) -> Any:
 class _Graph:
     """Nodes and weights, added in the order of `ResNet.__call__`."""
 
-    def __init__(self, frozen: FrozenEncoder):
-        self._variables = frozen.variables
+    def __init__(self, helper: Any, frozen: FrozenEncoder):
+        self._helper, self._variables = helper, frozen.variables
         self._fields = frozen.config["encoder"]
         self.nodes: list[Any] = []
         self.weights: dict[str, np.ndarray] = {}
@@ -52,7 +53,7 @@ class _Graph:
 
     def node(self, kind: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
         output = output or f"{kind}_{len(self.nodes)}"
-        self.nodes.append(onnx.helper.make_node(kind, inputs, [output], **attributes))
+        self.nodes.append(self._helper.make_node(kind, inputs, [output], **attributes))
         self._channels[output] = self._channels.get(inputs[0], 3)
         return output
 
