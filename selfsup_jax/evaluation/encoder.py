@@ -57,6 +57,12 @@ class FrozenEncoder(NamedTuple):
         return tuple(self.config["views"]["mean"]), tuple(self.config["views"]["std"])
 
     @property
+    def described(self) -> str:
+        """Where it comes from, in words, without the folders above a run's."""
+        run = os.path.basename(os.path.normpath(self.run)) if self.run else "unknown"
+        return self.origin or f"run {run}, step {self.step}"
+
+    @property
     def about(self) -> dict[str, Any]:
         """The origin of the encoder, for `config.json` and `results.json`."""
         origin = {"origin": self.origin} if self.origin else {}
@@ -224,8 +230,7 @@ def export(
     arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
     keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "data_info")
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
-    run = os.path.basename(os.path.normpath(frozen.run)) if frozen.run else ""
-    about["origin"] = frozen.origin or f"run {run}, step {frozen.step}"
+    about["origin"] = frozen.described
     about |= {"left_out": dict(left_out)} if left_out else {}
     with writing_to(folder):
         os.makedirs(folder, exist_ok=True)

@@ -41,7 +41,7 @@ class Encoder:
 
     def __init__(self, frozen: FrozenEncoder):
         self.variables, self.config = frozen.variables, frozen.config
-        self.origin = frozen.origin or frozen.path
+        self.origin = frozen.described
         self.image_size: int = frozen.config["data"]["image_size"]
         self._mean, self._std = frozen.normalization
         self._module: Any = encoder.module(frozen.config)

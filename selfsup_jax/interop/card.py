@@ -74,11 +74,12 @@ def text(
     header = ["tags:", "- image-feature-extraction", "- self-supervised"]
     header += [f"library_name: {library}"] if library else []
     method = f", {config['method']}" if config.get("method") else ""
-    origin = frozen.origin or f"step {frozen.step}"
     data = config["data"].get("name") or "unknown"
+    started = config.get("data_info", {}).get("init_from")
     lines = ["---", *header, "---", "", f"# ResNet-{fields['depth']}{method}", ""]
     lines += [
-        f"- from: {origin}; {frozen.step:,} steps",
+        f"- from: {frozen.described}; {frozen.step:,} steps",
+        *([f"- started from: {started['origin']}"] if started else []),
         f"- training data: {data}",
         *_recipe(config),
         f"- architecture: {', '.join(f'{k} {v}' for k, v in sorted(fields.items()))}",
