@@ -60,6 +60,7 @@ def test_features_are_those_of_the_jobs(imported, tmp_path):
         np.testing.assert_allclose(found, table["features"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_paths_pictures_and_arrays_are_the_same(imported, images, recwarn):
     encoder = selfsup_jax.Encoder.load(imported)
     assert (encoder.num_features, encoder.image_size) == (16, 8)
@@ -97,6 +98,7 @@ def test_what_is_no_image_is_told(imported, tmp_path):
         encoder.transform([np.zeros((3, 9, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)])
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_documentation_run(imported, images, monkeypatch, tmp_path):
     """Of `README.md` and `docs/weights.md`, with a checkpoint and images of the names there."""
     monkeypatch.chdir(tmp_path)
@@ -117,6 +119,7 @@ def test_the_lines_of_the_documentation_run(imported, images, monkeypatch, tmp_p
     assert scope["represent"](scope["encoder"].variables, normalized).shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_another_padding_is_measured_on_images(imported, images, tmp_path):
     """None for an encoder that pads so already; some for one with TensorFlow's padding."""
     frozen = selfsup_jax.evaluation.encoder.load(str(imported))

@@ -435,23 +435,24 @@ def run(monkeypatch, capsys, module, *arguments) -> tuple[int, str]:
     return status, out + err
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, monkeypatch, capsys):
     """A mistake is one line and status 2; another padding is measured on images."""
-    layers = foreign.make_resnet((1, 1, 1, 1), False, channels=64)
+    layers = foreign.make_resnet(*BASIC, channels=64)
     write(tmp_path / "model.pth", foreign.torch_bytes(foreign.torch_state(layers)))
     source, out = tmp_path / "model.pth", tmp_path / "out"
     size = ("--image_size=16", "--resize=20")
     status, text = run(monkeypatch, capsys, interop, "import", source, f"--out={out}", *size)
-    assert status == 0 and "ResNet-10 (model.pth)" in text and "left out (12)" in text
+    assert status == 0 and "ResNet-2 (model.pth)" in text and "left out (6)" in text
     missing = tmp_path / "missing"
     status, text = run(monkeypatch, capsys, interop, "import", missing, f"--out={out}")
     assert (status, text) == (2, f"error: {missing}: there is no such file\n")
     command = (export, out, tmp_path / "exported", "--to=torchvision")
     assert run(monkeypatch, capsys, *command)[0] == 0
     again, _ = importing.read(str(tmp_path / "exported"))
-    kernel = layers[3, 0, "conv2"].kernel
+    kernel = layers[1, 0, "conv2"].kernel
     np.testing.assert_array_equal(
-        again.variables["params"]["stage4_block1_conv2"]["kernel"], kernel
+        again.variables["params"]["stage2_block1_conv2"]["kernel"], kernel
     )
     # As if it had been trained with TensorFlow's padding.
     about = json.loads((out / "encoder.json").read_text())
