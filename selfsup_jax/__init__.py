@@ -1,8 +1,11 @@
 """Code that all methods share: data, encoders, optimizers, devices, the training loop."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import time
+from typing import Any
 
 # Set before TensorFlow is imported: no start-up banners, and no oneDNN, which has nothing to speed
 # up because TensorFlow only reads images here.
@@ -18,3 +21,12 @@ if importlib.util.find_spec("gcsfs"):
 STARTED = time.perf_counter()
 
 __version__ = "0.3.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`selfsup_jax.Encoder`, imported when it is used: most commands need no JAX to start."""
+    if name == "Encoder":
+        from selfsup_jax.interop.api import Encoder
+
+        return Encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,7 +40,7 @@ _PROBE: checks.Table = {
 _NAMES = checks.each(text, "a tuple of texts, as \"('a','b')\"")
 
 _RUN: checks.Table = {  # of every pretraining config
-    **{"job": text, "method": text, "seed": _SEED},
+    **{"job": text, "method": text, "seed": _SEED, "init_from": text},
     **{"steps": _LENGTH, "examples": _LENGTH, "epochs": optional(not_negative)},
     "whole_epochs": flag,
     **{"batch_size": _BATCH, "accumulate_steps": _BATCH, "bn_groups": _BATCH},

@@ -109,7 +109,7 @@ def earlier(config: dict) -> dict:
         del old["optimizer"][name]
     for name in ("stage1_projection", "zero_init_basic"):
         del old["encoder"][name]
-    del old["whole_epochs"], old["online_probe"]
+    del old["whole_epochs"], old["online_probe"], old["init_from"]
     del old["eval"]["linear"], old["steps_per_call"]
     for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
         del old["data"][name]

@@ -9,8 +9,12 @@ from conftest import REPOSITORY
 
 from selfsup_jax.devices import parallel
 
-# Words, not choices: the methods' names as people write them, and what styles of heads were called.
-METHODS_NAMED_IN = {"selfsup_jax/viz/report/recipes.py", "selfsup_jax/run/identity.py"}
+# Words, not choices: the methods' names as people write them, what styles of heads were called, and
+# which method trained the checkpoints of its authors.
+METHODS_NAMED_IN = {
+    *("selfsup_jax/viz/report/recipes.py", "selfsup_jax/run/identity.py"),
+    *(f"selfsup_jax/interop/from_{name}.py" for name in ("byol", "simclr", "torch")),
+}
 METHODS = sorted(p.name for p in REPOSITORY.glob("*_jax") if p.is_dir() and p.name != "selfsup_jax")
 SOURCES = {
     path.relative_to(REPOSITORY): ast.parse(path.read_text())

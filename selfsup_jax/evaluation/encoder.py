@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,8 +22,10 @@ from selfsup_jax.run.checkpoint import upgraded_meta
 from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
 from selfsup_jax.run.identity import upgraded_tree
 
-# The two files of an exported encoder.
+# The two files of an exported or imported encoder.
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"
+# Beside them, of an import: the other parts of the state, to train on; see `training/init_from.py`.
+TRAINING = "training.npz"
 _SECTIONS = ("encoder", "views", "data")
 # An encoder's variables -> their parts of a run's state.
 _OF_RUN = {"params": "online_params", "batch_stats": "online_stats"}
@@ -39,6 +41,7 @@ class FrozenEncoder(NamedTuple):
         path: of the checkpoint or of the exported encoder.
         run: the run's workdir; None for an exported encoder.
         step: of the checkpoint.
+        origin: of an exported or imported encoder: its run, or what was imported, in words.
     """
 
     variables: Any
@@ -46,6 +49,7 @@ class FrozenEncoder(NamedTuple):
     path: str
     run: str | None
     step: int
+    origin: str = ""
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -53,15 +57,22 @@ class FrozenEncoder(NamedTuple):
         return tuple(self.config["views"]["mean"]), tuple(self.config["views"]["std"])
 
     @property
+    def described(self) -> str:
+        """Where it comes from, in words, without the folders above a run's."""
+        run = os.path.basename(os.path.normpath(self.run)) if self.run else "unknown"
+        return self.origin or f"run {run}, step {self.step}"
+
+    @property
     def about(self) -> dict[str, Any]:
         """The origin of the encoder, for `config.json` and `results.json`."""
+        origin = {"origin": self.origin} if self.origin else {}
         return {
             "checkpoint": self.path,
             "run": self.run,
             "step": self.step,
             "method": self.config.get("method", ""),
             "run_seed": self.config.get("seed", 0),
-        }
+        } | origin
 
 
 # ------------------------------------------------------------------------------- finding
@@ -72,13 +83,14 @@ def checkpoint_steps(run: str) -> list[int]:
     return checkpoint_files.steps(run)
 
 
-def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
+def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tuple[str, int | None]:
     """Resolves a config's `checkpoint` to (run or exported encoder, step).
 
     Args:
         path: a run's workdir; one of its checkpoints (`WORKDIR/checkpoints/1000`); or a folder
             that `export` wrote.
         step: the step to take from a workdir; None for the newest.
+        field: of the config, for messages.
 
     Returns:
         The folder's absolute path, and the step; None for an exported encoder.
@@ -87,24 +99,25 @@ def locate(path: str, step: int | None = None) -> tuple[str, int | None]:
         UserError: there is no such checkpoint or exported encoder.
     """
     if not path:
-        raise bad_field("checkpoint", path, "must name a run's workdir, or a checkpoint in one")
+        raise bad_field(field, path, "must name a run's workdir, or a checkpoint in one")
     root = paths.absolute(os.path.expanduser(path))
-    paths.check(root, "config.checkpoint")
+    paths.check(root, f"config.{field}")
     parent, name = os.path.split(root)
     if os.path.basename(parent) == "checkpoints" and name.isdigit():
         root, step = os.path.dirname(parent), int(name)
     if not paths.isdir(root):
-        raise bad_field("checkpoint", path, "is not a directory")
+        hint = "; import it first: python -m selfsup_jax.interop import" * paths.exists(root)
+        raise bad_field(field, path, f"is not a directory{hint}")
     if paths.exists(os.path.join(root, ABOUT)):
         return root, None
     if os.path.basename(root) == "checkpoints":
         root = os.path.dirname(root)
     steps = checkpoint_steps(root)
     if not steps:
-        raise bad_field("checkpoint", path, "holds no checkpoint of a run, nor an exported encoder")
+        raise bad_field(field, path, "holds no checkpoint of a run, nor an exported encoder")
     if step is not None and step not in steps:
         available = ", ".join(map(str, steps))
-        raise bad_field("checkpoint", path, f"there is no checkpoint of step {step}: {available}")
+        raise bad_field(field, path, f"there is no checkpoint of step {step}: {available}")
     return root, steps[-1] if step is None else step
 
 
@@ -195,10 +208,21 @@ def untrained(config: dict[str, Any], seed: int) -> Any:
 # ------------------------------------------------------------------------------- exporting
 
 
-def export(frozen: FrozenEncoder, folder: str) -> None:
+def export(
+    frozen: FrozenEncoder,
+    folder: str,
+    training: Mapping[str, np.ndarray] | None = None,
+    left_out: Mapping[str, str] | None = None,
+) -> None:
     """Writes only an encoder: `encoder.json` (config, step) and `encoder.npz` (its arrays).
 
     Arrays have names such as `params/stem/kernel`. `load` reads the folder like a run.
+
+    Args:
+        frozen: the encoder.
+        folder: to write to.
+        training: of an import: the state's other arrays, as `online_params/projector/...`.
+        left_out: of an import: tensors that were not taken, each with the reason.
 
     Raises:
         UserError: the folder cannot be written to, or has files that are not of an export.
@@ -208,10 +232,17 @@ def export(frozen: FrozenEncoder, folder: str) -> None:
     arrays = {k: np.asarray(v) for k, v in flatten_dict(frozen.variables, sep="/").items()}
     keep = (*_SECTIONS, "eval", "compute_dtype", "method", "seed", "data_info")
     about = {"config": {k: v for k, v in frozen.config.items() if k in keep}, "step": frozen.step}
+    about["origin"] = frozen.described
+    about |= {"left_out": dict(left_out)} if left_out else {}
     with writing_to(folder):
         paths.makedirs(folder)
-        with whole_file(os.path.join(folder, VARIABLES), "wb") as f:
-            np.savez(f, **arrays)  # type: ignore[arg-type]
+        for name, content in ((VARIABLES, arrays), (TRAINING, training)):
+            path = os.path.join(folder, name)
+            if content:
+                with whole_file(path, "wb") as f:
+                    np.savez(f, **content)
+            elif paths.exists(path):  # of an earlier import
+                paths.remove(path)
         write_json(os.path.join(folder, ABOUT), about)  # last: marks the export as complete
 
 
@@ -220,7 +251,7 @@ def _check_export(folder: str) -> None:
     about = os.path.join(folder, ABOUT)
     ours = paths.exists(about) and {"config", "step"} <= read_json(about).keys()
     if not ours:
-        for name in ("config.json", "runs.json", "checkpoints", ABOUT, VARIABLES):
+        for name in ("config.json", "runs.json", "checkpoints", ABOUT, VARIABLES, TRAINING):
             if paths.exists(os.path.join(folder, name)):
                 raise UserError(
                     f"{folder}: has a {name} that is not of an export; choose another folder"
@@ -250,14 +281,15 @@ def _read_exported(folder: str, about: dict[str, Any], path: str) -> FrozenEncod
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in headers.items()}
     config = upgraded_tree(about["config"])
     variables = unflatten_dict(shapes, sep="/")
-    frozen = FrozenEncoder(variables, config, folder, None, int(about.get("step") or 0))
-    _check_config(config)
+    step, origin = int(about.get("step") or 0), str(about.get("origin", ""))[:200]
+    frozen = FrozenEncoder(variables, config, folder, None, step, origin)
+    check_config(config)
     check(frozen)
     arrays = stored.read_npz(path, headers, headers)
     return frozen._replace(variables=unflatten_dict(arrays, sep="/"))
 
 
-def _check_config(config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any]) -> None:
     """Raises `ValueError` if the sections of a config are not what its readers take them for."""
     for section in (*_SECTIONS, "eval"):
         if not isinstance(config.get(section, {}), dict):

@@ -101,6 +101,8 @@ def resolve_config(config: ConfigDict, frozen: FrozenEncoder) -> ConfigDict:
         for field in taken:
             if not data[field]:
                 data[field] = run["data"][field]
+        if not data.name and "sets" not in config:
+            raise bad_field("data.name", "", "must be given: the encoder's own data are unknown")
         # The encoder is given pixels made as those that it learned from, of other data too.
         data.intensity = data.intensity or run["data"].get("intensity", "auto")
         if data.exif_orientation is None:

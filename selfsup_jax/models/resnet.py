@@ -97,8 +97,14 @@ class ResNet(nn.Module):
         return max(1, math.floor(64 * 2**stage * self.width + 0.5))
 
     @nn.compact
-    def __call__(self, x: jax.Array, layout: BatchLayout | None = None) -> jax.Array:
-        """Images `[B, H, W, C]` to features `[B, D]` float32; `layout=None` for evaluation."""
+    def __call__(
+        self, x: jax.Array, layout: BatchLayout | None = None, *, pooled: bool = True
+    ) -> jax.Array:
+        """Images `[B, H, W, C]` to features `[B, D]` float32; `layout=None` for evaluation.
+
+        Not `pooled`: the maps before the mean over the pixels, `[B, H / 32, W / 32, D]` (a `cifar`
+        stem: `[B, H / 8, W / 8, D]`).
+        """
         blocks, bottleneck = STAGES[self.depth]
         x = x.astype(self.dtype)
         if self.stem == "imagenet":
@@ -114,7 +120,8 @@ class ResNet(nn.Module):
                 project = first and (bottleneck or stage > 0 or self.stage1_projection)
                 name = f"stage{stage + 1}_block{index + 1}"
                 x = self._block(x, layout, name, self._channels(stage), stride, bottleneck, project)
-        return x.astype(jnp.float32).mean((1, 2))
+        x = x.astype(jnp.float32)
+        return x.mean((1, 2)) if pooled else x
 
     def _block(
         self,

@@ -32,7 +32,10 @@ _FOLLOWING = ("checkpoint", "follow", "follow_*")
 _MEMORY = ("feature_batch_size", "bank_rows", "query_rows")
 
 # Fields that may differ between two configs that give the same steps, results, ...
-SAME_STEPS = (*_DATA_ACCESS, *_INTERVALS, "eval.*", "monitor.*", "data.test_split")
+SAME_STEPS = (
+    *(*_DATA_ACCESS, *_INTERVALS, "eval.*", "monitor.*", "data.test_split"),
+    "data_info.init_from.*",  # of the first start: the source may be gone
+)
 SAME_RESULTS = (*_DATA_ACCESS, *_INTERVALS, *_KEEP)
 SAME_CURVES = (
     *(*_RUN, *_DATA_ACCESS, *_INTERVALS, *_KEEP),
@@ -165,6 +168,7 @@ _ADDED: dict[str, Flat] = {
     },
     "encoder.depth": {"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
     "monitor.max_rows": {
+        "init_from": "",
         "online_probe.kernel_init": "lecun",
         "online_probe.every_view": False,
         "online_probe.lars_ratio": True,

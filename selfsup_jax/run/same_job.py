@@ -13,7 +13,7 @@ import selfsup_jax
 from selfsup_jax.run import checkpoint, identity
 
 # Paths may differ from host to host; what is read there is compared by itself.
-_PATHS = ("data.dir", "checkpoint", "publish_dir")
+_PATHS = ("data.dir", "checkpoint", "init_from", "publish_dir")
 
 
 def facts(config: ConfigDict, **flags: Any) -> dict[str, Any]:

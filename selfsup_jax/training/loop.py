@@ -53,6 +53,7 @@ class TrainSpec(NamedTuple):
         announce: called once with the state from which the training starts.
         started: start time of the process, from `time.perf_counter`.
         monitor: creates the monitor; None for a training without one.
+        begin: changes the first state of a new training, as `config.init_from` asks.
     """
 
     config: ConfigDict
@@ -67,6 +68,7 @@ class TrainSpec(NamedTuple):
     started: float
     monitor: Callable[[Recorder, Progress], Any] | None = None
     feed: Feed = Feed()
+    begin: Callable[[TrainState], TrainState] = lambda state: state
 
 
 class Trained(NamedTuple):
@@ -74,7 +76,7 @@ class Trained(NamedTuple):
 
     Attributes:
         state: the state after the last step, which is saved; host arrays.
-        initial: the state before the first step; host arrays.
+        initial: the randomly drawn state, before `begin`; host arrays.
         monitor: the monitor of the training, or None.
         images_per_second: 0 if no step was left to train.
     """
@@ -95,7 +97,7 @@ def fit(spec: TrainSpec) -> Trained:
     rng = jax.random.PRNGKey(spec.config.seed)
     initial = jax.device_get(spec.init_state(rng))
     fresh = spec.checkpoints.latest_step is None
-    latest = initial if fresh else spec.checkpoints.restore(initial)
+    latest = spec.begin(initial) if fresh else spec.checkpoints.restore(initial)
     first_step = int(latest.step)
     spec.announce(latest)
     if first_step:

@@ -23,7 +23,7 @@ from selfsup_jax.plan.estimate import share_of_plan
 from selfsup_jax.run import checkpoint, files, identity, owner, workdir
 from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState, encoder_variables
-from selfsup_jax.training import loop
+from selfsup_jax.training import init_from, loop
 from selfsup_jax.training.monitor import Monitor
 
 
@@ -41,6 +41,7 @@ class Run(NamedTuple):
     description: dict[str, Any]  # see `workdir.describe_run`
     extract: features.Extractor
     started: float
+    source: init_from.Source | None  # of a new run's first state
 
 
 def pretrain(
@@ -74,12 +75,16 @@ def pretrain(
     _check_lengths(config, data, total, directory)
     feed = inputs.feed(config, data.train)
     method = build(config, data.train.num_classes, total, warmup)
+    source = None
+    if config.get("init_from") and checkpoint.newest_step(directory) is None:
+        source = init_from.load(config.init_from, config)
+        hosts.check_same("init_from", {"config.init_from": source.digest})
     description = workdir.describe_run(config, data.train)
     extract = features.Extractor(method.represent, config.views.mean, config.views.std)
     with workdir.opened(config, directory) as checkpoints:
         run = Run(
             *(config, data, feed, method, total, warmup, directory, checkpoints),
-            *(description, extract, started),
+            *(description, extract, started, source),
         )
         with files.disk_errors(directory, checkpoints.committed_step):
             return _pretrain(run)
@@ -107,15 +112,28 @@ def _check_lengths(config: ConfigDict, data: inputs.Data, total_steps: int, dire
 def _pretrain(run: Run) -> dict[str, Any]:
     if run.checkpoints.latest_step is not None:
         saved = workdir.checked_meta(run.checkpoints.meta(), run.workdir)
+        if "init_from" in saved["data_info"]:  # the source may be gone
+            run.description["data_info"]["init_from"] = saved["data_info"]["init_from"]
         workdir.check_same_run(run.description, saved, run.workdir)
         workdir.take_over(run.data, saved)
     else:
         owner.check_unfinished(identity.flat(workdir.config_json(run.description)), run.workdir)
     workdir.write_config(run.description, run.workdir)
+
+    def begin(state: TrainState) -> TrainState:
+        if run.source is None:
+            return state
+        state, told = init_from.begin(state, run.source)
+        origin = {"origin": run.source.about, "digest": run.source.digest}
+        run.description["data_info"]["init_from"] = origin | told._asdict()
+        workdir.write_config(run.description, run.workdir)
+        return state
+
     trained = loop.fit(
         loop.TrainSpec(
             config=run.config,
             init_state=jax.jit(run.method.init_state),
+            begin=begin,
             train_step=run.method.train_step,
             batches=lambda step: inputs.train_batches(run.config, run.data, step),
             feed=run.feed,
@@ -167,6 +185,12 @@ def _announce(run: Run, state: TrainState) -> None:
     log(optim.describe(config.optimizer, config.batch_size, run.total_steps, run.warmup_steps))
     for note in run.method.notes:
         log(note)
+    if run.source is not None:
+        started = run.description["data_info"]["init_from"]
+        log(f"starting from {run.source.path} ({started['origin']}): {started['taken']}")
+        log(f"new: {started['new']}; not used: {started['left_out'] or 'nothing'}")
+        if note := init_from.normalization_note(run.source, config.views):
+            log(note)
 
 
 def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any]:
@@ -204,6 +228,8 @@ def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
             earlier = {}
         results |= {k: v for k, v in earlier.items() if k == "images_per_second"}
     results |= {"method": run.config.method, "seed": run.config.seed} | process.devices()
+    if started := run.description["data_info"].get("init_from"):
+        results["init_from"] = started["origin"]
     results["undecodable_images"] = len(run.data.undecodable.names)
     if hosts.is_writer():
         files.write_json(path, results)

@@ -1,0 +1,1 @@
+"""Other projects' checkpoints in; encoders out, in the layouts that other projects read."""

@@ -1,0 +1,185 @@
+"""A trained encoder in other programs: `selfsup_jax.Encoder`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from selfsup_jax.data import crops, pixels
+from selfsup_jax.data.augment import normalize
+from selfsup_jax.devices import process
+from selfsup_jax.errors import UserError
+from selfsup_jax.evaluation import encoder
+from selfsup_jax.evaluation.encoder import FrozenEncoder
+from selfsup_jax.interop import importing
+
+# A path, a PIL image, or `[H, W, 3]` uint8.
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+_BLOCK = 128  # images are padded to multiples of it: few sizes are compiled
+_test_view = jax.jit(crops.test_view, static_argnames=("resize", "size", "method"))
+
+
+class Encoder:
+    """An encoder with its weights, and images prepared for it as its training recorded.
+
+    Attributes:
+        variables: `{"params", "batch_stats"}`, float32 host arrays.
+        config: of the run that trained it, or of the import.
+        origin: where it comes from, in words.
+        image_size: pixels of the images that the network is given.
+        num_features: D.
+    """
+
+    def __init__(self, frozen: FrozenEncoder):
+        self.variables, self.config = frozen.variables, frozen.config
+        self.origin = frozen.described
+        self.image_size: int = frozen.config["data"]["image_size"]
+        self._mean, self._std = frozen.normalization
+        self._module: Any = encoder.module(frozen.config)
+        self.num_features: int = self._module.num_features
+
+        @functools.partial(jax.jit, static_argnames="dense")
+        def of_pixels(variables: Any, images: jax.Array, dense: bool) -> jax.Array:
+            return self.apply(variables, self.normalize(images), dense=dense)
+
+        self._of_pixels = of_pixels
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, step: int | None = None) -> Encoder:
+        """Loads an encoder; nothing in the files is run.
+
+        Args:
+            path: a run's workdir, a checkpoint in one, an exported or imported encoder, or a file
+                of another project (see `selfsup_jax.interop.importing.read`).
+            step: of a workdir's checkpoint; None for the newest.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        path = os.path.expanduser(os.fspath(path))
+        if os.path.isfile(path) or os.path.isfile(f"{path}.index"):
+            return cls(importing.read(path)[0])
+        return cls(encoder.load(path, step))
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """`[..., 3]` uint8 to the float32 input of `apply`."""
+        return normalize(images.astype(jnp.float32) / 255.0, self._mean, self._std)
+
+    def apply(self, variables: Any, images: jax.Array, *, dense: bool = False) -> jax.Array:
+        """Representations of normalised images; a pure function, for `jax.jit` and `jax.grad`.
+
+        Args:
+            variables: as `self.variables`.
+            images: `[N, H, W, 3]` float32, see `normalize`.
+            dense: the maps before the pooling, `[N, h, w, D]`, in place of `[N, D]`.
+
+        Returns:
+            float32.
+        """
+        features: jax.Array = self._module.apply(variables, images, pooled=not dense)
+        return features
+
+    def transform(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        batch_size: int = 64,
+        dense: bool = False,
+    ) -> np.ndarray:
+        """Decodes, resizes, crops and normalises images as the evaluation does; encodes them.
+
+        Args:
+            images: any number of paths, PIL images or uint8 arrays, of any sizes.
+            batch_size: images at once.
+            dense: see `apply`.
+
+        Returns:
+            `[N, D]` float32, in the order of the images; `dense`: `[N, h, w, D]`.
+
+        Raises:
+            UserError: there is no image, or one cannot be decoded or is of another type.
+        """
+        if isinstance(images, str | os.PathLike | Image.Image):
+            images = [images]
+        elif isinstance(images, np.ndarray) and images.ndim == 3:
+            images = images[None]
+        parts = [
+            np.asarray(self._of_pixels(self.variables, views, dense))[:count]
+            for views, count in self._views(images, batch_size)
+        ]
+        if not parts:
+            raise UserError("transform: there are no images")
+        return np.concatenate(parts)
+
+    def _views(
+        self, images: Iterable[ImageLike], batch_size: int
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields (test views `[batch, S, S, 3]` uint8, number of images among them)."""
+        data = self.config["data"]
+        given = iter(images)
+        first, small = 0, 0
+        while batch := [self._decoded(x, first + i) for i, x in _some(given, batch_size)]:
+            small += sum(2 * min(image.shape[:2]) < self.image_size for image in batch)
+            first, count = first + len(batch), len(batch)
+            if first > count:  # of the size of the first batch, which is compiled already
+                batch += batch[-1:] * (batch_size - count)
+            images_, sizes = _stacked(batch)
+            with process.on_cpu():
+                views = _test_view(
+                    images_,
+                    sizes,
+                    resize=data["test_resize"],
+                    size=self.image_size,
+                    method=data["resize_method"],
+                )
+            yield np.asarray(views), count
+        if small:
+            warnings.warn(
+                f"{small} of {first} images are less than half as large as the {self.image_size} "
+                "px that the encoder is used to: their features may be poor",
+                stacklevel=4,
+            )
+
+    def _decoded(self, image: Any, index: int) -> np.ndarray:
+        """`[H, W, 3]` uint8."""
+        data = self.config["data"]
+        reading = pixels.Reading(
+            data.get("intensity", "auto"), data.get("exif_orientation") is not False
+        )
+        if isinstance(image, Image.Image):
+            return np.asarray(image.convert("RGB"))
+        if isinstance(image, str | os.PathLike):
+            array = pixels.decoded(os.fspath(image), reading)
+            if array is None:
+                raise UserError(f"transform: {os.fspath(image)}: cannot be decoded")
+            return array
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
+            raise UserError(
+                f"transform: image {index} is {array.dtype} {list(array.shape)}; must be a path, a "
+                "PIL image or uint8 [H, W, 3]"
+            )
+        return array
+
+
+def _some(given: Iterator[ImageLike], count: int) -> Iterator[tuple[int, ImageLike]]:
+    yield from zip(range(count), given)  # noqa: B905 - the last batch may have fewer
+
+
+def _stacked(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """`[b, H, W, 3]`, padded; and the images' sizes `[b, 2]`."""
+    sizes = np.asarray([image.shape[:2] for image in images], np.int32)
+    height, width = -(-sizes.max(axis=0) // _BLOCK) * _BLOCK
+    stacked = np.zeros((len(images), height, width, 3), np.uint8)
+    for row, image in zip(stacked, images, strict=True):
+        row[: image.shape[0], : image.shape[1]] = image
+    return stacked, sizes

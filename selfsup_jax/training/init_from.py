@@ -1,0 +1,213 @@
+"""Pretraining that starts from weights: those of a run, of an export or of an import."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from selfsup_jax import stored
+from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.evaluation import encoder
+from selfsup_jax.run import checkpoint_files
+from selfsup_jax.state import TrainState
+
+# Fields of an encoder that change what the same weights compute.
+_FUNCTION = ("depth", "width", "stem", "padding", "stage1_projection", "bn_epsilon")
+_NETWORKS = ("online_params", "online_stats", "target_params", "target_stats")
+_DERIVED = ("queue", "queue_index")  # of the projector's outputs
+
+Arrays = dict[str, np.ndarray]  # by names such as `online_params/encoder/stem/kernel`
+
+
+class Source(NamedTuple):
+    """Weights to start from.
+
+    Attributes:
+        path: as given in the config.
+        config: of the run, or of the import.
+        arrays: the networks' parameters and statistics, and a queue if there is one.
+        about: their origin, in words.
+    """
+
+    path: str
+    config: dict[str, Any]
+    arrays: Arrays
+    about: str
+
+    @property
+    def digest(self) -> str:
+        """Of the arrays: hosts, or a second machine, have the same weights if it is equal."""
+        code = 0
+        for name in sorted(self.arrays):
+            array = np.ascontiguousarray(self.arrays[name])
+            code = zlib.crc32(
+                array.reshape(-1).view(np.uint8).data, zlib.crc32(name.encode(), code)
+            )
+        return f"{code:08x}"
+
+
+class Taken(NamedTuple):
+    """What a state has of a source, in words."""
+
+    taken: str
+    new: str
+    left_out: str
+
+
+def load(path: str, config: Mapping[str, Any]) -> Source:
+    """Reads the weights of `config.init_from`.
+
+    Args:
+        path: a run's workdir, one of its checkpoints, an exported or an imported encoder.
+        config: of the run that is to start.
+
+    Raises:
+        UserError: there is no such source, it cannot be read, or its encoder computes something
+            else than that of the config.
+    """
+    root, step = encoder.locate(path, field="init_from")
+    frozen = encoder.load(path)
+    if step is None:
+        arrays = {
+            f"online_{'params' if part == 'params' else 'stats'}/encoder/{name}": array
+            for part, tree in frozen.variables.items()
+            for name, array in flatten_dict(tree, sep="/").items()
+        } | _training(root)
+        about = frozen.origin or os.path.basename(root)
+    else:
+        _, arrays = checkpoint_files.read(frozen.path, _is_wanted)
+        about = f"run {os.path.basename(root)}, step {step}"
+    _check_encoder(path, frozen.config["encoder"], config["encoder"])
+    return Source(path, frozen.config, arrays, about)
+
+
+def _is_wanted(name: str) -> bool:
+    return name.startswith(tuple(f"{part}/" for part in _NETWORKS)) or name in _DERIVED
+
+
+def _training(folder: str) -> Arrays:
+    path = os.path.join(folder, encoder.TRAINING)
+    if not os.path.exists(path):
+        return {}
+    try:
+        headers = stored.npz_headers(path)
+        return stored.read_npz(path, filter(_is_wanted, headers), headers)
+    except (ValueError, OSError) as e:
+        raise bad_field("init_from", folder, f"cannot be read: {e}") from e
+
+
+def _check_encoder(path: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Another padding, say, fits all shapes and computes something else."""
+    differ = [name for name in _FUNCTION if theirs[name] != ours[name]]
+    if differ:
+        flags = " ".join(f"--config.encoder.{name}={theirs[name]}" for name in differ)
+        has = ", ".join(f"{name} {ours[name]}" for name in differ)
+        raise bad_field(
+            "init_from", path, f"has another encoder than this run ({has}): add {flags}"
+        )
+
+
+def normalization_note(source: Source, views: Any) -> str:
+    """A warning if a run normalises its images otherwise than the source did; or ""."""
+    theirs, ours = (
+        [tuple(float(x) for x in section[name]) for name in ("mean", "std")]
+        for section in (source.config["views"], views)
+    )
+    if theirs == ours:
+        return ""
+    flags = " ".join(
+        f"--config.views.{name}='{value}'"
+        for name, value in zip(("mean", "std"), theirs, strict=True)
+    )
+    return f"WARNING: config.init_from was trained on images normalised otherwise: {flags}"
+
+
+def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
+    """Puts a source's weights into an initial state.
+
+    A part (encoder, projector, ...) is taken as a whole if all of its arrays are there with the
+    same shapes, else it stays new. A part of the target network that the source lacks is a copy of
+    the online network's. The optimizer, the step and the random keys are always new.
+
+    Args:
+        state: before the first step; host arrays.
+        source: of `load`.
+
+    Raises:
+        UserError: the encoder does not fit.
+    """
+    fields = {name: flatten_dict(getattr(state, name), sep="/") for name in _NETWORKS}
+    taken, new = [], []
+    online = {
+        part: _misfit(fields, source.arrays, part, "online", "online")
+        for part in state.online_params
+    }
+    if online["encoder"]:
+        raise bad_field("init_from", source.path, f"its encoder does not fit: {online['encoder']}")
+    for part, why in online.items():
+        if why:
+            new.append(f"{part} ({why})")
+            continue
+        _put(fields, source.arrays, part, "online", "online")
+        taken.append(part)
+    for part in state.target_params:
+        if online[part]:
+            continue
+        own = not _misfit(fields, source.arrays, part, "target", "target")
+        _put(fields, source.arrays, part, "target", "target" if own else "online")
+        taken.append(f"target {part}" + ("" if own else " (a copy of the online one)"))
+    rest = {name: getattr(state, name) for name in _DERIVED if hasattr(state, name)}
+    if rest:
+        fits = not online.get("projector") and all(
+            name in source.arrays and source.arrays[name].shape == x.shape
+            for name, x in rest.items()
+        )
+        rest = {k: np.asarray(source.arrays[k], x.dtype) if fits else x for k, x in rest.items()}
+        (taken if fits else new).append("queue")
+    left = {name.split("/")[1] for name in source.arrays if name.startswith("online_params/")}
+    networks = {name: unflatten_dict(values, sep="/") for name, values in fields.items()}
+    told = Taken(*(", ".join(x) for x in (taken, [*new, "optimizer"], sorted(left - set(taken)))))
+    return state.replace(**networks, **rest), told
+
+
+def _names(
+    fields: Mapping[str, Mapping[str, Any]], part: str, network: str
+) -> list[tuple[str, str]]:
+    """(Field of the state, name in it) of a part's parameters and statistics."""
+    sections = (f"{network}_params", f"{network}_stats")
+    return [(s, name) for s in sections for name in fields[s] if name.startswith(f"{part}/")]
+
+
+def _misfit(
+    fields: Mapping[str, Mapping[str, Any]], arrays: Arrays, part: str, network: str, of: str
+) -> str:
+    """Why a part cannot be taken from the source's network `of`; "" if it can."""
+    names = _names(fields, part, network)
+    wanted = {f"{s.replace(network, of)}/{name}": fields[s][name].shape for s, name in names}
+    there = {
+        name: array.shape
+        for name, array in arrays.items()
+        if name.startswith((f"{of}_params/{part}/", f"{of}_stats/{part}/"))
+    }
+    if not there:
+        return "not in the source"
+    for name in sorted(wanted.keys() | there.keys()):
+        shapes = [list(x[name]) if name in x else "nothing" for x in (there, wanted)]
+        if shapes[0] != shapes[1]:
+            return f"{name.split('/', 2)[2]} is {shapes[0]} in the source, {shapes[1]} here"
+    return ""
+
+
+def _put(
+    fields: dict[str, dict[str, Any]], arrays: Arrays, part: str, network: str, of: str
+) -> None:
+    for section, name in _names(fields, part, network):
+        found = arrays[f"{section.replace(network, of)}/{name}"]
+        if not np.isfinite(found).all():
+            raise UserError(f"config.init_from: {section}/{name} is not finite")
+        fields[section][name] = np.asarray(found, fields[section][name].dtype)
