@@ -74,6 +74,11 @@ def mean(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
+def total(tree: Any, axis_name: str | None) -> Any:
+    """The sum over all devices; the tree itself if there is no mapped axis."""
+    return tree if axis_name is None else lax.psum(tree, axis_name)
+
+
 def accumulate(
     step: Callable[[Any, Any], tuple[Any, Any, Any]], carry: Any, batch: Any, microbatches: int
 ) -> tuple[Any, Any, Any]:

@@ -57,6 +57,11 @@ def gather_hosts(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
+def agreed(value: int) -> int:
+    """The first host's value; all hosts must call it."""
+    return int(gather_hosts(np.asarray([value]))[0])
+
+
 # ------------------------------------------------------------------------------ the same job
 
 

@@ -15,6 +15,7 @@ from selfsup_jax import STARTED, durations, optim
 from selfsup_jax.build import Build, find
 from selfsup_jax.config import validate
 from selfsup_jax.data import inputs
+from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import closing, features
@@ -174,17 +175,18 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any
         why = "no labels for probes" if config.eval.enabled else "config.eval.enabled=False"
         log(f"{why}: no probes; the encoder is in the last checkpoint")
         return {}
-    size, limits = (
-        config.eval.batch_size,
-        (config.eval.max_train_images, config.eval.max_test_images),
-    )
+
+    def batches(source: Source, limit: int) -> closing.Batches:
+        read = inputs.eval_batches(config.data, source, config.eval.batch_size, limit)
+        return closing.Batches(read, min(limit, source.num_examples))
+
     return closing.evaluate(
         run.extract,
         encoder_variables(state),
         # The encoder exactly as it was before this run's first step.
         encoder_variables(initial) if config.eval.random_init else None,
-        inputs.eval_batches(config.data, data.train, size, limits[0]),
-        inputs.eval_batches(config.data, data.test, size, limits[1]),
+        batches(data.train, config.eval.max_train_images),
+        batches(data.test, config.eval.max_test_images),
         data.train.num_classes or 0,
         config.eval,
         config.seed,
