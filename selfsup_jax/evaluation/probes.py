@@ -68,7 +68,7 @@ def best_of(
         return values[0], None
     accuracies = top1()
     # Hosts of different processors may round differently; all must go on with the same value.
-    best = values[hosts.agreed(int(np.argmax(accuracies)))]
+    best = values[hosts.of_first("the best value", int(np.argmax(accuracies)))]
     shown_values = (f"{shown(v)}: {100 * t:.1f} %" for v, t in zip(values, accuracies, strict=True))
     log(f"held-out top-1: {', '.join(shown_values)}; chosen: {shown(best)}")
     return best, max(accuracies)
