@@ -182,16 +182,18 @@ def step_over_devices(
     compiled = jax.jit(mapped, donate_argnums=(0,))
     sharding = jax.sharding.NamedSharding(mesh, spec)
 
+    def put(x: Any) -> jax.Array:  # what `replicate` made is on the devices already
+        on_devices = isinstance(x, jax.Array) and len(x.sharding.device_set) == len(axis)
+        if on_devices:
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
     def run(state: Any, batch: Any) -> Any:
-        def put(x: Any) -> jax.Array:  # what `replicate` made is on the devices already
-            on_devices = isinstance(x, jax.Array) and len(x.sharding.device_set) == len(axis)
-            if on_devices:
-                return x
-            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        return compiled(state, jax.tree.map(put, batch))
 
-        batch = jax.tree.map(put, batch)
-        return compiled(state, batch)
-
+    run.lower = lambda state, batch: compiled.lower(  # type: ignore[attr-defined]
+        state, jax.tree.map(put, batch)
+    )
     return run
 
 

@@ -25,6 +25,7 @@ from selfsup_jax.run import checkpoint, files, identity, owner, workdir
 from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState, encoder_variables
 from selfsup_jax.training import loop
+from selfsup_jax.training.compile_only import compile_all
 from selfsup_jax.training.monitor import Monitor
 
 
@@ -45,7 +46,12 @@ class Run(NamedTuple):
 
 
 def pretrain(
-    config: ConfigDict, directory: str, build: Build | None = None, started: float = STARTED
+    config: ConfigDict,
+    directory: str,
+    build: Build | None = None,
+    started: float = STARTED,
+    *,
+    compile_only: bool = False,
 ) -> dict[str, Any]:
     """Trains (or resumes the run in `directory`), evaluates, and writes the results.
 
@@ -55,9 +61,10 @@ def pretrain(
             events, `plots/` and `results.json`.
         build: the method's `build`; None for that of the package that `config.method` names.
         started: start time of the process, from `time.perf_counter`.
+        compile_only: train nothing, write nothing to the workdir; see `compile_only.py`.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`; {} if nothing is trained.
 
     Raises:
         UserError: an error in the config, the data or the workdir; a loss or gradient is not
@@ -77,6 +84,9 @@ def pretrain(
     method = build(config, data.train.num_classes, total, warmup)
     description = workdir.describe_run(config, data.train)
     extract = features.Extractor(method.represent, config.views.mean, config.views.std)
+    if compile_only:
+        compile_all(config, data, feed, method, extract)
+        return {}
     with workdir.opened(config, directory) as checkpoints:
         run = Run(
             *(config, data, feed, method, total, warmup, directory, checkpoints),
