@@ -36,7 +36,7 @@ from selfsup_jax.devices import hosts, parallel, process, table, wire
 from selfsup_jax.evaluation import knn
 
 _ROOT = Path(__file__).resolve().parents[1]
-_CONFIG = "configs/byol.py:cifar10,batch_size=64,encoder.width=0.25,compute_dtype=float32"
+_CONFIG = "configs/byol.py:cifar10,batch_size=64,compute_dtype=float32"
 
 
 class Job:
@@ -73,9 +73,6 @@ class Job:
 
 def work(args: argparse.Namespace) -> None:
     """One process of a job: answers each line of stdin with a line of JSON."""
-    if args.what == "step" and args.processes > 1:  # each with cores of its own, as hosts have
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[args.worker :: args.processes] or cores)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # where Gloo prints that it is connected
     if args.processes > 1:

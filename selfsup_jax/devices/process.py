@@ -63,10 +63,22 @@ def start(
             )
         hosts.join(coordinator_address, num_processes, process_id, *timeouts)
     elif _environment_has_a_cluster():
-        _join_the_cluster(*timeouts)
-    elif on_a_tpu_vm():
-        with contextlib.suppress(ValueError):  # a TPU machine outside a pod
+        try:
             _join_the_cluster(*timeouts)
+        except UserError:
+            raise
+        except ValueError as e:  # Open MPI 5, for one, does not tell where process 0 is
+            raise UserError(
+                f"the environment names several processes, but not how they find each other ({e}): "
+                "give --coordinator_address=HOST:PORT of process 0, --num_processes, --process_id"
+            ) from e
+    elif on_a_tpu_vm():
+        try:
+            _join_the_cluster(*timeouts)
+        except UserError:  # such as a host of the pod that is missing
+            raise
+        except ValueError:  # a TPU machine outside a pod
+            pass
 
 
 def _join_the_cluster(start_timeout: float, host_timeout: float) -> None:
