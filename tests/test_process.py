@@ -157,7 +157,7 @@ def test_a_missing_host_is_told(joined, monkeypatch, on_tpu):
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     monkeypatch.setattr(process, "on_a_tpu_vm", lambda: on_tpu)
     monkeypatch.setattr(process, "_join_the_cluster", missing)
-    with pytest.raises(UserError, match="^process 1 of 2 did not start$"):
+    with pytest.raises(UserError, match=r"^process 1 of 2 did not start$"):
         process.start()
 
 

@@ -87,6 +87,8 @@ def _pmean(tree: Any, axis_name: str, index_groups: Any = None) -> Any:
     small = [i for i, x in enumerate(leaves) if x.size < 2**16 and x.dtype == jnp.float32]
     if not _sent_by_gloo() or len(small) < 2:
         return mean(tree)
+    # Each is computed as it would be alone: fused with the joining, it would round otherwise.
+    leaves = lax.optimization_barrier(leaves)
     ends = list(itertools.accumulate(leaves[i].size for i in small))
     packed = mean(jnp.concatenate([leaves[i].ravel() for i in small]))
     means = [None if i in small else mean(x) for i, x in enumerate(leaves)]
