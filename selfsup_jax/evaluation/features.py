@@ -108,4 +108,5 @@ def _spread(rows: Iterable[tuple[np.ndarray, np.ndarray]], most: int) -> Feature
     table = spread(features(), most)
     if not len(table):
         raise UserError(_NO_IMAGE)
-    return Features(table, hosts.gather_hosts(np.concatenate(labels)))
+    own = np.concatenate(labels) if labels else np.zeros(0, np.int32)  # more hosts than images
+    return Features(table, hosts.gather_hosts(own))
