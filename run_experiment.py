@@ -60,8 +60,12 @@ _PARALLEL = flags.DEFINE_string(
 )
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
-    os.path.join("~", ".cache", "selfsup_jax", "compiled"),
-    "where compiled programs are kept from run to run; empty for nowhere",
+    "auto",
+    "where compiled programs are kept for the next start; empty for nowhere; auto: in the workdir "
+    "on several hosts and on TPUs, else in ~/.cache/selfsup_jax/compiled",
+)
+_COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "train nothing: compile what the run needs, and keep it"
 )
 _PLAN = flags.DEFINE_string(
     "plan",
@@ -79,6 +83,10 @@ def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     all_jobs = dict.fromkeys(jobs.NAMES, jobs.run)
     all_jobs |= {"pretrain": pretrain.pretrain, "sweep": sweep.run}
+    if _COMPILE_ONLY.value:
+        if config.job != "pretrain":
+            raise UserError(f"--compile_only: is for pretraining, not for config.job={config.job}")
+        return pretrain.pretrain(config, workdir, compile_only=True)
     return all_jobs[config.job](config, workdir)
 
 
@@ -99,7 +107,7 @@ def main(argv: list[str]) -> None:
         check_fields(_CONFIG.value)  # before the slower imports
         if _PLAN.value:
             return _plan(_CONFIG.value, _WORKDIR.value)
-        from selfsup_jax.devices import hosts, parallel, process
+        from selfsup_jax.devices import compiled, hosts, parallel, process
 
         process.start(
             *(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value),
@@ -112,7 +120,7 @@ def main(argv: list[str]) -> None:
             hosts.check_same("the config", facts)
         process.use_cpu_devices(_CPU_DEVICES.value, *_cut_of_the_batch(_CONFIG.value))
         process.keep_freed_memory(_step_pixels(_CONFIG.value))
-        process.keep_compiled(_CACHE.value)
+        compiled.keep(compiled.directory(_CACHE.value, _WORKDIR.value))
         parallel.use_engine(_PARALLEL.value)
         if hosts.several():
             hosts.check_same("the devices", process.local_devices())

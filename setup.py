@@ -54,6 +54,9 @@ setup(
             "hypothesis>=6.100",  # random mistakes in configs and flags
             "ruff>=0.12",
             "mypy>=1.15",
+            "nbclient>=0.10",  # runs the notebook from top to bottom
+            "nbformat>=5.10",
+            "ipykernel>=6.29",  # in which it runs
         ],
     },
 )

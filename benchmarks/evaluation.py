@@ -25,6 +25,7 @@ from configs import common
 from selfsup_jax.data import inputs
 from selfsup_jax.data.augment import normalize
 from selfsup_jax.devices import parallel
+from selfsup_jax.devices.table import Part
 from selfsup_jax.evaluation import encoder, knn, logistic, probes, scores
 from selfsup_jax.evaluation.features import Extractor, Features
 
@@ -165,7 +166,7 @@ def _knn(args: argparse.Namespace, train: Features, test: Features) -> list[Row]
         votes = knn.vote(neighbours, train.labels, classes, k=200, temperature=0.1)
         top1 = scores.top_k(votes, test.labels, 1)
         times.append(time.perf_counter() - began)
-    rows: list[Row] = [
+    table: list[Row] = [
         (f"kNN, {len(test.x):,} queries, first time", times[0], "s"),
         ("kNN, median of the rest", statistics.median(times[1:]), "s"),
         ("kNN top-1", 100 * top1, "%"),
@@ -173,16 +174,16 @@ def _knn(args: argparse.Namespace, train: Features, test: Features) -> list[Row]
     ]
     for factor in (1, 4, 16):
         blocks = -(-len(train.x) * factor // 8192)
-        part = parallel.RowsPart(
-            jax.ShapeDtypeStruct((blocks, 8192, train.x.shape[1]), jnp.float32),
-            jax.ShapeDtypeStruct((blocks, 8192), jnp.int32),
-        )
-        queries = jax.ShapeDtypeStruct((1024, train.x.shape[1]), jnp.float32)
-        search = jax.jit(functools.partial(knn._nearest_of_part, k=200))
-        memory = search.lower(part, queries).compile().memory_analysis()
+        width, of_device = train.x.shape[1], jax.ShapeDtypeStruct((), jnp.int32)
+        rows = jax.ShapeDtypeStruct((blocks * 8192, width), jnp.float32)
+        used = jax.ShapeDtypeStruct((blocks * 8192,), bool)
+        queries = jax.ShapeDtypeStruct((1024, width), jnp.float32)
+        search = jax.jit(functools.partial(knn._nearest_of_part, k=200, bank_rows=8192))
+        part = Part(rows, of_device, of_device)
+        memory = search.lower(part, used, queries).compile().memory_analysis()
         size = memory.temp_size_in_bytes / 2**20
-        rows.append((f"kNN temporaries, a bank of {blocks * 8192:,}", size, "MiB"))
-    return rows
+        table.append((f"kNN temporaries, a bank of {blocks * 8192:,}", size, "MiB"))
+    return table
 
 
 def _brute_force(train: Features, test: Features, k: int = 200, temperature: float = 0.1) -> float:

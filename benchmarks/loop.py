@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from benchmarks import report
 from selfsup_jax.build import find
 from selfsup_jax.data import inputs
-from selfsup_jax.devices import parallel, process
+from selfsup_jax.devices import compiled, parallel, process
 from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.training import loop
 
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value.copy_and_resolve_references()
     process.use_cpu_devices(0, config.batch_size, config.accumulate_steps, config.bn_groups)
     process.keep_freed_memory()
-    process.keep_compiled(tempfile.mkdtemp())  # the loop is compiled once for all rounds
+    compiled.keep(tempfile.mkdtemp())  # the loop is compiled once for all rounds
     config.unlock()
     config.checkpoint_every_steps = 10**9
     config.log_every_steps = max(1, _STEPS.value // 2)

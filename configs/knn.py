@@ -6,8 +6,8 @@
 
 Nothing is trained: seconds for CIFAR-10. By default k and temperature are those of the run's own
 kNN; of several given ones, the best pair is chosen on held-out training images. The test set is
-evaluated once. Each device holds its part of the training features (ImageNet's 1.28 M x 2048
-float32: 10.5 GB over all devices of a host) and about `query_rows x (bank_rows + 4 k)` further
+evaluated once. Each device of each host holds its part of the training features (ImageNet's 1.28 M
+x 2048 float32: 10.5 GB over all of them) and about `query_rows x (bank_rows + 4 k devices)` further
 numbers, for any size of the bank.
 """
 

@@ -178,3 +178,23 @@ def test_gradient_of_gathered_rows(devices):
     for value, got in zip(values, gradients, strict=True):  # on every device
         np.testing.assert_allclose(value, by_hand(w), rtol=1e-5)
         assert_close(got, gradient, relative=1e-4)
+
+
+def test_means_of_small_arrays_are_sent_as_one(monkeypatch):
+    """Between processes on CPUs; each mean stays the same bit for bit."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (8, 3), "b": (8,), "c": (8, 2, 5), "large": (8, 2**16)}
+    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    tree["count"] = np.arange(8)
+    sent, found, pmean = {False: [], True: []}, {}, jax.lax.pmean
+    for joined, sizes in sent.items():
+        monkeypatch.setattr(collectives, "_sent_by_gloo", lambda joined=joined: joined)
+
+        def counted(x, *args, sizes=sizes, **options):
+            sizes += [[leaf.size for leaf in jax.tree.leaves(x)]]
+            return pmean(x, *args, **options)
+
+        monkeypatch.setattr(jax.lax, "pmean", counted)
+        found[joined] = jax.vmap(lambda x: collectives.mean(x, "d"), axis_name="d")(tree)
+    assert sent == {False: [[3, 1, 10, 1, 2**16]], True: [[3 + 1 + 10], [1], [2**16]]}
+    jax.tree.map(np.testing.assert_array_equal, found[True], found[False])

@@ -303,6 +303,9 @@ def test_features_do_not_depend_on_batches_or_devices(networks, variables, image
         features = extract(variables, batches(images, size))
         np.testing.assert_array_equal(features.labels, np.arange(ROWS))
         np.testing.assert_allclose(features.x, expected, rtol=1e-5, atol=1e-6)
+        spread = extract.spread(variables, batches(images, size), ROWS)
+        np.testing.assert_array_equal(spread.x[:], features.x)
+        np.testing.assert_array_equal(spread.labels, features.labels)
     # One trace for a whole split, its shorter last batch included, and for a second split.
     assert len(traces) == 5
     extract(variables, batches(images[:13], 100))
@@ -311,8 +314,8 @@ def test_features_do_not_depend_on_batches_or_devices(networks, variables, image
 
 
 def test_pixels_are_the_images(images):
-    features = pixels(batches(images, 8))
-    np.testing.assert_allclose(features.x, images.reshape(ROWS, -1) / 255, rtol=1e-6)
+    features = pixels(batches(images, 8), ROWS)
+    np.testing.assert_allclose(features.x[:], images.reshape(ROWS, -1) / 255, rtol=1e-6)
     np.testing.assert_array_equal(features.labels, np.arange(ROWS))
 
 
@@ -351,8 +354,8 @@ def test_evaluate_measures_each_encoder_by_itself():
         Extractor(represent, (0.0,) * 3, (1.0,) * 3),
         shows_class,
         shows_noise,
-        lambda: train,
-        lambda: test,
+        closing.Batches(lambda: train, 90),
+        closing.Batches(lambda: test, 60),
         3,
         config,
         seed=0,

@@ -9,6 +9,7 @@ import shutil
 import signal
 import types
 
+import numpy as np
 import pytest
 import tiny_jobs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -408,3 +409,35 @@ def test_two_watches_of_one_name_keep_their_points_apart(run, going_on, tmp_path
         follow_run(going_on, tmp_path / parent / "same")
     logs = sorted((going_on / "evaluation").glob("same-*"))
     assert [points(log) for log in logs] == [[1, 2], [1, 2]]
+
+
+@pytest.mark.slow
+def test_two_processes_watch_as_one(run, going_on, tmp_path):
+    """They take the same checkpoints, divide the features, and SIGTERM ends both.
+
+    The run removes a checkpoint just before process 1 reads it.
+    """
+    for step in (2, 3):
+        add_checkpoint(run, going_on, step)
+    fields = {"checkpoint": going_on, "follow": True, "follow_poll_seconds": 0.2}
+    fields |= tiny_jobs.QUICK["knn"] | {"random_init": True}
+    processes = tiny_jobs.start_two(tmp_path, "knn", fields, {"TINY_REMOVES": "2"})
+    try:
+        tiny_jobs.wait_for(processes, tmp_path, "waiting for the next checkpoint")
+        processes[1].terminate()
+        assert [process.wait(120) for process in processes] == [143, 143]
+    finally:
+        for process in processes:
+            process.kill()
+    assert follow.done_steps(str(tmp_path / "job")) == [1, 3]
+    assert points(log_of(going_on, "job")) == [1, 3]
+    assert "the checkpoint of step 2 was removed" in (tmp_path / "0.txt").read_text()
+    for step in (1, 3):
+        alone = tmp_path / f"alone_{step}"
+        expected = jobs.run(
+            make_config("knn", going_on / "checkpoints" / str(step), random_init=True), str(alone)
+        )
+        found = read(tmp_path / "job" / f"step_{step:08d}" / "results.json")
+        assert found == expected | {"device_count": 2}
+        of_both = tiny_jobs.confusion(tmp_path / "job" / f"step_{step:08d}")
+        np.testing.assert_array_equal(of_both, tiny_jobs.confusion(alone))

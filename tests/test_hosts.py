@@ -209,6 +209,15 @@ def test_all_get_what_all_gave(job_of):
         assert [sorted(groups, key=lambda g: g[1]) for groups in got.values()] == [expected] * 3
 
 
+def test_values_come_in_the_order_of_the_processes(monkeypatch):
+    groups = [("b", [1, 3]), ("a", [0, 2])]
+    link = types.SimpleNamespace(exchange=lambda what, value: groups)
+    assert hosts.of_all("x", {"y": 1}) == [{"y": 1}]  # one process
+    monkeypatch.setattr(hosts, "_job", types.SimpleNamespace(link=link))
+    assert hosts.of_all("x", "a") == ["a", "b", "a", "b"]
+    assert hosts.of_first("x", "a") == "a"
+
+
 def test_every_difference_is_told_with_all_values():
     groups = [({"x": 1, "y": "a", "z": None}, [0, 2]), ({"x": 2, "y": "a"}, [1])]
     with pytest.raises(HostsDiffer) as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from selfsup_jax.devices import parallel
+from selfsup_jax.devices import table
 from selfsup_jax.evaluation import knn
 
 
@@ -35,20 +37,66 @@ def assert_nearest(found, bank, queries, k):
 # -------------------------------------------------------------------- the table, cut up
 
 
-@pytest.mark.parametrize(("count", "block"), [(1, 4), (8, 3), (50, 3), (50, 100), (64, 8)])
-def test_shard_rows_holds_each_row_once(count, block):
-    """In the table's order over the devices; what fills up has the number -1."""
-    devices = jax.local_device_count()
-    table = rows_of(count, 0)
-    part = jax.device_get(parallel.shard_rows(table, block))
-    assert part.indices.shape[0] == devices and part.indices.shape[2] <= block
-    assert part.rows.shape == (*part.indices.shape, table.shape[1])
-    numbers = part.indices.ravel()
-    there = numbers >= 0
-    np.testing.assert_array_equal(numbers[there], np.arange(count))
-    np.testing.assert_array_equal(part.rows.reshape(-1, table.shape[1])[there], table)
-    # No device holds a whole block that it doesn't need.
-    assert part.indices[0].size - part.indices.shape[2] < -(-count // devices)
+@pytest.mark.parametrize("count", [1, 8, 50, 64])
+def test_a_table_holds_each_row_once(count):
+    """In the order of the devices; zeros fill up."""
+    given = rows_of(count, 0)
+    spread = table.spread(np.array_split(given, 3), count)
+    part = jax.device_get(spread.part)
+    devices, size = jax.local_device_count(), -(-count // jax.local_device_count())
+    assert part.rows.shape == (devices, size, given.shape[1])
+    there = np.arange(size) < part.count[:, None]
+    np.testing.assert_array_equal(part.rows[there], given)
+    assert not part.rows[~there].any()
+    np.testing.assert_array_equal(part.first[part.count > 0], np.arange(count)[::size])
+    assert spread.shape == given.shape and len(spread) == count
+    for rows in (slice(None), given[:, 0] > 0, [count - 1, 0, count // 2], slice(5, 2)):
+        np.testing.assert_array_equal(spread[rows], given[rows])
+    labels = np.arange(2 * count).reshape(count, 2)
+    np.testing.assert_array_equal(spread.column(labels)[there], labels)
+
+
+def test_a_table_is_in_memory_once(monkeypatch):
+    """The devices of the CPU use the arrays in which the rows were collected."""
+    made, aligned = [], table._aligned
+    monkeypatch.setattr(table, "_aligned", lambda shape: made.append(aligned(shape)) or made[-1])
+    spread = table.spread(np.array_split(rows_of(4096, 0), 7), 4096)
+    on_devices = [s.data.unsafe_buffer_pointer() for s in spread.part.rows.addressable_shards]
+    assert on_devices == [array.ctypes.data for array in made]
+    assert sum(array.size for array in made) == 4096 * 5
+
+
+@pytest.mark.parametrize("bank_rows", [4, 8192])
+def test_neighbours_do_not_depend_on_the_number_of_devices(bank_rows):
+    """Rows of several devices that are equally near stay in the order of the bank."""
+    # Of length 1 or 2, so that products are exact however they are summed; many are copies.
+    corners, axes = (
+        np.random.default_rng(0).choice([-1.0, 1.0], (41, 4)),
+        np.eye(4)[np.arange(41) % 4],
+    )
+    rows = np.where(np.arange(41)[:, None] % 3 == 0, corners, axes).astype(np.float32)
+    queries, used = rows[[0, 1, 3, 5]], np.arange(41) % 5 != 2
+    search = functools.partial(knn._nearest, k=20, bank_rows=bank_rows)
+    found = {}
+    for devices in (1, 2, 4):
+        pieces = np.array_split(np.arange(41), devices)
+        size = len(pieces[0])
+        first, count = (np.asarray(x) for x in zip(*((p[0], len(p)) for p in pieces), strict=True))
+        pad = lambda x, pieces=pieces, size=size: np.stack(  # noqa: E731
+            [np.pad(x[p], [(0, size - len(p))] + [(0, 0)] * (x.ndim - 1)) for p in pieces]
+        )
+        part = table.Part(pad(rows), first, count)
+        mapped = jax.vmap(functools.partial(search, axis_name="d"), (0, None), axis_name="d")
+        found[devices] = jax.device_get(mapped((part, pad(used)), queries))
+        for of_device in found[devices]:
+            np.testing.assert_array_equal(of_device, np.broadcast_to(of_device[0], of_device.shape))
+    for devices in (2, 4):
+        for alone, together in zip(found[1], found[devices], strict=True):
+            np.testing.assert_array_equal(together[0], alone[0])
+    assert used[found[1][1]].all()
+    np.testing.assert_array_equal(
+        found[1][1][0], np.flatnonzero(used)[by_hand(rows[used], queries, 20)[1]]
+    )
 
 
 # ------------------------------------------------------------------------------ nearest
@@ -102,11 +150,11 @@ def test_memory_does_not_grow_with_the_bank():
     sizes = []
     queries = jax.ShapeDtypeStruct((24, 16), np.float32)
     for blocks in (8, 128):
-        shape = (jax.local_device_count(), blocks, 32)
-        part = parallel.RowsPart(
-            jax.ShapeDtypeStruct((*shape, 16), np.float32), jax.ShapeDtypeStruct(shape, np.int32)
-        )
-        compiled = knn._search(5).lower(part, queries).compile()
+        shape = (jax.local_device_count(), 32 * blocks)
+        of_device = jax.ShapeDtypeStruct(shape[:1], np.int32)
+        rows = jax.ShapeDtypeStruct((*shape, 16), np.float32)
+        part = table.Part(rows, of_device, of_device), jax.ShapeDtypeStruct(shape, bool)
+        compiled = knn._search(5, 32).lower(part, queries).compile()
         sizes.append(compiled.memory_analysis())
     small, large = sizes
     assert large.argument_size_in_bytes > 10 * small.argument_size_in_bytes

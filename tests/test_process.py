@@ -138,6 +138,29 @@ def test_start_joins_others_where_the_environment_names_them(
     assert joined == ([("host:1", 4, 2, 9.0, 8.0, [0])] if others else [])
 
 
+def test_an_environment_that_does_not_tell_where_process_0_is(joined, monkeypatch):
+    """Open MPI 5."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(UserError, match=r"coordinator_address should be defined.*: give --coord"):
+        process.start()
+
+
+@pytest.mark.parametrize("on_tpu", [True, False])
+def test_a_missing_host_is_told(joined, monkeypatch, on_tpu):
+    """A TPU VM that goes on alone would train a part of the batch."""
+
+    def missing(*_):
+        raise UserError("process 1 of 2 did not start")
+
+    if not on_tpu:
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setattr(process, "on_a_tpu_vm", lambda: on_tpu)
+    monkeypatch.setattr(process, "_join_the_cluster", missing)
+    with pytest.raises(UserError, match=r"^process 1 of 2 did not start$"):
+        process.start()
+
+
 def test_a_cluster_of_one_or_of_an_unknown_kind_is_left_to_jax(joined, monkeypatch):
     started = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: started.append(options))
@@ -148,20 +171,3 @@ def test_a_cluster_of_one_or_of_an_unknown_kind_is_left_to_jax(joined, monkeypat
         )
         process.start(None, None, None, 9.0)
     assert not joined and started == [{"initialization_timeout": 9}] * 3
-
-
-def test_jaxs_own_variables_for_compiled_programs_come_first(tmp_path, monkeypatch):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        process.keep_compiled(str(tmp_path))
-        assert {name: getattr(jax.config, name) for name in names} == before
-        for name in names:
-            monkeypatch.delenv(name.upper())
-        process.keep_compiled("")
-        assert jax.config.jax_compilation_cache_dir == before[names[0]]
-        process.keep_compiled(str(tmp_path))
-        assert [getattr(jax.config, name) for name in names] == [str(tmp_path), 0.5]
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)

@@ -1,6 +1,7 @@
 """Evaluation jobs that take a second: a run with an encoder of one block, and small images.
 
-As a program it is `run_experiment.py` with that encoder; `TINY_PAUSE` as in `tiny_process.py`.
+As a program it is `run_experiment.py` with that encoder; `TINY_PAUSE` as in `tiny_process.py`. With
+`TINY_REMOVES=STEP`, process 1 removes that step's checkpoint when it is about to read it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +27,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from conftest import StandIn  # noqa: E402
+from conftest import REPOSITORY, StandIn, process_env  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -32,6 +35,8 @@ import byol_jax.method  # noqa: E402
 from configs import embed, fewshot, finetune, knn, linear_probe, transfer  # noqa: E402
 from selfsup_jax import jobs  # noqa: E402
 from selfsup_jax.data import inputs  # noqa: E402
+from selfsup_jax.devices import wire  # noqa: E402
+from selfsup_jax.evaluation import encoder  # noqa: E402
 from selfsup_jax.models import resnet  # noqa: E402
 from selfsup_jax.training import pretrain  # noqa: E402
 
@@ -166,6 +171,31 @@ def confusion(workdir: pathlib.Path) -> np.ndarray:
         return arrays["matrix"]
 
 
+def start_two(
+    folder: pathlib.Path, job: str, fields: dict[str, Any], env: dict[str, str]
+) -> list[subprocess.Popen]:
+    """Starts a job in `folder/job` as two processes, whose output is in `0.txt` and `1.txt`."""
+    command = [sys.executable, "tests/tiny_jobs.py", f"--config=configs/{job}.py"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    command += [f"--workdir={folder / 'job'}", "--compilation_cache=", "--num_processes=2"]
+    command += [f"--coordinator_address={wire.LOOPBACK}:{wire.free_port()}"]
+    processes = []
+    for i in range(2):
+        with (folder / f"{i}.txt").open("w") as log:
+            options = {"cwd": REPOSITORY, "env": process_env() | env, "stdout": log, "stderr": log}
+            processes.append(subprocess.Popen([*command, f"--process_id={i}"], **options))
+    return processes
+
+
+def wait_for(processes: list[subprocess.Popen], folder: pathlib.Path, text: str) -> None:
+    """Waits until process 0 has said this."""
+    deadline = time.monotonic() + 300
+    while text not in (folder / "0.txt").read_text() and time.monotonic() < deadline:
+        ended = [process.poll() for process in processes]
+        assert ended == [None] * len(ended), (folder / "0.txt").read_text()
+        time.sleep(0.02)
+
+
 if __name__ == "__main__":
     from absl import app
 
@@ -179,5 +209,13 @@ if __name__ == "__main__":
             time.sleep(float(os.environ.get("TINY_PAUSE", "0")))
             yield batch
 
+    load = encoder.load
+
+    def removed(path: str, step: int | None = None) -> encoder.FrozenEncoder:
+        if f"--process_id=1 {step}" == f"{sys.argv[-1]} {os.environ.get('TINY_REMOVES')}":
+            shutil.rmtree(pathlib.Path(path) / "checkpoints" / str(step))
+        return load(path, step)
+
+    encoder.load = removed
     inputs.train_batches = paused
     app.run(run_experiment.main, flags_parser=run_experiment.parse_flags)

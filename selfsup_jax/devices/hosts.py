@@ -57,6 +57,31 @@ def gather_hosts(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
+def of_all(what: str, value: Any) -> list[Any]:
+    """What each process gives, in their order; all hosts must call it.
+
+    It waits for as long as it takes: nothing is computed on devices, whose collectives time out.
+
+    Args:
+        what: names the call: the same on all hosts.
+        value: must be JSON.
+    """
+    if _job is not None:
+        groups = _job.link.exchange(what, value)
+        given = {process: value for value, processes in groups for process in processes}
+        return [given[process] for process in sorted(given)]
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)  # JAX found the hosts by itself
+    ends = np.cumsum(gather_hosts(np.asarray([len(text)])))
+    return [json.loads(part.tobytes()) for part in np.split(gather_hosts(text), ends[:-1])]
+
+
+def of_first(what: str, value: Any) -> Any:
+    """The first host's value; see `of_all`. The others may give anything."""
+    return of_all(what, value if is_writer() else None)[0]
+
+
 # ------------------------------------------------------------------------------ the same job
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -182,16 +182,18 @@ def step_over_devices(
     compiled = jax.jit(mapped, donate_argnums=(0,))
     sharding = jax.sharding.NamedSharding(mesh, spec)
 
+    def put(x: Any) -> jax.Array:  # what `replicate` made is on the devices already
+        on_devices = isinstance(x, jax.Array) and len(x.sharding.device_set) == len(axis)
+        if on_devices:
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
     def run(state: Any, batch: Any) -> Any:
-        def put(x: Any) -> jax.Array:  # what `replicate` made is on the devices already
-            on_devices = isinstance(x, jax.Array) and len(x.sharding.device_set) == len(axis)
-            if on_devices:
-                return x
-            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        return compiled(state, jax.tree.map(put, batch))
 
-        batch = jax.tree.map(put, batch)
-        return compiled(state, batch)
-
+    run.lower = lambda state, batch: compiled.lower(  # type: ignore[attr-defined]
+        state, jax.tree.map(put, batch)
+    )
     return run
 
 
@@ -236,56 +238,24 @@ def pmap_over_local(
     return bind
 
 
-class RowsPart(NamedTuple):
-    """A device's part of a table, divided into blocks.
-
-    Attributes:
-        rows: `[blocks, c, ...]`.
-        indices: `[blocks, c]` int32, the rows' indices in the table; -1 for padding.
-    """
-
-    rows: Any
-    indices: Any
-
-
-def shard_rows(table: np.ndarray, block: int) -> RowsPart:
-    """Divides a table `[N, ...]` among this host's devices, in blocks of at most `block` rows.
-
-    Returns:
-        The parts, each on its device, with a leading device axis.
-    """
-    devices = jax.local_devices()
-    device_rows = -(-len(table) // len(devices))
-    block = min(block, device_rows)
-    blocks = -(-device_rows // block)
-    padding = blocks * block * len(devices) - len(table)
-    shape = (len(devices), blocks, block)
-    rows = np.pad(table, [(0, padding)] + [(0, 0)] * (table.ndim - 1))
-    indices = np.pad(np.arange(len(table), dtype=np.int32), (0, padding), constant_values=-1)
-    part = RowsPart(rows.reshape(*shape, *table.shape[1:]), indices.reshape(shape))
-    return _to_devices()(part)
-
-
-@functools.cache  # one compilation for all tables of the same shape
-def _to_devices() -> Callable[..., Any]:
-    return jax.pmap(lambda x: x, devices=jax.local_devices())
-
-
-def pmap_parts(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps `fn(part, shared)` over this host's devices, each with its part of `shard_rows`."""
-    return jax.pmap(fn, in_axes=(0, None), devices=jax.local_devices())
-
-
 def pmap_reduce(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps `fn(parts, shared, axis_name)` over this host's devices; returns the first result.
+    """Maps `fn(part, shared, axis_name)` over all devices of all hosts; returns the first result.
 
-    `fn` must take means over the axis, so that its results are equal on all devices.
+    `part` has a leading axis of this host's devices; `shared` must be the same on every host. `fn`
+    must use collectives over the axis, so that its results are equal on all devices.
     """
-    devices = jax.local_devices()
     mapped = jax.pmap(
-        functools.partial(fn, axis_name=AXIS_NAME),
-        axis_name=AXIS_NAME,
-        in_axes=(0, None),
-        devices=devices,
+        functools.partial(fn, axis_name=AXIS_NAME), axis_name=AXIS_NAME, in_axes=(0, None)
     )
-    return lambda parts, shared: unreplicate(mapped(parts, shared))
+    reduced = lambda parts, shared: unreplicate(mapped(parts, shared))  # noqa: E731
+    reduced.lower = mapped.lower  # type: ignore[attr-defined]
+    return reduced
+
+
+def joined(shards: list[jax.Array]) -> jax.Array:
+    """One array of all devices of all hosts from `[1, ...]` on each of this host's devices."""
+    axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
+    mesh = jax.sharding.Mesh(np.array(axis), (AXIS_NAME,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS_NAME))
+    shape = (len(axis), *shards[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)

@@ -63,10 +63,22 @@ def start(
             )
         hosts.join(coordinator_address, num_processes, process_id, *timeouts)
     elif _environment_has_a_cluster():
-        _join_the_cluster(*timeouts)
-    elif _on_a_tpu_vm():
-        with contextlib.suppress(ValueError):  # a TPU machine outside a pod
+        try:
             _join_the_cluster(*timeouts)
+        except UserError:
+            raise
+        except ValueError as e:  # Open MPI 5, for one, does not tell where process 0 is
+            raise UserError(
+                f"the environment names several processes, but not how they find each other ({e}): "
+                "give --coordinator_address=HOST:PORT of process 0, --num_processes, --process_id"
+            ) from e
+    elif on_a_tpu_vm():
+        try:
+            _join_the_cluster(*timeouts)
+        except UserError:  # such as a host of the pod that is missing
+            raise
+        except ValueError:  # a TPU machine outside a pod
+            pass
 
 
 def _join_the_cluster(start_timeout: float, host_timeout: float) -> None:
@@ -103,7 +115,7 @@ def _environment_has_a_cluster() -> bool:
     return many_tpu_hosts or many_slices or coordinator or launched
 
 
-def _on_a_tpu_vm() -> bool:
+def on_a_tpu_vm() -> bool:
     """True on a TPU VM: it has the chips and libtpu, and its metadata names the other hosts."""
     has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
     if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
@@ -183,17 +195,6 @@ def _only_cpus() -> bool:
         return chosen == "cpu"
     installed = [importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")]
     return not any(installed) and not importlib.metadata.entry_points(group="jax_plugins")
-
-
-def keep_compiled(directory: str) -> None:
-    """Caches compiled programs in `directory` for later runs (not at all if empty).
-
-    JAX's own variables, such as `JAX_COMPILATION_CACHE_DIR`, take precedence where they are set.
-    """
-    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def device_memory() -> dict[str, float]:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from selfsup_jax.devices import hosts
 from selfsup_jax.evaluation import probes
-from selfsup_jax.evaluation.features import Features, pixels
+from selfsup_jax.evaluation.features import Extractor, Features, pixels
 from selfsup_jax.run.progress import log
 
-Batches = Callable[[], Iterable[dict[str, np.ndarray]]]
+
+class Batches(NamedTuple):
+    """A split's labelled images: each call of `read` yields this host's part of them once."""
+
+    read: Callable[[], Iterable[dict[str, np.ndarray]]]
+    most: int  # at least the number of images, over all hosts
+
 
 # Prefix of a result's name -> the features that were measured.
 BASELINES = {"": "this encoder", "random_init_": "never trained", "pixels_": "raw pixels"}
 
 
 def evaluate(
-    extract: Callable[..., Features],
+    extract: Extractor,
     trained: Any,
     random_init: Any | None,
     train_batches: Batches,
@@ -34,28 +39,29 @@ def evaluate(
         extract: see `features.Extractor`.
         trained: the trained encoder's variables.
         random_init: an untrained encoder's variables, or None.
-        train_batches, test_batches: each call yields the split's labelled images once.
+        train_batches, test_batches: of the two splits.
         num_classes: the number of classes.
         config: the `eval` section.
         seed: the seed of the probes.
 
     Returns:
         The results of `probe`, and those of the baselines with the prefixes `random_init_` and
-        `pixels_`. Empty on all hosts but the writer, since probes do not use several hosts.
+        `pixels_`.
     """
-    sources: dict[str, Callable[[Batches], Features]] = {"": lambda b: extract(trained, b())}
-    if random_init is not None:
-        sources["random_init_"] = lambda b: extract(random_init, b())
+    encoders = {"": trained} | ({} if random_init is None else {"random_init_": random_init})
+    sources: dict[str, Callable[[Batches], Features]] = {
+        prefix: lambda b, v=variables: extract.spread(v, b.read(), b.most)  # type: ignore[misc]
+        for prefix, variables in encoders.items()
+    }
     if config.pixels:
-        sources["pixels_"] = lambda b: pixels(b())
+        sources["pixels_"] = lambda b: pixels(b.read(), b.most)
     results: dict[str, float] = {}
     for prefix, features in sources.items():
         train, test = features(train_batches), features(test_batches)
-        if hosts.is_writer():
-            images = f"{len(train.labels):,} + {len(test.labels):,} images"
-            log(f"probes on {images}: {BASELINES[prefix]}")
-            measured = probe(train, test, num_classes, config, seed)
-            results |= {prefix + name: value for name, value in measured.items()}
+        images = f"{len(train.labels):,} + {len(test.labels):,} images"
+        log(f"probes on {images}: {BASELINES[prefix]}")
+        measured = probe(train, test, num_classes, config, seed)
+        results |= {prefix + name: value for name, value in measured.items()}
     return results
 
 

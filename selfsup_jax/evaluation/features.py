@@ -12,15 +12,20 @@ import numpy as np
 
 from selfsup_jax.data.augment import normalize
 from selfsup_jax.devices import hosts, parallel
+from selfsup_jax.devices.table import Table, spread
 from selfsup_jax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
 
 
 class Features(NamedTuple):
-    """Rows in the order of the split, over all hosts."""
+    """Rows in the order of the split, over all hosts.
 
-    x: np.ndarray  # [N, D] float32
+    `x` is an array that every host has, or a table that is spread over all devices of all hosts;
+    rows of it, `x[rows]`, are an array.
+    """
+
+    x: np.ndarray | Table  # [N, D] float32
     labels: np.ndarray  # [N] int32, -1 without labels; [N, classes] if there can be several
 
 
@@ -58,21 +63,50 @@ class Extractor:
             yield x, waiting.popleft()
 
     def __call__(self, variables: Any, batches: Iterable[HostBatch]) -> Features:
-        """All hosts' features, from an encoder with these variables (`{"params", "batch_stats"}`).
+        """All hosts' features as an array on every host: of a few thousand images.
+
+        Args:
+            variables: of an encoder, `{"params", "batch_stats"}`.
+            batches: this host's part of the images.
 
         Raises:
             UserError: there are no images.
         """
         parts = [(x, batch["label"]) for x, batch in self.stream(variables, batches)]
         if not parts:
-            raise UserError("config.data: a split holds no image that can be decoded")
+            raise UserError(_NO_IMAGE)
         x, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Features(*hosts.gather_hosts((x, labels.astype(np.int32))))
 
+    def spread(self, variables: Any, batches: Iterable[HostBatch], most: int) -> Features:
+        """The features as a table; arguments and errors as above.
 
-def pixels(batches: Iterable[HostBatch]) -> Features:
+        Args:
+            variables, batches: as above.
+            most: at least the number of images, over all hosts.
+        """
+        return _spread(((x, b["label"]) for x, b in self.stream(variables, batches)), most)
+
+
+def pixels(batches: Iterable[HostBatch], most: int) -> Features:
     """The pixels as features, in [0, 1]: a baseline that an encoder must exceed."""
-    parts = [(b["image"].reshape(len(b["image"]), -1), b["label"]) for b in batches]
-    x = np.concatenate([x for x, _ in parts]).astype(np.float32) / 255.0
-    labels = np.concatenate([labels for _, labels in parts]).astype(np.int32)
-    return Features(*hosts.gather_hosts((x, labels)))
+    rows = ((b["image"].reshape(len(b["image"]), -1), b["label"]) for b in batches)
+    return _spread(((x.astype(np.float32) / 255.0, labels) for x, labels in rows), most)
+
+
+_NO_IMAGE = "config.data: a split holds no image that can be decoded"
+
+
+def _spread(rows: Iterable[tuple[np.ndarray, np.ndarray]], most: int) -> Features:
+    labels: list[np.ndarray] = []
+
+    def features() -> Iterator[np.ndarray]:
+        for x, of_rows in rows:
+            labels.append(of_rows.astype(np.int32))
+            yield x
+
+    table = spread(features(), most)
+    if not len(table):
+        raise UserError(_NO_IMAGE)
+    own = np.concatenate(labels) if labels else np.zeros(0, np.int32)  # more hosts than images
+    return Features(table, hosts.gather_hosts(own))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from sklearn.preprocessing import normalize
 
-from selfsup_jax.devices import parallel
+from selfsup_jax.devices import collectives, parallel
+from selfsup_jax.devices.table import Part, Table, as_table, scan_blocks
 
 
 class Neighbours(NamedTuple):
@@ -23,64 +23,89 @@ class Neighbours(NamedTuple):
 
 
 def nearest(
-    bank: np.ndarray,
-    queries: np.ndarray,
+    bank: np.ndarray | Table,
+    queries: np.ndarray | Table,
     k: int,
     *,
+    rows: np.ndarray | None = None,
     bank_rows: int = 8192,
     query_rows: int = 1024,
 ) -> Neighbours:
-    """The exact k nearest rows of the bank by cosine similarity.
+    """The exact k nearest rows of the bank by cosine similarity; all hosts must call it.
 
-    Each of this host's devices holds a shard of the bank, `N / devices x D` float32, and compares
-    `bank_rows` of it with `query_rows` queries at a time. Besides the bank it needs memory for
-    `query_rows x (bank_rows + 4 k)` numbers, for any size of the bank.
+    Each device of each host holds a part of the bank, `N / devices x D` float32, and compares
+    `bank_rows` of it with `query_rows` queries at a time. The nearest of each part, k a query, are
+    then sent to all devices, which choose among them. Besides the bank a device needs memory for
+    `query_rows x (bank_rows + 4 k devices)` numbers, for any size of the bank.
 
     Args:
         bank: `[N, D]` float32; the rows need not have unit length.
         queries: `[Q, D]` float32.
         k: at most N.
+        rows: `[N]` bool, the rows of the bank to be searched; None for all.
         bank_rows, query_rows: the block sizes.
     """
-    parts = parallel.shard_rows(normalize(bank), bank_rows)
-    search = _search(k)
+    bank = as_table(bank)
+    used = bank.column(np.ones(len(bank), bool) if rows is None else rows)
+    search = _search(k, bank_rows)
     cosines, indices = [], []
     for start in range(0, len(queries), query_rows):
-        rows = normalize(queries[start : start + query_rows])
-        count = len(rows)
+        block = queries[start : start + query_rows]
+        count = len(block)
         if start:  # pad the last block, so that all blocks share one trace
-            rows = np.pad(rows, ((0, query_rows - count), (0, 0)))
-        neighbours = search(parts, rows)  # [devices, q, k] each
-        cosine, index = (np.concatenate(np.asarray(x), axis=-1)[:count] for x in neighbours)
-        order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-        cosines.append(np.take_along_axis(cosine, order, axis=1))
-        indices.append(np.take_along_axis(index, order, axis=1))
+            block = np.pad(block, ((0, query_rows - count), (0, 0)))
+        cosine, index = search((bank.part, used), block)
+        cosines.append(cosine[:count])
+        indices.append(index[:count])
     return Neighbours(np.concatenate(cosines), np.concatenate(indices))
 
 
 @functools.cache  # each k is compiled only once
-def _search(k: int) -> Callable:
-    return parallel.pmap_parts(functools.partial(_nearest_of_part, k=k))
+def _search(k: int, bank_rows: int) -> Callable:
+    return parallel.pmap_reduce(functools.partial(_nearest, k=k, bank_rows=bank_rows))
+
+
+def _nearest(
+    part: tuple[Part, jax.Array],
+    queries: jax.Array,
+    axis_name: str | None,
+    *,
+    k: int,
+    bank_rows: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and rows `[Q, k]` of the nearest in all devices' parts of the bank."""
+    of_device = _nearest_of_part(*part, queries, k=k, bank_rows=bank_rows)
+    # In the order of the table, so that equal ones stay in the order of their rows.
+    cosine, index = collectives.gather(of_device, axis_name, axis=1)
+    cosine, position = lax.top_k(cosine, k)
+    return cosine, jnp.take_along_axis(index, position, axis=1)
 
 
 def _nearest_of_part(
-    part: parallel.RowsPart, queries: jax.Array, *, k: int
+    part: Part, used: jax.Array, queries: jax.Array, *, k: int, bank_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and rows `[Q, k]` of a device's shard of the bank; -inf if it has fewer than k."""
+    """Cosines and rows `[Q, k]` of a device's part of the bank; -inf if it has fewer than k."""
+    queries = _unit(queries)
 
-    def search_block(best: tuple[jax.Array, jax.Array], block: tuple[jax.Array, jax.Array]):
-        rows, indices = block  # [c, D], [c]: -1 for padding rows
-        cosine = jnp.dot(queries, rows.T, precision=lax.Precision.HIGHEST)  # [Q, c]
-        cosine = jnp.where(indices >= 0, cosine, -jnp.inf)
-        cosine, position = lax.top_k(cosine, min(k, len(indices)))
+    def search_block(best: tuple[jax.Array, jax.Array], block: Any, place: jax.Array) -> Any:
+        rows, used = block  # [c, D], [c]
+        cosine = jnp.dot(queries, _unit(rows).T, precision=lax.Precision.HIGHEST)  # [Q, c]
+        cosine = jnp.where(used & (place >= 0), cosine, -jnp.inf)
+        cosine, position = lax.top_k(cosine, min(k, len(place)))
         joined = jnp.concatenate([best[0], cosine], axis=1)
-        index = jnp.concatenate([best[1], indices[position]], axis=1)
+        index = jnp.concatenate([best[1], part.first + place[position]], axis=1)
         cosine, position = lax.top_k(joined, k)
-        return (cosine, jnp.take_along_axis(index, position, axis=1)), None
+        return cosine, jnp.take_along_axis(index, position, axis=1)
 
     size = (len(queries), k)
     start = (jnp.full(size, -jnp.inf), jnp.full(size, -1, jnp.int32))
-    return lax.scan(search_block, start, (part.rows, part.indices))[0]
+    return scan_blocks(search_block, start, (part.rows, used), bank_rows)
+
+
+def _unit(rows: jax.Array) -> jax.Array:
+    """Rows of length 1; rows of zeros stay."""
+    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.where(length > 0, length, 1.0)
 
 
 def vote(

@@ -1,9 +1,10 @@
 """Logistic regression on frozen features, for many L2 strengths at once in one vmapped solve.
 
 The objective is scikit-learn's: `C * sum of losses + |W|^2 / 2`; the intercept is not penalised.
-All strengths share each pass over the features, which are sharded over this host's devices. L-BFGS
-runs in coordinates in which an upper bound of the Hessian is the identity (Boehning 1992), so that
-a few tens of passes are enough for every strength.
+All strengths share each pass over the features, which are spread over all devices of all hosts: a
+device sends the loss and gradient of its rows, no features. L-BFGS runs in coordinates in which an
+upper bound of the Hessian is the identity (Boehning 1992), so that a few tens of passes are enough
+for every strength.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import optax
 from jax import lax
 
 from selfsup_jax.devices import collectives, parallel
+from selfsup_jax.devices.table import Table, as_table, scan_blocks
 from selfsup_jax.evaluation.features import Features
 
 _BLOCK = 4096  # rows whose logits are in memory at once
@@ -40,9 +42,19 @@ class Heads(NamedTuple):
     C: tuple[float, ...]
     iterations: np.ndarray
 
-    def logits(self, x: np.ndarray) -> np.ndarray:
+    def logits(self, x: np.ndarray | Table) -> np.ndarray:
         """`[N, D]` to `[S, N, C]` float32."""
-        return np.stack([x @ w + b for w, b in zip(self.kernel, self.bias, strict=True)])
+        return logits(self.kernel, self.bias, x)
+
+
+def logits(kernel: np.ndarray, bias: np.ndarray, x: np.ndarray | Table) -> np.ndarray:
+    """As `Heads.logits`, with kernels `[S, D, C]`; of a table, a block is copied at a time."""
+    found = np.empty((len(kernel), len(x), kernel.shape[2]), np.float32)
+    for start in range(0, len(x), _BLOCK):
+        rows = x[start : start + _BLOCK]
+        for of_head, w, b in zip(found, kernel, bias, strict=True):
+            of_head[start : start + _BLOCK] = rows @ w + b
+    return found
 
 
 def fit(
@@ -69,14 +81,15 @@ def fit(
         tolerance: a fit stops when no gradient entry, in the solver's basis, is larger than this.
         memory_gib: memory for L-BFGS; strengths that do not fit together are solved in groups.
     """
-    weights = np.ones(len(features.x), np.float32) if weights is None else weights
-    mean, scale = _moments(features.x, weights, standardize)
-    table = {"x": features.x, "y": features.labels, "weight": weights.astype(np.float32)}
+    table = as_table(features.x)
+    weights = np.ones(len(table), np.float32) if weights is None else weights
+    mean, scale = moments(table, weights) if standardize else _no_moments(table)
     # Padding rows have weight 0.
-    parts = jax.tree.map(lambda column: parallel.shard_rows(column, _BLOCK).rows, table)
+    columns = {"y": features.labels, "weight": weights.astype(np.float32)}
+    parts = {k: table.column(column) for k, column in columns.items()} | {"x": table.part.rows}
     basis, curvature = _basis_of_parts()(parts, (mean, scale))
     solve = _solver(num_classes, max_iterations, tolerance)
-    gib_per_strength = features.x.shape[1] * num_classes * 4 * (2 * _HISTORY + 8) / 2**30
+    gib_per_strength = table.shape[1] * num_classes * 4 * (2 * _HISTORY + 8) / 2**30
     at_once = max(1, int(memory_gib / gib_per_strength))
     total = float(weights.sum())
     solutions = []
@@ -90,13 +103,38 @@ def fit(
     return Heads(kernel, bias, tuple(map(float, C)), iterations)
 
 
-def _moments(x: np.ndarray, weights: np.ndarray, standardize: bool) -> tuple[Any, Any]:
-    if not standardize:
-        return np.zeros(x.shape[1], np.float32), np.ones(x.shape[1], np.float32)
-    used = x[weights > 0]
-    scale = used.std(axis=0, dtype=np.float64)
-    scale[scale < 1e-6] = 1.0  # a constant feature
-    return used.mean(axis=0, dtype=np.float64).astype(np.float32), scale.astype(np.float32)
+def moments(x: np.ndarray | Table, weights: np.ndarray | None = None) -> tuple[Any, Any]:
+    """Mean and deviation `[D]` over the rows whose weight is not 0; 1 for a constant feature."""
+    table = as_table(x)
+    used = np.ones(len(table), bool) if weights is None else weights > 0
+    first = table[[int(np.argmax(used))]][0]
+    mean, scale = _moments_of_parts()((table.part.rows, table.column(used)), first)
+    return mean, np.where(scale < 1e-6, np.float32(1.0), scale)
+
+
+def _no_moments(table: Table) -> tuple[Any, Any]:
+    return np.zeros(table.shape[1], np.float32), np.ones(table.shape[1], np.float32)
+
+
+@functools.cache
+def _moments_of_parts() -> Callable[..., Any]:
+    return parallel.pmap_reduce(_moments)
+
+
+def _moments(parts: Any, first: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    def mean(value: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def add(sums: Any, block: Any, place: jax.Array) -> Any:
+            rows, used = block[0], (block[1] & (place >= 0))[:, None]
+            return sums[0] + jnp.sum(jnp.where(used, value(rows), 0.0), 0), sums[1] + used.sum()
+
+        zeros = (jnp.zeros_like(first), jnp.zeros((), jnp.int32))
+        sums, count = collectives.total(scan_blocks(add, zeros, parts, _BLOCK), axis_name)
+        return sums / count
+
+    # Relative to a row, so that a constant feature's deviation is 0 in float32 too.
+    shift = mean(lambda rows: rows - first)
+    variance = mean(lambda rows: jnp.square(rows - first - shift))
+    return first + shift, jnp.sqrt(variance)
 
 
 @functools.cache
@@ -108,13 +146,14 @@ def _basis(parts: Any, shared: Any, axis_name: str | None) -> tuple[jax.Array, j
     """Eigenvectors `[D, D]` and eigenvalues `[D]` of the features' second-moment matrix."""
     mean, scale = shared
 
-    def add(total: Any, block: Any) -> tuple[Any, None]:
+    def add(sums: Any, block: Any, place: jax.Array) -> Any:
         x = (block["x"] - mean) / scale
-        square = jnp.dot(x.T * block["weight"], x, precision=lax.Precision.HIGHEST)
-        return (total[0] + square, total[1] + block["weight"].sum()), None
+        weight = block["weight"] * (place >= 0)
+        square = jnp.dot(x.T * weight, x, precision=lax.Precision.HIGHEST)
+        return sums[0] + square, sums[1] + weight.sum()
 
     zeros = (jnp.zeros((len(mean), len(mean))), jnp.zeros(()))
-    square, count = collectives.mean(lax.scan(add, zeros, parts)[0], axis_name)
+    square, count = collectives.total(scan_blocks(add, zeros, parts, _BLOCK), axis_name)
     values, vectors = jnp.linalg.eigh(square / count)
     return vectors, jnp.maximum(values, 0.0)
 
@@ -139,15 +178,13 @@ def _solve(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(kernel `[S, D, C]`, bias `[S, C]`, iterations `[S]`) for the raw features."""
     mean, scale, basis, curvature, penalties = shared
-    one_label = parts["y"].ndim == 2  # [blocks, rows]
-    # Rotate the features once, so that each pass needs only one matrix product.
-    rotate = lambda x: jnp.dot((x - mean) / scale, basis, precision=lax.Precision.HIGHEST)  # noqa: E731
-    parts = parts | {"x": lax.map(rotate, parts["x"])}
+    one_label = parts["y"].ndim == 1
     bound = curvature * (0.5 if one_label else 0.25)  # upper bound of the Hessian in this basis
-    total = collectives.mean(parts["weight"].sum(), axis_name)
+    total = collectives.total(parts["weight"].sum(), axis_name)
+    rotate = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
 
     def losses(params: Any, block: Any) -> jax.Array:
-        logits = block["x"] @ params["kernel"] + params["bias"]
+        logits = ((block["x"] - mean) / scale) @ params["kernel"] + params["bias"]
         if one_label:
             row_losses = optax.softmax_cross_entropy_with_integer_labels(logits, block["y"])
         else:
@@ -168,12 +205,16 @@ def _solve(
 
     def value_and_gradient(point: Any, penalty: jax.Array) -> tuple[jax.Array, Any]:
         params = whiten(point, penalty)
+        # The kernel is rotated, not the features: of those no second copy is held.
+        rotated = params | {"kernel": rotate(basis, params["kernel"])}
 
-        def add(sums: Any, block: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(losses)(params, block)), None
+        def add(sums: Any, block: Any, place: jax.Array) -> Any:
+            block = block | {"weight": block["weight"] * (place >= 0)}
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(losses)(rotated, block))
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        value, gradient = collectives.mean(lax.scan(add, zeros, parts)[0], axis_name)
+        value, gradient = collectives.total(scan_blocks(add, zeros, parts, _BLOCK), axis_name)
+        gradient["kernel"] = rotate(basis.T, gradient["kernel"])
         value = value / total + penalty * jnp.sum(jnp.square(params["kernel"])) / 2
         gradient = jax.tree.map(lambda g: g / total, gradient)
         gradient["kernel"] += penalty * params["kernel"]

@@ -55,10 +55,10 @@ def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
         )
         if not hosts.is_writer():
             return {}
-        scores.write_confusion(
-            folder, scores.confusion(outputs.x, outputs.labels), test.class_names or ()
-        )
-        return scores.named("finetune", outputs.x, outputs.labels)
+        of_test = np.asarray(outputs.x)
+        matrix = scores.confusion(of_test, outputs.labels)
+        scores.write_confusion(folder, matrix, test.class_names or ())
+        return scores.named("finetune", of_test, outputs.labels)
 
     counts = {"train_images": train.num_examples, "test_images": test.num_examples}
     return EvalJob(task, {"classes": classes} | counts)

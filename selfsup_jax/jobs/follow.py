@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from selfsup_jax import paths
 from selfsup_jax.config import check_values
+from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
@@ -43,16 +43,14 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
         The results of the newest checkpoint.
 
     Raises:
-        UserError: as `runner.run`; also if the checkpoint is not a run's workdir, with several
-            hosts, or without a new checkpoint for `config.follow_patience_hours`.
+        UserError: as `runner.run`; also if the checkpoint is not a run's workdir, or without a new
+            checkpoint for `config.follow_patience_hours`.
     """
     run = paths.absolute(os.path.expanduser(config.checkpoint))
     paths.check(run, "config.checkpoint")
     exported = paths.exists(os.path.join(run, encoder.ABOUT))
     if not config.checkpoint or not paths.isdir(run) or exported or _inside_a_run(run):
         raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to follow it")
-    if jax.process_count() > 1:
-        raise bad_field("follow", True, "is for one host")
     workdir.check_path(directory)
     owner.check(directory, config.job)
     with workdir.locked(directory), _MeasureLog(run, directory) as measure_log:
@@ -68,13 +66,19 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
             folder = step_folder(directory, frozen.step)
             with runner.begun(description, directory):
                 results = runner.evaluate(resolved, job, frozen, folder, baseline)
-            write_json(os.path.join(directory, runner.RESULTS), results)
+            _write_newest(directory, results)
             measure_log.record(frozen.step, results)
-        done = done_steps(directory)
-        newest = read_json(os.path.join(step_folder(directory, done[-1]), runner.RESULTS))
-        write_json(os.path.join(directory, runner.RESULTS), newest)  # missing if killed just before
+        done = hosts.of_first("the evaluated steps", done_steps(directory))
+        newest = runner.saved_results(step_folder(directory, done[-1]))
+        assert newest is not None
+        _write_newest(directory, newest)  # missing if killed just before
         log(f"{run} has ended; its {len(done)} checkpoints are evaluated")
         return newest
+
+
+def _write_newest(directory: str, results: dict[str, Any]) -> None:
+    if hosts.is_writer():
+        write_json(os.path.join(directory, runner.RESULTS), results)
 
 
 def step_folder(directory: str, step: int) -> str:
@@ -110,21 +114,32 @@ def _inside_a_run(path: str) -> bool:
 
 
 def _checkpoints(config: ConfigDict, run: str, directory: str) -> Iterator[FrozenEncoder]:
-    """Yields each checkpoint that is not evaluated yet; waits for more until the run has ended."""
+    """Yields each checkpoint that is not evaluated yet; waits for more until the run has ended.
+
+    The first host looks for them, and all take the same one, if all of them can read it.
+    """
+    looking = _steps(config, run, directory) if hosts.is_writer() else iter(())
+    while (step := hosts.of_first("the next checkpoint", next(looking, None))) is not None:
+        frozen = _load_if_there(run, step, config.follow_poll_seconds)
+        if all(hosts.of_all("could read it", frozen is not None)) and frozen is not None:
+            yield frozen
+        else:
+            log(f"the checkpoint of step {step} was removed before it could be read")
+
+
+def _steps(config: ConfigDict, run: str, directory: str) -> Iterator[int]:
+    """Yields the steps of checkpoints that are to be evaluated, see `_checkpoints`."""
     patience = 3600 * config.follow_patience_hours
     last_new, waiting = time.monotonic(), False
     while True:
         ended = has_ended(run)  # checked first: a run saves its last checkpoint before it ends
         steps = encoder.checkpoint_steps(run)
         new = sorted(set(steps) - set(done_steps(directory)))
-        for step in new:
-            frozen = _load_if_there(run, step, config.follow_poll_seconds)
-            if frozen is not None:
-                yield frozen
-        if new:
+        yield from new
+        if set(new) & set(done_steps(directory)):
             last_new, waiting = time.monotonic(), False
             continue
-        if ended:
+        if ended and not new:
             if not steps:
                 raise bad_field("checkpoint", config.checkpoint, "the run has no checkpoint")
             return
@@ -148,7 +163,6 @@ def _load_if_there(run: str, step: int, patience: float) -> FrozenEncoder | None
             time.sleep(patience)  # the run may be removing it
             if step in encoder.checkpoint_steps(run):
                 raise
-    log(f"the checkpoint of step {step} was removed before it could be read")
     return None
 
 
@@ -163,6 +177,8 @@ class _MeasureLog:
         self._recorder: Recorder | None = None
 
     def __enter__(self) -> _MeasureLog:
+        if not hosts.is_writer():
+            return self
         done = done_steps(self._directory)
         try:
             paths.makedirs(self._folder)
@@ -179,9 +195,8 @@ class _MeasureLog:
 
     def record(self, step: int, results: dict[str, Any]) -> None:
         """Writes the measures of a step."""
-        assert self._recorder is not None
         values = measures(results)
-        if values:  # a job such as `embed` has no measures
+        if values and self._recorder is not None:  # a job such as `embed` has no measures
             self._recorder.write(step, values, {})
             self._recorder.flush()
 

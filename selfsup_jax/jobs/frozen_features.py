@@ -14,7 +14,7 @@ from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import probes, scores
 from selfsup_jax.evaluation.encoder import FrozenEncoder
-from selfsup_jax.evaluation.features import Features
+from selfsup_jax.evaluation.features import Extractor, Features
 from selfsup_jax.evaluation.probes import Measured
 from selfsup_jax.jobs import runner
 from selfsup_jax.jobs.runner import EvalJob
@@ -40,13 +40,11 @@ def prepare_for(
         extract = runner.extractor(config, frozen)
 
         def task(frozen: FrozenEncoder, folder: str) -> dict[str, Any]:
-            bank = extract(frozen.variables, counted(config, train, limit))
-            queries = extract(frozen.variables, counted(config, test, test.num_examples))
+            bank = features(config, extract, frozen, train, limit)
+            queries = features(config, extract, frozen, test)
             check_labels(config, bank.labels, queries.labels, num_classes)
-            if not hosts.is_writer():
-                return {}
             measured = measure(bank, queries, num_classes, config)
-            if measured.logits is not None:
+            if measured.logits is not None and hosts.is_writer():
                 matrix = scores.confusion(measured.logits, queries.labels)
                 scores.write_confusion(folder, matrix, train.class_names or ())
             return measured.results
@@ -61,6 +59,14 @@ def counted(config: ConfigDict, source: Source, limit: int) -> Iterable[dict[str
     """Evaluation batches of a split, each image once; logs the progress."""
     batches = inputs.eval_batches(config.data, source, config.feature_batch_size, limit)()
     return progress.counted(batches, min(limit, source.num_examples), f"features of {source.name}")
+
+
+def features(
+    config: ConfigDict, extract: Extractor, frozen: FrozenEncoder, source: Source, limit: int = 0
+) -> Features:
+    """An encoder's features of a split, or of `limit` of its images, spread over all devices."""
+    count = min(limit or source.num_examples, source.num_examples)
+    return extract.spread(frozen.variables, counted(config, source, count), count)
 
 
 def class_count(train: Source, test: Source) -> int:

@@ -15,7 +15,7 @@ from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.evaluation import encoder, probes, scores, supervised
+from selfsup_jax.evaluation import encoder, logistic, probes, scores, supervised
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor
 from selfsup_jax.jobs import frozen_features, runner, training
@@ -117,19 +117,22 @@ def _evaluate(
 ) -> dict[str, Any]:
     rates = tuple(config.learning_rates)
 
-    def logits(source: Source) -> list[tuple[np.ndarray, np.ndarray]]:
-        batches = frozen_features.counted(config, source, source.num_examples)
-        features = extract(frozen.variables, batches)
-        pairs = zip(heads["kernel"], heads["bias"], strict=True)
-        return [(features.x @ kernel + bias, features.labels) for kernel, bias in pairs]
+    def logits(source: Source) -> tuple[np.ndarray, np.ndarray]:
+        """Of all heads `[S, N, C]`, and the labels."""
+        features = frozen_features.features(config, extract, frozen, source)
+        return logistic.logits(heads["kernel"], heads["bias"], features.x), features.labels
 
     def top1() -> list[float]:
-        return [scores.top_k(*of_head, 1) for of_head in logits(held)] if held else []
+        if held is None:
+            return []
+        of_heads, labels = logits(held)
+        return [scores.top_k(of_head, labels, 1) for of_head in of_heads]
 
     best, chosen = probes.best_of(
         rates if held else rates[:1], top1, lambda rate: f"learning rate {rate:g}"
     )
-    of_test, labels = logits(test)[rates.index(best)]
+    of_heads, labels = logits(test)
+    of_test = of_heads[rates.index(best)]
     if not hosts.is_writer():
         return {}
     scores.write_confusion(folder, scores.confusion(of_test, labels), test.class_names or ())

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax import paths
@@ -76,8 +75,7 @@ def run(config: ConfigDict, directory: str, prepare: Prepare) -> dict[str, Any]:
             return read_json(os.path.join(directory, RESULTS))
         _, step = encoder.locate(config.checkpoint, step)
         # If the run is still training, hosts may see different newest steps: use the first host's.
-        agreed = int(hosts.gather_hosts(np.asarray([-1 if step is None else step]))[0])
-        frozen = encoder.load(config.checkpoint, None if agreed < 0 else agreed)
+        frozen = encoder.load(config.checkpoint, hosts.of_first("the checkpoint", step))
         config = resolve_config(config, frozen)
         check_values(config)
         return evaluate(config, prepare(config, frozen), frozen, directory)
@@ -182,9 +180,9 @@ def evaluate(
     description = describe_job(config, job, frozen)
     check_same(description, directory)
     path = os.path.join(directory, RESULTS)
-    if paths.exists(path):
+    if (done := saved_results(directory)) is not None:
         log(f"{path} is there already; another --workdir evaluates again")
-        return read_json(path)
+        return done
     with disk_errors(directory, lambda: None), begun(description, directory):
         log(f"{config.job}: {frozen.path}")
         results = job.task(frozen, directory)
@@ -203,19 +201,25 @@ def evaluate(
     return results
 
 
+def saved_results(folder: str) -> dict[str, Any] | None:
+    """Earlier results, as the first host sees them: a shared file may reach the others later."""
+    path = os.path.join(folder, RESULTS)
+    there = hosts.is_writer() and paths.exists(path)
+    return hosts.of_first(path, read_json(path) if there else None)
+
+
 def _untrained(
     config: ConfigDict, job: EvalJob, frozen: FrozenEncoder, folder: str
 ) -> dict[str, Any]:
     """Results of an untrained encoder of the same architecture; computed once per folder."""
-    path = os.path.join(folder, RESULTS)
-    if paths.exists(path):
-        return read_json(path)
+    if (done := saved_results(folder)) is not None:
+        return done
     log(f"{config.job}: an encoder that was never trained")
     variables = jax.device_get(encoder.untrained(frozen.config, config.seed))
     results = job.task(frozen._replace(variables=variables), folder)
     if hosts.is_writer():
         paths.makedirs(folder)
-        write_json(path, results)
+        write_json(os.path.join(folder, RESULTS), results)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,18 +119,8 @@ def _evaluate(
     """Evaluates one data set: the fields `transfer_NAME` and `transfer_NAME_*` of the results."""
     classes = frozen_features.class_count(splits.train, splits.test)
 
-    def features(source: sources.Source, limit: int = 0) -> Features:
-        batches = frozen_features.counted(config, source, limit or source.num_examples)
-        return extract(frozen.variables, batches)
-
-    train = features(splits.train, config.data.max_train_images)
-    test = features(splits.test)
-    if splits.validation is not None:
-        validation = features(splits.validation)
-        held = np.arange(len(train.x) + len(validation.x)) >= len(train.x)
-        train = Features(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
-    else:
-        held = probes.held_out_rows(train.labels, len(train.x) // 5, config.seed)
+    train, held = _training_features(config, splits, extract, frozen)
+    test = frozen_features.features(config, extract, frozen, splits.test)
     if train.labels.ndim == 1:
         try:
             frozen_features.check_labels(
@@ -141,8 +131,6 @@ def _evaluate(
     if not held.any():
         entry = config.sets[name].train_split
         raise bad_field(f"sets.{name}.train_split", entry, "too few images to pick a penalty on")
-    if not hosts.is_writer():
-        return {}
     metric = METRICS[config.sets[name].metric]
 
     def fit(penalties: tuple[float, ...], rows: np.ndarray) -> logistic.Heads:
@@ -161,7 +149,7 @@ def _evaluate(
     penalties = tuple(config.penalties)
     logits = fit(penalties, ~held).logits(train.x[held])
     validation_scores = [metric(of_head, train.labels[held]) for of_head in logits]
-    best = penalties[int(np.argmax(validation_scores))]
+    best = penalties[hosts.of_first("the penalty", int(np.argmax(validation_scores)))]
     heads = fit((best,), np.ones(len(train.x), bool))
     score = metric(heads.logits(test.x)[0], test.labels)
     log(f"{name}: {100 * score:.1f} % {_HEADINGS[config.sets[name].metric]}, penalty {best:g}")
@@ -171,6 +159,28 @@ def _evaluate(
         f"transfer_{name}_penalty": best,
         f"transfer_{name}_validation": max(validation_scores),
     }
+
+
+def _training_features(
+    config: ConfigDict, splits: Splits, extract: Extractor, frozen: FrozenEncoder
+) -> tuple[Features, np.ndarray]:
+    """Features of training and validation images, and `[N]` bool: on which to pick a penalty."""
+    limit = config.data.max_train_images
+    validation = splits.validation
+    if validation is None:
+        train = frozen_features.features(config, extract, frozen, splits.train, limit)
+        return train, probes.held_out_rows(train.labels, len(train.labels) // 5, config.seed)
+    held: list[np.ndarray] = []
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for source, count in ((splits.train, limit), (validation, 0)):
+            for batch in frozen_features.counted(config, source, count or source.num_examples):
+                held.append(np.full(len(batch["label"]), source is validation))
+                yield batch
+
+    most = splits.train.num_examples + validation.num_examples
+    both = extract.spread(frozen.variables, batches(), most)
+    return both, hosts.gather_hosts(np.concatenate(held))
 
 
 def _write_table(

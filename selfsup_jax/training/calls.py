@@ -94,16 +94,21 @@ class Call:
         Returns:
             The replicated state, metrics `[devices, steps]` and the last step's outputs.
         """
+        state, (metrics, outputs) = self._run(state, self._given(batches))
+        return state, metrics, outputs
+
+    def compile(self, state: Any, batches: list[HostBatch]) -> Any:
+        """Compiles the program for such arguments, and runs nothing."""
+        return self._run.lower(state, self._given(batches)).compile()  # type: ignore[attr-defined]
+
+    def _given(self, batches: list[HostBatch]) -> Any:
         count = np.full(jax.local_device_count(), len(batches), np.int32)
         if self._most:
             padded = batches + batches[-1:] * (self._most - len(batches))
             sharded = [parallel.shard(batch) for batch in padded]
-            batch = jax.tree.map(lambda *x: np.stack(x, axis=1), *sharded)
-        else:
-            (only,) = batches
-            batch = parallel.shard(only)
-        state, (metrics, outputs) = self._run(state, (self._arrays, batch, count))
-        return state, metrics, outputs
+            return self._arrays, jax.tree.map(lambda *x: np.stack(x, axis=1), *sharded), count
+        (only,) = batches
+        return self._arrays, parallel.shard(only), count
 
 
 class Ahead:

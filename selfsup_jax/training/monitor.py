@@ -113,8 +113,6 @@ class Monitor:
         if self._data.test is None:
             return {}
         snapshot = self._take_snapshot(step, state)
-        if not hosts.is_writer():
-            return {}
         settings = self._config.eval
         measured = probes.nearest_neighbours(
             snapshot.bank,

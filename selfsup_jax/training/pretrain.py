@@ -15,6 +15,7 @@ from selfsup_jax import STARTED, durations, optim, paths
 from selfsup_jax.build import Build, find
 from selfsup_jax.config import validate
 from selfsup_jax.data import inputs
+from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import closing, features
@@ -24,6 +25,7 @@ from selfsup_jax.run import checkpoint, files, identity, owner, workdir
 from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState, encoder_variables
 from selfsup_jax.training import init_from, loop
+from selfsup_jax.training.compile_only import compile_all
 from selfsup_jax.training.monitor import Monitor
 
 
@@ -45,7 +47,12 @@ class Run(NamedTuple):
 
 
 def pretrain(
-    config: ConfigDict, directory: str, build: Build | None = None, started: float = STARTED
+    config: ConfigDict,
+    directory: str,
+    build: Build | None = None,
+    started: float = STARTED,
+    *,
+    compile_only: bool = False,
 ) -> dict[str, Any]:
     """Trains (or resumes the run in `directory`), evaluates, and writes the results.
 
@@ -55,9 +62,10 @@ def pretrain(
             events, `plots/` and `results.json`.
         build: the method's `build`; None for that of the package that `config.method` names.
         started: start time of the process, from `time.perf_counter`.
+        compile_only: train nothing, write nothing to the workdir; see `compile_only.py`.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`; {} if nothing is trained.
 
     Raises:
         UserError: an error in the config, the data or the workdir; a loss or gradient is not
@@ -81,6 +89,9 @@ def pretrain(
         hosts.check_same("init_from", {"config.init_from": source.digest})
     description = workdir.describe_run(config, data.train)
     extract = features.Extractor(method.represent, config.views.mean, config.views.std)
+    if compile_only:
+        compile_all(config, data, feed, method, extract)
+        return {}
     with workdir.opened(config, directory) as checkpoints:
         run = Run(
             *(config, data, feed, method, total, warmup, directory, checkpoints),
@@ -200,17 +211,18 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any
         why = "no labels for probes" if config.eval.enabled else "config.eval.enabled=False"
         log(f"{why}: no probes; the encoder is in the last checkpoint")
         return {}
-    size, limits = (
-        config.eval.batch_size,
-        (config.eval.max_train_images, config.eval.max_test_images),
-    )
+
+    def batches(source: Source, limit: int) -> closing.Batches:
+        read = inputs.eval_batches(config.data, source, config.eval.batch_size, limit)
+        return closing.Batches(read, min(limit, source.num_examples))
+
     return closing.evaluate(
         run.extract,
         encoder_variables(state),
         # The encoder exactly as it was before this run's first step.
         encoder_variables(initial) if config.eval.random_init else None,
-        inputs.eval_batches(config.data, data.train, size, limits[0]),
-        inputs.eval_batches(config.data, data.test, size, limits[1]),
+        batches(data.train, config.eval.max_train_images),
+        batches(data.test, config.eval.max_test_images),
         data.train.num_classes or 0,
         config.eval,
         config.seed,
