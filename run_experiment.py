@@ -17,11 +17,10 @@ If one of several hosts ends with an error or a signal, the others end with its 
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import math
 import os
 import re
-import runpy
 import signal
 import sys
 import traceback
@@ -32,6 +31,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import parsing
 from selfsup_jax import command_line
+from selfsup_jax.devices import cluster
 from selfsup_jax.errors import Stopped, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -197,24 +197,56 @@ def read_flags(argv: list[str]) -> list[str]:
     """
     # The library parses a field's name as Python, where `global` is a keyword.
     sys.argv = [_with_brackets(arg) for arg in argv]
-    given = _given_config(argv)
+    if len(given := command_line.values("config", argv)) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
+    flags.FLAGS["config"].parser = parser = _ConfigFile()
     try:
         rest = flags.FLAGS(sys.argv)
-        config = _CONFIG.value
-        if given and not isinstance(config, ConfigDict):
-            raise TypeError("the file cannot be read, or returns something else")
     except (Exception, SystemExit) as e:
-        explained = _explained(given, argv) if given else ""
-        if isinstance(e, SystemExit) and not explained:  # --help
+        if isinstance(e.__context__, UserError):  # of `_ConfigFile`
+            raise e.__context__ from e
+        if parser.config is not None:
+            _refuse_unknown(parser.config, argv)
+        if isinstance(e, SystemExit):  # --help
             raise
         message = (str(e).strip().splitlines() or [type(e).__name__])[-1]
         message = message.removeprefix("ValueError: ").replace('["global"]', ".global")
-        raise UserError(explained or message) from e
-    fields = parsing.field_names(config) if config is not None else []
+        raise UserError(message) from e
+    fields = parsing.field_names(parser.config) if parser.config is not None else []
     names = [f"config.{field}" for field in fields] + list(flags.FLAGS)
     command_line.refuse_words(argv, rest[1:], names)
     _refuse_sections(fields, argv)
     return rest
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Makes the config of `FILE:PRESET`; the library's own parser loses where an error was raised.
+
+    Attributes:
+        config: what the file has made, as soon as it has.
+    """
+
+    config: ConfigDict | None = None
+
+    def parse(self, argument: str) -> ConfigDict:
+        """As the library's; raises `UserError` in place of any error."""
+        path, _, preset = argument.partition(":")
+        if not os.path.isfile(path):
+            raise UserError(command_line.no_config(argument))
+        try:
+            get_config = getattr(command_line.load(path), "get_config", None)
+            if get_config is None:
+                raise UserError(f"{path}: has no function get_config")
+            config = get_config(*([preset] if preset else []))
+        except (UserError, parsing.ConfigError) as e:
+            raise UserError(e) from e
+        except (Exception, SystemExit) as e:
+            raise UserError(command_line.raised_by(path, e)) from e
+        if not isinstance(config, ConfigDict):
+            made = type(config).__name__
+            raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
+        self.config = config.lock()
+        return self.config
 
 
 def _with_brackets(arg: str) -> str:
@@ -225,48 +257,15 @@ def _with_brackets(arg: str) -> str:
     return name + equals + value
 
 
-def _given_config(argv: list[str]) -> str:
-    """`FILE:PRESET` of `--config=FILE:PRESET` or `--config FILE:PRESET`; or ""."""
-    given = []
-    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = arg.partition("=")
-        if name in ("-config", "--config"):
-            given.append(value if equals else after)
-    if len(given) > 1:
-        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
-    return "".join(given)
-
-
-def _explained(given: str, argv: list[str]) -> str:
-    """Why the flags cannot be parsed: the config file, or a field that it doesn't have; or ""."""
-    path, _, preset = given.partition(":")
-    if not os.path.isfile(path):
-        return _unreadable(given)
-    try:  # once more: the library's error has lost where it was raised
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            return f"{path}: has no function get_config"
-        config = get_config(*([preset] if preset else []))
-    except parsing.ConfigError as e:
-        return str(e)
-    except (Exception, SystemExit) as e:
-        return command_line.raised_by(path, e)
-    if not isinstance(config, ConfigDict):
-        return f"{path}: get_config returns no ConfigDict but {type(config).__name__}"
+def _refuse_unknown(config: ConfigDict, argv: list[str]) -> None:
+    """Raises `UserError` if a field is overridden that the config doesn't have."""
     for arg in argv[1:]:
         key = arg.lstrip("-").partition("=")[0]
         if key.startswith("config."):
             try:
                 parsing.check_field(config, key.removeprefix("config."))
             except parsing.ConfigError as e:
-                return str(e)
-    return ""
-
-
-def _unreadable(config: str) -> str:
-    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
-    there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
-    return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
+                raise UserError(e) from e
 
 
 def _refuse_sections(fields: list[str], argv: list[str]) -> None:
@@ -279,8 +278,27 @@ def _refuse_sections(fields: list[str], argv: list[str]) -> None:
 
 
 def _fail(message: object) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    others = _hosts_to_be_told()
+    note = "; the other hosts are told when they start" if others else ""
+    print(f"error: {message}{note}", file=sys.stderr, flush=True)
+    if others:
+        from selfsup_jax.devices import process
+
+        with contextlib.suppress(KeyboardInterrupt):
+            process.end_the_others(str(message), *others)
     _exit(2)
+
+
+def _hosts_to_be_told() -> tuple[Any, ...]:
+    """The arguments of `end_the_others`, if the job has other hosts that are not joined yet."""
+    if "selfsup_jax.devices.hosts" in sys.modules and _several_hosts():
+        return ()
+    of_place = {"coordinator_address": str, "num_processes": int, "process_id": int}
+    place = [command_line.value_of(sys.argv, name, kind) for name, kind in of_place.items()]
+    if place == [None] * 3 and not any(name in os.environ for name in cluster.VARIABLES):
+        return ()
+    seconds = command_line.value_of(sys.argv, "start_timeout", float)
+    return 300.0 if seconds is None else min(max(1.0, seconds), 1e6), *place
 
 
 def _exit(status: int) -> NoReturn:

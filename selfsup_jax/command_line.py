@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
+import importlib.machinery
+import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from selfsup_jax.errors import UserError, nearest
@@ -28,6 +33,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line; exit status 2."""
         self.exit(2, f"error: {message}\n")
+
+
+def values(name: str, argv: Sequence[str]) -> list[str]:
+    """All values of a flag, as `--NAME=VALUE` or `--NAME VALUE`, before the flags are parsed."""
+    given = []
+    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = arg.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            given.append(value if equals else after)
+    return given
+
+
+def value_of(argv: Sequence[str], name: str, kind: Callable[[str], Any]) -> Any:
+    """The last value of a flag; None if it is not given, or not of that kind."""
+    with contextlib.suppress(IndexError, ValueError):
+        return kind(values(name, argv)[-1])
+    return None
 
 
 def refuse_words(argv: Sequence[str], words: Sequence[str], names: Iterable[str]) -> None:
@@ -61,6 +83,23 @@ def meant(argv: Sequence[str], word: str, names: Iterable[str]) -> str:
     choices = [c for c in choices if not c.startswith("config.variants.")]
     near = leaf or nearest(name if "." in name else f"config.{name}", choices, count=1)
     return f"--{near.partition(',')[0]}={value}"
+
+
+def no_config(config: str) -> str:
+    """Why a config file cannot be read, and which ones there are."""
+    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
+    there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
+    return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
+
+
+def load(path: str) -> types.ModuleType:
+    """Runs a Python file as a module, whatever its name ends with."""
+    loader = importlib.machinery.SourceFileLoader("config_file", path)
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 def raised_by(path: str, error: BaseException) -> str:

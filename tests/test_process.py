@@ -103,7 +103,7 @@ def test_start_refuses_half_a_job(joined, arguments, message):
 
 def test_start_takes_its_arguments(joined):
     process.start("127.0.0.1:1", 2, 1, 9.0, 8.0)
-    assert joined == [("127.0.0.1:1", 2, 1, 9.0, 8.0)]
+    assert joined == [("127.0.0.1:1", 2, 1, 9.0, 8.0, None)]
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])

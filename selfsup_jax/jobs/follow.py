@@ -19,6 +19,7 @@ from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.jobs import runner
 from selfsup_jax.run import owner, workdir
+from selfsup_jax.run.checkpoint_files import Damaged
 from selfsup_jax.run.files import read_json, write_json
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import log
@@ -69,9 +70,13 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
             write_json(os.path.join(directory, runner.RESULTS), results)
             measure_log.record(frozen.step, results)
         done = done_steps(directory)
+        if not done:
+            raise bad_field("checkpoint", config.checkpoint, "none of its checkpoints is whole")
         newest = read_json(os.path.join(step_folder(directory, done[-1]), runner.RESULTS))
         write_json(os.path.join(directory, runner.RESULTS), newest)  # missing if killed just before
-        log(f"{run} has ended; its {len(done)} checkpoints are evaluated")
+        left = ", ".join(str(s) for s in encoder.checkpoint_steps(run) if s not in done)
+        note = f"; not that of step {left}" if left else ""
+        log(f"{run} has ended; its {len(done)} checkpoints are evaluated{note}")
         return newest
 
 
@@ -108,15 +113,24 @@ def _inside_a_run(path: str) -> bool:
 
 
 def _checkpoints(config: ConfigDict, run: str, directory: str) -> Iterator[FrozenEncoder]:
-    """Yields each checkpoint that is not evaluated yet; waits for more until the run has ended."""
+    """Yields each checkpoint that is not evaluated yet; waits for more until the run has ended.
+
+    A damaged one is named and left out; the same command tries it again.
+    """
     patience = 3600 * config.follow_patience_hours
     last_new, waiting = time.monotonic(), False
+    damaged: set[int] = set()
     while True:
         ended = has_ended(run)  # checked first: a run saves its last checkpoint before it ends
         steps = encoder.checkpoint_steps(run)
-        new = sorted(set(steps) - set(done_steps(directory)))
+        new = sorted(set(steps) - set(done_steps(directory)) - damaged)
         for step in new:
-            frozen = _load_if_there(run, step, config.follow_poll_seconds)
+            try:
+                frozen = _load_if_there(run, step, config.follow_poll_seconds)
+            except Damaged as e:
+                log(f"{e}; it is left out")
+                damaged.add(step)
+                continue
             if frozen is not None:
                 yield frozen
         if new:

@@ -180,6 +180,7 @@ def train(
         for count in calls.lengths(first_step, spec.total_steps, most, ends):
             given = list(itertools.islice(batches, count))
             names = [batch.pop("name") for batch in given]
+            hosts.has_batch()
             state, metrics, outputs = call(state, given)
             checkpoints.write()  # of the previous call, while the device computes this one
             guard.add(step + 1, metrics, names)
