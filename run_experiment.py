@@ -293,12 +293,15 @@ def _hosts_to_be_told() -> tuple[Any, ...]:
     """The arguments of `end_the_others`, if the job has other hosts that are not joined yet."""
     if "selfsup_jax.devices.hosts" in sys.modules and _several_hosts():
         return ()
-    of_place = {"coordinator_address": str, "num_processes": int, "process_id": int}
-    place = [command_line.value_of(sys.argv, name, kind) for name, kind in of_place.items()]
-    if place == [None] * 3 and not any(name in os.environ for name in cluster.VARIABLES):
-        return ()
+    kinds = {"coordinator_address": str, "num_processes": int, "process_id": int}
+    place = [command_line.value_of(sys.argv, name, kind) for name, kind in kinds.items()]
+    try:
+        if cluster.given(*place) is None and not any(v in os.environ for v in cluster.VARIABLES):
+            return ()
+    except UserError:
+        return ()  # it is not known which process this is
     seconds = command_line.value_of(sys.argv, "start_timeout", float)
-    return 300.0 if seconds is None else min(max(1.0, seconds), 1e6), *place
+    return seconds if seconds and 1 <= seconds <= 1e6 else 300.0, *place
 
 
 def _exit(status: int) -> NoReturn:

@@ -10,6 +10,7 @@ import types
 
 import jax
 import pytest
+import tiny_runs
 from conftest import LIGHTLY
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from selfsup_jax import config as config_lib
 from selfsup_jax.durations import described, to_steps, total_and_warmup
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import checkpoint, identity, workdir
+from selfsup_jax.training import pretrain
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
@@ -782,3 +784,13 @@ def test_a_mistake_is_told_in_one_line_with_status_2(tmp_path, args, named, hint
     assert "Traceback" not in done.stderr + done.stdout
     assert named in lines[-1] and hint in lines[-1].replace(named, "")
     assert not workdir.exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("field", ["exclude", "constant_rate"])
+def test_patterns_that_match_nothing_are_told_before_any_data_is_read(tmp_path, field):
+    config = byol.get_config("folder")
+    config.data.dir = str(tmp_path / "no such folder")
+    config.optimizer[field] = ("^classifier/", "biass$")  # the probe is there, with labels
+    with pytest.raises(UserError, match=rf"config\.optimizer\.{field}='biass\$': matches no"):
+        pretrain.pretrain(config, str(tmp_path / "run"), tiny_runs.build)
+    assert not (tmp_path / "run").exists()

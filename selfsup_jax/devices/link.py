@@ -217,7 +217,7 @@ class Link:
         if not self._started.done():
             line = "has ended before all processes had started"
             self._started.set_exception(UserError(f"{self.named(process)} {line}"))
-        elif not self._all_done.done():
+        elif self._started.exception() is None and not self._all_done.done():
             self._stop(Loss(LOST, f"{self.named(process)} {why}", told=False))
 
     def _stop(self, loss: Loss) -> None:

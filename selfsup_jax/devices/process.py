@@ -50,8 +50,8 @@ def start(
         if place is None:
             cluster.initialize_alone(start_timeout)
     if place is not None:
-        address, *which, local_devices = place
-        hosts.join(address, *which, start_timeout, host_timeout, local_devices)
+        address, processes, process, local_devices = place
+        hosts.join(address, processes, process, start_timeout, host_timeout, local_devices)
 
 
 def end_the_others(line: str, start_timeout: float, *given: Any) -> None:
