@@ -20,7 +20,7 @@ from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, moco,
 from selfsup_jax import config as config_lib
 from selfsup_jax.durations import described, to_steps, total_and_warmup
 from selfsup_jax.errors import UserError
-from selfsup_jax.run import checkpoint, identity, workdir
+from selfsup_jax.run import checkpoint_files, identity, workdir
 from selfsup_jax.training import pretrain
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -527,7 +527,7 @@ def run_of(config: ConfigDict, train_images: int = 10_000, classes: int | None =
 
 def saved_by(config: ConfigDict, **data) -> dict:
     """What a checkpoint of that run says of itself, read back from the disk."""
-    meta = workdir.meta(run_of(config, **data), step=3) | {"versions": checkpoint.versions()}
+    meta = workdir.meta(run_of(config, **data), step=3) | {"versions": checkpoint_files.versions()}
     return json.loads(json.dumps(meta))
 
 
