@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import signal
 import sys
 import traceback
@@ -115,7 +114,7 @@ def main(argv: list[str]) -> None:
         parallel.use_engine(_PARALLEL.value)
         if hosts.several():
             hosts.check_same("the devices", process.local_devices())
-        run_job(_CONFIG.value, _WORKDIR.value)
+        run_job(_CONFIG.value, os.path.expanduser(_WORKDIR.value))
     except UserError as e:
         _tell_other_hosts(2, str(e), e)
         _fail(e)
@@ -196,7 +195,7 @@ def read_flags(argv: list[str]) -> list[str]:
         UserError: a mistake in a flag, a word that is no flag, or an error in the config file.
     """
     # The library parses a field's name as Python, where `global` is a keyword.
-    sys.argv = [_with_brackets(arg) for arg in argv]
+    sys.argv = [command_line.with_brackets(arg) for arg in argv]
     if len(given := command_line.values("config", argv)) > 1:
         raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
     flags.FLAGS["config"].parser = parser = _ConfigFile()
@@ -205,12 +204,15 @@ def read_flags(argv: list[str]) -> list[str]:
     except (Exception, SystemExit) as e:
         if isinstance(e.__context__, UserError):  # of `_ConfigFile`
             raise e.__context__ from e
+        fields = parsing.field_names(parser.config) if parser.config is not None else []
         if parser.config is not None:
             _refuse_unknown(parser.config, argv)
+            _refuse_sections(fields, argv)
         if isinstance(e, SystemExit):  # --help
             raise
-        message = (str(e).strip().splitlines() or [type(e).__name__])[-1]
-        message = message.removeprefix("ValueError: ").replace('["global"]', ".global")
+        if isinstance(e, flags.UnrecognizedFlagError) and "Did you mean" not in str(e):
+            raise UserError(command_line.unknown(e.flagname, e.flagvalue, fields)) from e
+        message = command_line.in_plain_words(e).replace('["global"]', ".global")
         raise UserError(message) from e
     fields = parsing.field_names(parser.config) if parser.config is not None else []
     names = [f"config.{field}" for field in fields] + list(flags.FLAGS)
@@ -247,14 +249,6 @@ class _ConfigFile(flags.ArgumentParser):
             raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
         self.config = config.lock()
         return self.config
-
-
-def _with_brackets(arg: str) -> str:
-    """`--config.views.global.area=...` -> `--config.views["global"].area=...`."""
-    name, equals, value = arg.partition("=")
-    if name.lstrip("-").startswith("config."):
-        name = re.sub(r"\.global(?=\.|$)", '["global"]', name)
-    return name + equals + value
 
 
 def _refuse_unknown(config: ConfigDict, argv: list[str]) -> None:

@@ -8,6 +8,7 @@ import glob
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 import traceback
 import types
@@ -33,6 +34,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line; exit status 2."""
         self.exit(2, f"error: {message}\n")
+
+
+def with_brackets(arg: str) -> str:
+    """`--config.views.global.area=...` -> `--config.views["global"].area=...`."""
+    name, equals, value = arg.partition("=")
+    if name.lstrip("-").startswith("config."):
+        name = re.sub(r"\.global(?=\.|$)", '["global"]', name)
+    return name + equals + value
 
 
 def values(name: str, argv: Sequence[str]) -> list[str]:
@@ -85,11 +94,43 @@ def meant(argv: Sequence[str], word: str, names: Iterable[str]) -> str:
     return f"--{near.partition(',')[0]}={value}"
 
 
+def unknown(name: str, argument: str, fields: Sequence[str]) -> str:
+    """What is told of a flag that doesn't exist: it may be a field of the config."""
+    value = argument.partition("=")[2] or "VALUE"
+    field = next((f for f in fields if f == name or f.endswith(f".{name}")), "NAME")
+    hint = f"did you mean --config.{field}={value}?"
+    if field == "NAME":
+        hint = "the fields of the config are given as --config.NAME=VALUE"
+    return f"unknown flag --{name}; {hint}"
+
+
+# What absl says of a value -> what it must be.
+_PLAIN = {
+    "invalid literal for int()": "must be a whole number",
+    "could not convert string to float": "must be a number",
+    "('Non-boolean argument to boolean flag'": "must be True or False",
+    "Error while parsing string": "must be a tuple, such as '(1,2)' or \"('a','b')\"",
+}
+
+
+def in_plain_words(error: BaseException) -> str:
+    """The last line of absl's error, with what would be valid in place of Python's words."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    line = line.removeprefix("ValueError: ")
+    for said, plain in _PLAIN.items():
+        before, found, _ = line.partition(said)
+        if found:
+            return before + plain
+    return line
+
+
 def no_config(config: str) -> str:
     """Why a config file cannot be read, and which ones there are."""
     shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
     there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
-    return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
+    near = nearest(config.partition(":")[0], there, count=1) or "none in configs/"
+    what = "there are" if near.count(",") or not there else "did you mean"
+    return f"--config={config}: cannot be read; {what} {near}" + "?" * (what == "did you mean")
 
 
 def load(path: str) -> types.ModuleType:

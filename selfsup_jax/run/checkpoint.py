@@ -231,7 +231,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception:
-            if writing and self._is_gone():
+            if writing and jax.process_count() == 1 and self._is_gone():
                 self._rescue(writing)
             raise
         if writing and not self._read_back:
