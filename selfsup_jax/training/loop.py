@@ -100,7 +100,7 @@ def fit(spec: TrainSpec) -> Trained:
     spec.announce(latest)
     if first_step:
         log(f"resuming from step {first_step:,} in {spec.workdir}")
-    recorder = Recorder(spec.workdir, first_step)
+    recorder = Recorder(spec.workdir, first_step, spec.config.log_every_steps)
     knn_k = spec.config.get("eval", {}).get("knn_k")
     progress = Progress(spec.total_steps, first_step, spec.config.batch_size, knn_k)
     try:
