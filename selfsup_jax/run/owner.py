@@ -63,6 +63,11 @@ def _owner(directory: str) -> tuple[str, str] | None:
     if os.path.exists(config):
         return _described(read_json(config))
     if os.path.exists(results):
+        # A damaged config.json was moved away, as was told; the checkpoints have the config too.
+        if os.path.isdir(os.path.join(directory, "checkpoints")) and "method" in (
+            found := read_json(results)
+        ):
+            return _described(found)
         return "", "an unknown job (it has a results.json without a config.json)"
     return None
 
