@@ -5,8 +5,9 @@ Exit status:
     2    a problem that the user can correct, reported in one line: flags, config, data, workdir, a
          full disk, a loss that is not finite, hosts that differ or are missing at the start. Saved
          files stay;
-    75   another host of the job has died or does not answer, reported in one line: a scheduler
-         should run the same command again on all hosts, which resumes from the last checkpoint;
+    75   another host of the job has died, hangs or does not answer, reported in one line: a
+         scheduler should run the same command again on all hosts, which resumes from the last
+         checkpoint;
     130  Ctrl-C, 143  SIGTERM: stopped after a step and saved a checkpoint; the same command resumes
          from it. Before the first step and during the final evaluation there is nothing to save:
          SIGTERM then ends the process at once;
@@ -48,7 +49,7 @@ _START_TIMEOUT = flags.DEFINE_float(
     "start_timeout", 300.0, "seconds within which all hosts must have started"
 )
 _HOST_TIMEOUT = flags.DEFINE_float(
-    "host_timeout", 60.0, "seconds without a sign of life after which a host counts as lost"
+    "host_timeout", 60.0, "seconds without a sign of life, or of work, after which a host is lost"
 )
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "without an accelerator: devices to make of the CPU; 0 chooses one or two"

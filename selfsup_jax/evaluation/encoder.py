@@ -239,13 +239,22 @@ def _load_exported(folder: str) -> FrozenEncoder:
         frozen = FrozenEncoder(variables, config, folder, None, int(about.get("step") or 0))
         _check_config(config)
         check(frozen)
-        arrays = stored.read_npz(path, headers, headers)
+        arrays = {k: _float32(k, v) for k, v in stored.read_npz(path, headers, headers).items()}
     except UserError:
         raise
     except Exception as e:  # there is no end to what a stranger's files may hold
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"the exported encoder {folder} cannot be read: {reason[:200]}") from e
     return frozen._replace(variables=unflatten_dict(arrays, sep="/"))
+
+
+def _float32(name: str, array: np.ndarray) -> np.ndarray:
+    """In this machine's byte order; raises `ValueError` if a value is not finite there."""
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return values
 
 
 def _check_config(config: dict[str, Any]) -> None:
