@@ -24,10 +24,11 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from configs import parsing
 from selfsup_jax import command_line
@@ -205,20 +206,18 @@ def read_flags(argv: list[str]) -> list[str]:
     except (Exception, SystemExit) as e:
         if isinstance(e.__context__, UserError):  # of `_ConfigFile`
             raise e.__context__ from e
-        fields = parsing.field_names(parser.config) if parser.config is not None else []
         if parser.config is not None:
             _refuse_unknown(parser.config, argv)
-            _refuse_sections(fields, argv)
+            _refuse_sections(parser.fields, argv)
         if isinstance(e, SystemExit):  # --help
             raise
         if isinstance(e, flags.UnrecognizedFlagError) and "Did you mean" not in str(e):
-            raise UserError(command_line.unknown(e.flagname, e.flagvalue, fields)) from e
+            raise UserError(command_line.unknown(e.flagname, e.flagvalue, parser.fields)) from e
         message = command_line.in_plain_words(e).replace('["global"]', ".global")
         raise UserError(message) from e
-    fields = parsing.field_names(parser.config) if parser.config is not None else []
-    names = [f"config.{field}" for field in fields] + list(flags.FLAGS)
+    names = [f"config.{field}" for field in parser.fields] + list(flags.FLAGS)
     command_line.refuse_words(argv, rest[1:], names)
-    _refuse_sections(fields, argv)
+    _refuse_sections(parser.fields, argv)
     return rest
 
 
@@ -227,9 +226,11 @@ class _ConfigFile(flags.ArgumentParser):
 
     Attributes:
         config: what the file has made, as soon as it has.
+        fields: the dotted names of its fields.
     """
 
     config: ConfigDict | None = None
+    fields: Sequence[str] = ()
 
     def parse(self, argument: str) -> ConfigDict:
         """As the library's; raises `UserError` in place of any error."""
@@ -241,14 +242,14 @@ class _ConfigFile(flags.ArgumentParser):
             if get_config is None:
                 raise UserError(f"{path}: has no function get_config")
             config = get_config(*([preset] if preset else []))
+            if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+                made = type(config).__name__
+                raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
+            self.fields, self.config = parsing.field_names(config), config.lock()
         except (UserError, parsing.ConfigError) as e:
             raise UserError(e) from e
         except (Exception, SystemExit) as e:
             raise UserError(command_line.raised_by(path, e)) from e
-        if not isinstance(config, ConfigDict):
-            made = type(config).__name__
-            raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
-        self.config = config.lock()
         return self.config
 
 
@@ -263,7 +264,7 @@ def _refuse_unknown(config: ConfigDict, argv: list[str]) -> None:
                 raise UserError(e) from e
 
 
-def _refuse_sections(fields: list[str], argv: list[str]) -> None:
+def _refuse_sections(fields: Sequence[str], argv: list[str]) -> None:
     """Raises `UserError` if a whole section is overridden: its other fields would be lost."""
     for arg in argv[1:]:
         name, equals, _ = arg.lstrip("-").replace('["global"]', ".global").partition("=")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
-import importlib.machinery
-import importlib.util
 import os
 import re
 import sys
@@ -134,12 +132,12 @@ def no_config(config: str) -> str:
 
 
 def load(path: str) -> types.ModuleType:
-    """Runs a Python file as a module, whatever its name ends with."""
-    loader = importlib.machinery.SourceFileLoader("config_file", path)
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    """Runs a Python file as a module; no bytecode is kept, which may be that of an earlier text."""
+    module = types.ModuleType("config_file")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    with open(path, "rb") as f:
+        exec(compile(f.read(), path, "exec"), module.__dict__)
     return module
 
 

@@ -90,6 +90,13 @@ FILES = {
     "b'\\xff'.decode()": (":1: UnicodeDecodeError: ", ""),
     "x = 1": (": has no function get_config", ""),
     "def get_config(): pass": (": get_config returns no ConfigDict but NoneType", ""),
+    "def get_config(): return get_config()": (":1: RecursionError: ", ""),
+    "from ml_collections import ConfigDict\ndef get_config():\n    config = ConfigDict()\n"
+    "    config.a = config\n    return config": (": RecursionError: ", ""),
+    "from ml_collections import FrozenConfigDict\ndef get_config(): return FrozenConfigDict()": (
+        ": get_config returns no ConfigDict but FrozenConfigDict",
+        "",
+    ),
     "def get_config(): return 3": (": get_config returns no ConfigDict but int", ""),
     BY_BYOL + "    config.batch_size = '64'\n    return config": (":4: TypeError: ", "batch_size"),
     BY_BYOL + "    config.no.such = 1\n    return config": (":4: AttributeError: ", "no"),
@@ -121,6 +128,17 @@ def test_a_preset_of_a_file_that_takes_none_is_told(tmp_path):
     check(f"--config={path}")
     with pytest.raises(UserError, match=r"takes 0 positional arguments but 1 was given$"):
         check(f"--config={path}:demo")
+
+
+def test_a_file_that_was_just_changed_is_read_anew(tmp_path):
+    """Bytecode is kept by size and second; the library's own loader takes the earlier one."""
+    path = tmp_path / "mine.py"
+    for word in ("aaa", "bbb"):
+        path.write_text(f"raise ValueError('{word}')")
+        os.utime(path, (1e9, 1e9))
+        with pytest.raises(UserError, match=f"ValueError: {word}"):
+            check(f"--config={path}")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]
 
 
 @pytest.mark.parametrize("section", ["data", "views", "views.global", "optimizer", "eval.linear"])
