@@ -97,8 +97,9 @@ def main(argv: list[str]) -> None:
         from selfsup_jax.config import check_fields
 
         check_fields(_CONFIG.value)  # before the slower imports
+        workdir = os.path.expanduser(_WORKDIR.value)  # `--workdir=~/a`: shells leave it as it is
         if _PLAN.value:
-            return _plan(_CONFIG.value, _WORKDIR.value)
+            return _plan(_CONFIG.value, workdir)
         from selfsup_jax.devices import hosts, parallel, process
 
         process.start(
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
         parallel.use_engine(_PARALLEL.value)
         if hosts.several():
             hosts.check_same("the devices", process.local_devices())
-        run_job(_CONFIG.value, os.path.expanduser(_WORKDIR.value))
+        run_job(_CONFIG.value, workdir)
     except UserError as e:
         _tell_other_hosts(2, str(e), e)
         _fail(e)
@@ -198,7 +199,7 @@ def read_flags(argv: list[str]) -> list[str]:
     """
     # The library parses a field's name as Python, where `global` is a keyword.
     sys.argv = [command_line.with_brackets(arg) for arg in argv]
-    if len(given := command_line.values("config", argv)) > 1:
+    if len(given := command_line.values(argv, "config")) > 1:
         raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
     flags.FLAGS["config"].parser = parser = _ConfigFile()
     try:
@@ -292,7 +293,7 @@ def _hosts_to_be_told() -> tuple[Any, ...]:
     kinds = {"coordinator_address": str, "num_processes": int, "process_id": int}
     place = [command_line.value_of(sys.argv, name, kind) for name, kind in kinds.items()]
     try:
-        if cluster.given(*place) is None and not any(v in os.environ for v in cluster.VARIABLES):
+        if cluster.given(*place) is None and not cluster.in_environment():
             return ()
     except UserError:
         return ()  # it is not known which process this is

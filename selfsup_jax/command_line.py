@@ -42,7 +42,7 @@ def with_brackets(arg: str) -> str:
     return name + equals + value
 
 
-def values(name: str, argv: Sequence[str]) -> list[str]:
+def values(argv: Sequence[str], name: str) -> list[str]:
     """All values of a flag, as `--NAME=VALUE` or `--NAME VALUE`, before the flags are parsed."""
     given = []
     for arg, after in zip(argv, [*argv[1:], ""], strict=True):
@@ -55,7 +55,7 @@ def values(name: str, argv: Sequence[str]) -> list[str]:
 def value_of(argv: Sequence[str], name: str, kind: Callable[[str], Any]) -> Any:
     """The last value of a flag; None if it is not given, or not of that kind."""
     with contextlib.suppress(IndexError, ValueError):
-        return kind(values(name, argv)[-1])
+        return kind(values(argv, name)[-1])
     return None
 
 

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from selfsup_jax import checks, optim
@@ -189,7 +188,7 @@ def check_patterns(config: ConfigDict, build: Build) -> None:
     """
     if config.optimizer.exclude or config.optimizer.constant_rate:
         method = build(config, 2, 1, 0)
-        jax.eval_shape(method.init_state, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        jax.eval_shape(lambda: method.init_state(jax.random.PRNGKey(0)))
 
 
 def check_values(config: ConfigDict) -> None:

@@ -107,6 +107,7 @@ def test_a_workdir_that_goes_in_mid_run_is_told_and_nothing_is_lost(initial_stat
             there = tmp_path / "run.step_2"
         with pytest.raises(UserError) as error:
             save(checkpoints, initial_state, 2)
+        checkpoints.close()
     assert str(error.value) == (
         f"--workdir={folder}: was moved or deleted while the run was going on; step 2 is saved in "
         f"{there}: the same command with --workdir={there} goes on"

@@ -9,12 +9,6 @@ from typing import NamedTuple
 
 from selfsup_jax.errors import UserError
 
-# Variables of which one is set wherever `in_environment` may be true.
-VARIABLES = (
-    *("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"),
-    *("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
-)
-
 
 class Place(NamedTuple):
     """The address of process 0, how many processes there are, and which one this is."""

@@ -111,7 +111,8 @@ class Hub:
             self._pulse.heard(process)
         kind = message.get("kind")
         if kind == "beat":
-            self._reports[process] = message["activity"]
+            if "activity" in message:  # not of another version, which will be told
+                self._reports[process] = message["activity"]
             self._send[process]({"kind": "beat", "quiet": self._pulse.quiet()})
         elif kind == "give":
             self._give(process, message["round"], message["value"])

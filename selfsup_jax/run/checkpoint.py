@@ -261,12 +261,14 @@ class Checkpoints:
 
     def _lock(self) -> str | None:
         """What `workdir.locked` has written there: another run's workdir has another one."""
-        with contextlib.suppress(OSError), open(os.path.join(self._workdir, ".lock")) as f:
+        path = os.path.join(self._workdir, ".lock")
+        with contextlib.suppress(OSError, ValueError), open(path) as f:
             return f.read()
         return None
 
     def _rescue(self, taken: _Taken) -> NoReturn:
         """Saves a state although the workdir was moved or deleted, and tells where."""
+        self._pending = self._writing = None  # `close` writes nothing to another run's workdir
         folder = self._workdir.rstrip(os.sep)
         taken_by_another = os.path.exists(folder) and set(os.listdir(folder)) - _REMADE
         if hosts.gather_hosts(np.asarray([bool(taken_by_another)])).any():

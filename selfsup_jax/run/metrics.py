@@ -94,8 +94,8 @@ class Recorder:
 
 def _first_missing(lines: list[dict], first_step: int, every: int) -> int:
     """The first step after the last point, if a point or more are missing there; else 0."""
-    steps = [0, *(int(line["step"]) for line in lines)]
-    interval = max(every, *(b - a for a, b in itertools.pairwise(steps)), 0)
+    steps = [0, *(int(line["step"]) for line in lines if line["step"] > 0)]
+    interval = max([every, *(b - a for a, b in itertools.pairwise(steps))])
     return steps[-1] + 1 if steps[-1] + interval <= first_step else 0
 
 
