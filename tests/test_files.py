@@ -36,6 +36,12 @@ def test_what_the_disk_does_is_told_in_one_line(number):
         fail_with(error, saved=None)
 
 
+def test_a_workdir_that_is_gone_is_told():
+    error = OSError(errno.ENOENT, os.strerror(errno.ENOENT), "runs/a/plots/x.png")
+    with pytest.raises(UserError, match="^--workdir=runs/a: was moved or deleted while the run"):
+        fail_with(error)
+
+
 def test_a_full_disk_is_recognised_within_other_errors():
     full = os.strerror(errno.ENOSPC)
     for path in (os.path.abspath("runs/a/checkpoints/5"), "runs/a/events"):
