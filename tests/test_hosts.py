@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -358,7 +359,7 @@ def test_a_process_that_slept_learns_why_the_others_ended(job_of):
 def test_a_process_that_does_nothing_while_the_others_wait_for_it_hangs(monkeypatch):
     now, used, reporting = [100.0], [0.0] * 3, [0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "process_time", lambda: used[reporting[0]])
+    monkeypatch.setattr(activity, "_work", lambda: used[reporting[0]])
     processes = [Activity(2.0) for _ in used]
 
     def after(seconds, cpu=0.0):
@@ -390,8 +391,21 @@ def test_a_process_that_does_nothing_while_the_others_wait_for_it_hangs(monkeypa
     assert not after(100)
 
 
+def test_computing_and_reading_are_work(tmp_path):
+    def done(work):
+        before = activity._work()
+        work()
+        return activity._work() - before
+
+    (tmp_path / "file").write_bytes(bytes(5 * 10**6))
+    assert done(lambda: time.sleep(0.1)) < 0.1
+    assert done(lambda: sum(range(10**7))) > 0.05
+    if pathlib.Path("/proc/self/io").exists():
+        assert done((tmp_path / "file").read_bytes) > 0.5
+
+
 def test_a_hanging_process_is_told_while_its_link_lives(job_of, monkeypatch):
-    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(activity, "_work", lambda: 0.0)
     members = job_of(3, timeout=1.0)
     for number in (0, 2):
         members.links[number].activity.pass_place()
