@@ -275,7 +275,8 @@ def _refuse_sections(fields: Sequence[str], argv: list[str]) -> None:
 
 
 def _fail(message: object) -> NoReturn:
-    others = _hosts_to_be_told()
+    joined = "selfsup_jax.devices.hosts" in sys.modules and _several_hosts()
+    others = () if joined else cluster.still_to_join(sys.argv)
     note = "; the other hosts are told when they start" if others else ""
     print(f"error: {message}{note}", file=sys.stderr, flush=True)
     if others:
@@ -284,21 +285,6 @@ def _fail(message: object) -> NoReturn:
         with contextlib.suppress(KeyboardInterrupt):
             process.end_the_others(str(message), *others)
     _exit(2)
-
-
-def _hosts_to_be_told() -> tuple[Any, ...]:
-    """The arguments of `end_the_others`, if the job has other hosts that are not joined yet."""
-    if "selfsup_jax.devices.hosts" in sys.modules and _several_hosts():
-        return ()
-    kinds = {"coordinator_address": str, "num_processes": int, "process_id": int}
-    place = [command_line.value_of(sys.argv, name, kind) for name, kind in kinds.items()]
-    try:
-        if cluster.given(*place) is None and not cluster.in_environment():
-            return ()
-    except UserError:
-        return ()  # it is not known which process this is
-    seconds = command_line.value_of(sys.argv, "start_timeout", float)
-    return seconds if seconds and 1 <= seconds <= 1e6 else 300.0, *place
 
 
 def _exit(status: int) -> NoReturn:

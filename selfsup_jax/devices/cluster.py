@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from selfsup_jax import command_line
 from selfsup_jax.errors import UserError
 
 
@@ -39,6 +40,23 @@ def given(address: str | None, processes: int | None, process: int | None) -> Pl
             f"--process_id={process}: must be from 0 to num_processes - 1 = {processes - 1}"
         )
     return Place(address, processes, process)
+
+
+def still_to_join(argv: Sequence[str]) -> tuple[Any, ...]:
+    """The arguments of `process.end_the_others` after its line; () if there are no other hosts.
+
+    Args:
+        argv: the command line, whose flags may not be parsed yet, or cannot be.
+    """
+    kinds = {"coordinator_address": str, "num_processes": int, "process_id": int}
+    place = [command_line.value_of(argv, name, kind) for name, kind in kinds.items()]
+    try:
+        if given(*place) is None and not in_environment():
+            return ()
+    except UserError:
+        return ()  # it is not known which process this is
+    seconds = command_line.value_of(argv, "start_timeout", float)
+    return seconds if seconds and 1 <= seconds <= 1e6 else 300.0, *place
 
 
 def is_around() -> bool:
