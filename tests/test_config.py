@@ -759,7 +759,11 @@ DEMO = "--config=configs/byol.py:demo"
             "optimizer.momentum",
         ),
         ([DEMO, "--config.views.global.area=2"], "config.views.global.area=(2,)", "0 < low"),
-        ([DEMO, "--config.views.global.view_1.hue=a"], "config.views.global.view_1.hue=a", "float"),
+        (
+            [DEMO, "--config.views.global.view_1.hue=a"],
+            "config.views.global.view_1.hue=a",
+            "number",
+        ),
         ([DEMO, "--config.views.global.aera=1"], "config.views.global.aera", "views.global.area"),
         ([DEMO, "--config.augment.mean=1"], "config.augment.mean", "it is now views.mean"),
         (["--config=configs/byol_to_simclr.py", "--config.order=a"], "config.order", "now only"),
