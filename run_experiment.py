@@ -5,8 +5,9 @@ Exit status:
     2    a problem that the user can correct, reported in one line: flags, config, data, workdir, a
          full disk, a loss that is not finite, hosts that differ or are missing at the start. Saved
          files stay;
-    75   another host of the job has died or does not answer, reported in one line: a scheduler
-         should run the same command again on all hosts, which resumes from the last checkpoint;
+    75   another host of the job has died, hangs or does not answer, reported in one line: a
+         scheduler should run the same command again on all hosts, which resumes from the last
+         checkpoint;
     130  Ctrl-C, 143  SIGTERM: stopped after a step and saved a checkpoint; the same command resumes
          from it. Before the first step and during the final evaluation there is nothing to save:
          SIGTERM then ends the process at once;
@@ -17,21 +18,21 @@ If one of several hosts ends with an error or a signal, the others end with its 
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import math
 import os
-import re
-import runpy
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from configs import parsing
 from selfsup_jax import command_line
+from selfsup_jax.devices import cluster
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.paths import BucketError
 
@@ -50,7 +51,7 @@ _START_TIMEOUT = flags.DEFINE_float(
     "start_timeout", 300.0, "seconds within which all hosts must have started"
 )
 _HOST_TIMEOUT = flags.DEFINE_float(
-    "host_timeout", 60.0, "seconds without a sign of life after which a host counts as lost"
+    "host_timeout", 60.0, "seconds without a sign of life, or of work, after which a host is lost"
 )
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "without an accelerator: devices to make of the CPU; 0 chooses one or two"
@@ -105,8 +106,9 @@ def main(argv: list[str]) -> None:
         from selfsup_jax.config import check_fields
 
         check_fields(_CONFIG.value)  # before the slower imports
+        workdir = os.path.expanduser(_WORKDIR.value)  # `--workdir=~/a`: shells leave it as it is
         if _PLAN.value:
-            return _plan(_CONFIG.value, _WORKDIR.value)
+            return _plan(_CONFIG.value, workdir)
         from selfsup_jax.devices import compiled, hosts, parallel, process
 
         process.start(
@@ -124,7 +126,7 @@ def main(argv: list[str]) -> None:
         parallel.use_engine(_PARALLEL.value)
         if hosts.several():
             hosts.check_same("the devices", process.local_devices())
-        run_job(_CONFIG.value, _WORKDIR.value)
+        run_job(_CONFIG.value, workdir)
     except UserError as e:
         _tell_other_hosts(2, str(e), e)
         _fail(e)
@@ -209,80 +211,74 @@ def read_flags(argv: list[str]) -> list[str]:
         UserError: a mistake in a flag, a word that is no flag, or an error in the config file.
     """
     # The library parses a field's name as Python, where `global` is a keyword.
-    sys.argv = [_with_brackets(arg) for arg in argv]
-    given = _given_config(argv)
+    sys.argv = [command_line.with_brackets(arg) for arg in argv]
+    if len(given := command_line.values(argv, "config")) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
+    flags.FLAGS["config"].parser = parser = _ConfigFile()
     try:
         rest = flags.FLAGS(sys.argv)
-        config = _CONFIG.value
-        if given and not isinstance(config, ConfigDict):
-            raise TypeError("the file cannot be read, or returns something else")
     except (Exception, SystemExit) as e:
-        explained = _explained(given, argv) if given else ""
-        if isinstance(e, SystemExit) and not explained:  # --help
+        if isinstance(e.__context__, UserError):  # of `_ConfigFile`
+            raise e.__context__ from e
+        if parser.config is not None:
+            _refuse_unknown(parser.config, argv)
+            _refuse_sections(parser.fields, argv)
+        if isinstance(e, SystemExit):  # --help
             raise
-        message = (str(e).strip().splitlines() or [type(e).__name__])[-1]
-        message = message.removeprefix("ValueError: ").replace('["global"]', ".global")
-        raise UserError(explained or message) from e
-    fields = parsing.field_names(config) if config is not None else []
-    names = [f"config.{field}" for field in fields] + list(flags.FLAGS)
+        if isinstance(e, flags.UnrecognizedFlagError) and "Did you mean" not in str(e):
+            raise UserError(command_line.unknown(e.flagname, e.flagvalue, parser.fields)) from e
+        message = command_line.in_plain_words(e).replace('["global"]', ".global")
+        raise UserError(message) from e
+    names = [f"config.{field}" for field in parser.fields] + list(flags.FLAGS)
     command_line.refuse_words(argv, rest[1:], names)
-    _refuse_sections(fields, argv)
+    _refuse_sections(parser.fields, argv)
     return rest
 
 
-def _with_brackets(arg: str) -> str:
-    """`--config.views.global.area=...` -> `--config.views["global"].area=...`."""
-    name, equals, value = arg.partition("=")
-    if name.lstrip("-").startswith("config."):
-        name = re.sub(r"\.global(?=\.|$)", '["global"]', name)
-    return name + equals + value
+class _ConfigFile(flags.ArgumentParser):
+    """Makes the config of `FILE:PRESET`; the library's own parser loses where an error was raised.
+
+    Attributes:
+        config: what the file has made, as soon as it has.
+        fields: the dotted names of its fields.
+    """
+
+    config: ConfigDict | None = None
+    fields: Sequence[str] = ()
+
+    def parse(self, argument: str) -> ConfigDict:
+        """As the library's; raises `UserError` in place of any error."""
+        path, _, preset = argument.partition(":")
+        if not os.path.isfile(path):
+            raise UserError(command_line.no_config(argument))
+        try:
+            get_config = getattr(command_line.load(path), "get_config", None)
+            if get_config is None:
+                raise UserError(f"{path}: has no function get_config")
+            config = get_config(*([preset] if preset else []))
+            if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+                made = type(config).__name__
+                raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
+            self.fields, self.config = parsing.field_names(config), config.lock()
+        except (UserError, parsing.ConfigError) as e:
+            raise UserError(e) from e
+        except (Exception, SystemExit) as e:
+            raise UserError(command_line.raised_by(path, e)) from e
+        return self.config
 
 
-def _given_config(argv: list[str]) -> str:
-    """`FILE:PRESET` of `--config=FILE:PRESET` or `--config FILE:PRESET`; or ""."""
-    given = []
-    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = arg.partition("=")
-        if name in ("-config", "--config"):
-            given.append(value if equals else after)
-    if len(given) > 1:
-        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}")
-    return "".join(given)
-
-
-def _explained(given: str, argv: list[str]) -> str:
-    """Why the flags cannot be parsed: the config file, or a field that it doesn't have; or ""."""
-    path, _, preset = given.partition(":")
-    if not os.path.isfile(path):
-        return _unreadable(given)
-    try:  # once more: the library's error has lost where it was raised
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            return f"{path}: has no function get_config"
-        config = get_config(*([preset] if preset else []))
-    except parsing.ConfigError as e:
-        return str(e)
-    except (Exception, SystemExit) as e:
-        return command_line.raised_by(path, e)
-    if not isinstance(config, ConfigDict):
-        return f"{path}: get_config returns no ConfigDict but {type(config).__name__}"
+def _refuse_unknown(config: ConfigDict, argv: list[str]) -> None:
+    """Raises `UserError` if a field is overridden that the config doesn't have."""
     for arg in argv[1:]:
         key = arg.lstrip("-").partition("=")[0]
         if key.startswith("config."):
             try:
                 parsing.check_field(config, key.removeprefix("config."))
             except parsing.ConfigError as e:
-                return str(e)
-    return ""
+                raise UserError(e) from e
 
 
-def _unreadable(config: str) -> str:
-    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
-    there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
-    return f"--config={config}: cannot be read; there are {', '.join(there) or 'none in configs/'}"
-
-
-def _refuse_sections(fields: list[str], argv: list[str]) -> None:
+def _refuse_sections(fields: Sequence[str], argv: list[str]) -> None:
     """Raises `UserError` if a whole section is overridden: its other fields would be lost."""
     for arg in argv[1:]:
         name, equals, _ = arg.lstrip("-").replace('["global"]', ".global").partition("=")
@@ -292,7 +288,15 @@ def _refuse_sections(fields: list[str], argv: list[str]) -> None:
 
 
 def _fail(message: object) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    joined = "selfsup_jax.devices.hosts" in sys.modules and _several_hosts()
+    others = () if joined else cluster.still_to_join(sys.argv)
+    note = "; the other hosts are told when they start" if others else ""
+    print(f"error: {message}{note}", file=sys.stderr, flush=True)
+    if others:
+        from selfsup_jax.devices import process
+
+        with contextlib.suppress(KeyboardInterrupt):
+            process.end_the_others(str(message), *others)
     _exit(2)
 
 

@@ -41,7 +41,9 @@ def main() -> int:
     if args.fault == "hosts":
         from benchmarks import faults_hosts
 
-        faults_hosts.main(rest)  # ends the process
+        own = [f"--workdir={args.workdir}/hosts", f"--seed={args.seed}"]
+        own += [f"--faults={max(1, args.count // 4)}"]  # of two signals and two sizes
+        faults_hosts.main([*own, *rest])  # ends the process
     arguments, top = SMALL + rest, Path(args.workdir).resolve()
     top.mkdir(parents=True, exist_ok=True)
     if args.fault == "kills":

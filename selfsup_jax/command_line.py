@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from selfsup_jax.errors import UserError, nearest
@@ -28,6 +32,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line; exit status 2."""
         self.exit(2, f"error: {message}\n")
+
+
+def with_brackets(arg: str) -> str:
+    """`--config.views.global.area=...` -> `--config.views["global"].area=...`."""
+    name, equals, value = arg.partition("=")
+    if name.lstrip("-").startswith("config."):
+        name = re.sub(r"\.global(?=\.|$)", '["global"]', name)
+    return name + equals + value
+
+
+def values(argv: Sequence[str], name: str) -> list[str]:
+    """All values of a flag, as `--NAME=VALUE` or `--NAME VALUE`, before the flags are parsed."""
+    given = []
+    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = arg.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            given.append(value if equals else after)
+    return given
+
+
+def value_of(argv: Sequence[str], name: str, kind: Callable[[str], Any]) -> Any:
+    """The last value of a flag; None if it is not given, or not of that kind."""
+    with contextlib.suppress(IndexError, ValueError):
+        return kind(values(argv, name)[-1])
+    return None
 
 
 def refuse_words(argv: Sequence[str], words: Sequence[str], names: Iterable[str]) -> None:
@@ -61,6 +90,55 @@ def meant(argv: Sequence[str], word: str, names: Iterable[str]) -> str:
     choices = [c for c in choices if not c.startswith("config.variants.")]
     near = leaf or nearest(name if "." in name else f"config.{name}", choices, count=1)
     return f"--{near.partition(',')[0]}={value}"
+
+
+def unknown(name: str, argument: str, fields: Sequence[str]) -> str:
+    """What is told of a flag that doesn't exist: it may be a field of the config."""
+    value = argument.partition("=")[2] or "VALUE"
+    field = next((f for f in fields if f == name or f.endswith(f".{name}")), "NAME")
+    hint = f"did you mean --config.{field}={value}?"
+    if field == "NAME":
+        hint = "the fields of the config are given as --config.NAME=VALUE"
+    return f"unknown flag --{name}; {hint}"
+
+
+# What absl says of a value -> what it must be.
+_PLAIN = {
+    "invalid literal for int()": "must be a whole number",
+    "could not convert string to float": "must be a number",
+    "('Non-boolean argument to boolean flag'": "must be True or False",
+    "Error while parsing string": "must be a tuple, such as '(1,2)' or \"('a','b')\"",
+}
+
+
+def in_plain_words(error: BaseException) -> str:
+    """The last line of absl's error, with what would be valid in place of Python's words."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    line = line.removeprefix("ValueError: ")
+    for said, plain in _PLAIN.items():
+        before, found, _ = line.partition(said)
+        if found:
+            return before + plain
+    return line
+
+
+def no_config(config: str) -> str:
+    """Why a config file cannot be read, and which ones there are."""
+    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
+    there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
+    near = nearest(config.partition(":")[0], there, count=1) or "none in configs/"
+    what = "there are" if near.count(",") or not there else "did you mean"
+    return f"--config={config}: cannot be read; {what} {near}" + "?" * (what == "did you mean")
+
+
+def load(path: str) -> types.ModuleType:
+    """Runs a Python file as a module; no bytecode is kept, which may be that of an earlier text."""
+    module = types.ModuleType("config_file")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    with open(path, "rb") as f:
+        exec(compile(f.read(), path, "exec"), module.__dict__)
+    return module
 
 
 def raised_by(path: str, error: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import jax
 from ml_collections import ConfigDict
 
 from selfsup_jax import checks, optim
@@ -176,6 +177,20 @@ def validate(config: ConfigDict, build: Build) -> None:
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     reference.load(config.monitor.reference)  # raises if there is none of that name
     build(config, None, 1, 0)
+
+
+def check_patterns(config: ConfigDict, build: Build) -> None:
+    """Checks that the optimizer's patterns match parameters; takes up to half a second.
+
+    Args:
+        config, build: as for `validate`.
+
+    Raises:
+        UserError: one matches none, also not of the online probe, which runs without labels lack.
+    """
+    if config.optimizer.exclude or config.optimizer.constant_rate:
+        method = build(config, 2, 1, 0)
+        jax.eval_shape(lambda: method.init_state(jax.random.PRNGKey(0)))
 
 
 def check_values(config: ConfigDict) -> None:

@@ -68,7 +68,10 @@ def learning_rate_schedule(
     if kind == "cosine":
         main = optax.cosine_decay_schedule(peak, after, alpha=end_fraction)
     elif kind == "step":
-        boundaries = {round(d * total_steps) - warmup_steps: drop_factor for d in drops}
+        boundaries: dict[int, float] = {}
+        for d in drops:  # of a short run, several may fall on one step
+            at = round(d * total_steps) - warmup_steps
+            boundaries[at] = boundaries.get(at, 1.0) * drop_factor
         main = optax.piecewise_constant_schedule(peak, boundaries)
     else:
         main = optax.constant_schedule(peak)

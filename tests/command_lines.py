@@ -19,7 +19,6 @@ from selfsup_jax import build, config
 def check(*argv: str) -> None:
     """What happens before any device or data is touched; raises `UserError`."""
     saved, before = flagsaver.save_flag_values(), sys.argv
-    sys.modules.pop("config_config", None)  # the library's name for the config file
     try:
         run_experiment.read_flags(["run_experiment.py", "--workdir=unused", *argv])
         check_config(run_experiment._CONFIG.value)

@@ -90,6 +90,34 @@ def test_an_array_other_than_the_saved_one_is_named(initial_state, copied, monke
     checkpoint_files.read(folder, lambda name: name.startswith("online_stats/"))
 
 
+@pytest.mark.parametrize("what", ["moved", "deleted", "checkpoints deleted", "replaced"])
+def test_a_workdir_that_goes_in_mid_run_is_told_and_nothing_is_lost(initial_state, tmp_path, what):
+    folder, there = tmp_path / "run", tmp_path / "run"
+    with workdir.locked(str(folder)):
+        checkpoints = checkpoint.Checkpoints(str(folder))
+        save(checkpoints, initial_state, 1)
+        if "deleted" in what:
+            shutil.rmtree(folder / ("checkpoints" if "checkpoints" in what else ""))
+        else:
+            folder.rename(tmp_path / "moved")
+        if what == "replaced":  # by another run, with whose files nothing is mixed
+            folder.mkdir()
+            (folder / ".lock").write_text("1")
+        if what in ("replaced", "checkpoints deleted"):
+            there = tmp_path / "run.step_2"
+        with pytest.raises(UserError) as error:
+            save(checkpoints, initial_state, 2)
+        checkpoints.close()
+    assert str(error.value) == (
+        f"--workdir={folder}: was moved or deleted while the run was going on; step 2 is saved in "
+        f"{there}: the same command with --workdir={there} goes on"
+    )
+    assert checkpoint_files.steps(str(there)) == [2]
+    kept = checkpoint_files.read(str(there / "checkpoints" / "2"))[1]
+    assert_same(kept["step"], np.int32(2))
+    assert what != "replaced" or [p.name for p in folder.iterdir()] == [".lock"]
+
+
 CHANGES = {
     "a field": lambda meta: meta["config"].update(seed=1),
     "a checksum": lambda meta: meta["checksums"].update(step=["int32", [], 7]),

@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 from jax.experimental.compilation_cache import compilation_cache
 
-from selfsup_jax.devices import compiled, hosts, process
+from selfsup_jax.devices import cluster, compiled, hosts
 from selfsup_jax.training import calls, compile_only, pretrain
 
 
@@ -82,7 +82,7 @@ def test_too_many_programs_go_the_oldest_first(tmp_path, monkeypatch):
 )
 def test_where_programs_are_kept(monkeypatch, several, on_tpu, workdir, shared):
     monkeypatch.setattr(hosts, "several", lambda: several)
-    monkeypatch.setattr(process, "on_a_tpu_vm", lambda: on_tpu)
+    monkeypatch.setattr(cluster, "on_a_tpu_vm", lambda: on_tpu)
     found = compiled.directory("auto", workdir)
     assert found == (f"{workdir}/compiled" if shared else "~/.cache/selfsup_jax/compiled")
     assert compiled.directory("", workdir) == "" and compiled.directory("/a", workdir) == "/a"

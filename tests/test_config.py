@@ -10,6 +10,7 @@ import types
 
 import jax
 import pytest
+import tiny_runs
 from conftest import LIGHTLY
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -19,7 +20,8 @@ from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, moco,
 from selfsup_jax import config as config_lib
 from selfsup_jax.durations import described, to_steps, total_and_warmup
 from selfsup_jax.errors import UserError
-from selfsup_jax.run import checkpoint, identity, workdir
+from selfsup_jax.run import checkpoint_files, identity, workdir
+from selfsup_jax.training import pretrain
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
@@ -525,7 +527,7 @@ def run_of(config: ConfigDict, train_images: int = 10_000, classes: int | None =
 
 def saved_by(config: ConfigDict, **data) -> dict:
     """What a checkpoint of that run says of itself, read back from the disk."""
-    meta = workdir.meta(run_of(config, **data), step=3) | {"versions": checkpoint.versions()}
+    meta = workdir.meta(run_of(config, **data), step=3) | {"versions": checkpoint_files.versions()}
     return json.loads(json.dumps(meta))
 
 
@@ -757,7 +759,11 @@ DEMO = "--config=configs/byol.py:demo"
             "optimizer.momentum",
         ),
         ([DEMO, "--config.views.global.area=2"], "config.views.global.area=(2,)", "0 < low"),
-        ([DEMO, "--config.views.global.view_1.hue=a"], "config.views.global.view_1.hue=a", "float"),
+        (
+            [DEMO, "--config.views.global.view_1.hue=a"],
+            "config.views.global.view_1.hue=a",
+            "number",
+        ),
         ([DEMO, "--config.views.global.aera=1"], "config.views.global.aera", "views.global.area"),
         ([DEMO, "--config.augment.mean=1"], "config.augment.mean", "it is now views.mean"),
         (["--config=configs/byol_to_simclr.py", "--config.order=a"], "config.order", "now only"),
@@ -782,3 +788,13 @@ def test_a_mistake_is_told_in_one_line_with_status_2(tmp_path, args, named, hint
     assert "Traceback" not in done.stderr + done.stdout
     assert named in lines[-1] and hint in lines[-1].replace(named, "")
     assert not workdir.exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("field", ["exclude", "constant_rate"])
+def test_patterns_that_match_nothing_are_told_before_any_data_is_read(tmp_path, field):
+    config = byol.get_config("folder")
+    config.data.dir = str(tmp_path / "no such folder")
+    config.optimizer[field] = ("^classifier/", "biass$")  # the probe is there, with labels
+    with pytest.raises(UserError, match=rf"config\.optimizer\.{field}='biass\$': matches no"):
+        pretrain.pretrain(config, str(tmp_path / "run"), tiny_runs.build)
+    assert not (tmp_path / "run").exists()

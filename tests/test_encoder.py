@@ -297,6 +297,22 @@ def test_a_truncated_export_is_told(run, tmp_path, size):
 
 
 @pytest.mark.slow
+def test_the_numbers_of_an_export_are_finite_float32(run, tmp_path):
+    encoder.export(encoder.load(str(run)), str(tmp_path))
+    with np.load(tmp_path / "encoder.npz") as stored:
+        arrays = dict(stored)
+    for dtype in ("<f8", ">f4", "<f2"):
+        np.savez(tmp_path / "encoder.npz", **{k: v.astype(dtype) for k, v in arrays.items()})
+        loaded = flatten_dict(encoder.load(str(tmp_path)).variables, sep="/")
+        assert {str(x.dtype) for x in loaded.values()} == {"float32"}
+        assert_same(loaded, {k: v.astype(dtype).astype(np.float32) for k, v in arrays.items()})
+    name = sorted(arrays)[0]
+    for value in (np.nan, 1e300):  # which float32 does not have
+        np.savez(tmp_path / "encoder.npz", **arrays | {name: np.full(arrays[name].shape, value)})
+        assert f"{name} has values that are not finite" in refused(tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", '{"config": null}', '{"step": 3}', '{"config": {}, "step": "x"}']
 )

@@ -298,13 +298,24 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_left_out(
 
 
 @pytest.mark.slow
-def test_a_broken_checkpoint_that_stays_is_told(run, going_on, tmp_path, clock):
+def test_a_damaged_checkpoint_is_named_and_left_out(
+    run, going_on, tmp_path, clock, evaluated, capsys
+):
+    """Others come after it; a run of which none is whole is an error."""
     for path in (going_on / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    clock.events = iter([lambda: None])  # it may be on its way out
-    with pytest.raises(UserError, match="checkpoints/1 cannot be read"):
-        follow_run(going_on, tmp_path / "job")
+    clock.events = iter([lambda: None, lambda: end(run, going_on, steps=(2,))])
+    assert follow_run(going_on, tmp_path / "job")["step"] == 2
+    assert evaluated == [2]
+    told = capsys.readouterr().err
+    assert "checkpoints/1 cannot be read" in told and "; it is left out" in told
+    assert "its 1 checkpoints are evaluated; not that of step 1" in told
+    shutil.rmtree(going_on / "checkpoints" / "2")
+    write_results(going_on, 1)
+    clock.events = iter([lambda: None])
+    with pytest.raises(UserError, match=r"config\.checkpoint=.*: none of its checkpoints is whole"):
+        follow_run(going_on, tmp_path / "other")
 
 
 @pytest.mark.slow

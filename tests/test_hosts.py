@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -25,7 +26,8 @@ from ml_collections import ConfigDict
 from configs import byol
 from selfsup_jax.data import inputs
 from selfsup_jax.data.source import Source
-from selfsup_jax.devices import hosts, job, wire
+from selfsup_jax.devices import activity, hosts, job, wire
+from selfsup_jax.devices.activity import Activity
 from selfsup_jax.devices.link import Link
 from selfsup_jax.devices.wire import LOOPBACK
 from selfsup_jax.errors import LOST, HostsDiffer, Stopped, UserError
@@ -147,6 +149,37 @@ def test_another_number_of_processes(members):
     with pytest.raises(UserError, match="--num_processes=3: process 0 has 2"):
         other.join(LOOPBACK, members.port, 1)
     other.close()
+
+
+def test_process_0_tells_whom_it_refused(members, capsys):
+    members.start(2, [0], seconds=0.1)
+    losses = []
+    for _ in range(2):  # a scheduler starts it again and again
+        other = Link(1, 3, PATIENCE, losses.append)
+        with pytest.raises(UserError):
+            other.join(LOOPBACK, members.port, 1)
+        time.sleep(0.1)
+        other.close()
+    assert not losses  # process 0 closes the connection, but it is not lost
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert re.fullmatch(r"refused process 1 on \S+: --num_processes=3: process 0 has 2", told[0])
+
+
+def test_an_error_before_the_start_ends_the_others_when_they_start():
+    """Not only after --start_timeout; whichever process it is."""
+    for wrong in (0, 1):
+        members = Members()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            address = f"{LOOPBACK}:{members.port}"
+            line = "config.seed='x': must be a number"
+            told = pool.submit(hosts.end_others, address, 2, wrong, PATIENCE, line)
+            members.start(2, [1 - wrong])
+            loss = members.loss(1 - wrong)
+            told.result(PATIENCE)
+        assert (loss.status, loss.told) == (2, True)
+        assert re.fullmatch(rf"process {wrong} of 2 \(.*\): {line}", loss.line)
+        members.links.pop(1 - wrong).close()
 
 
 def test_strangers_do_not_disturb_the_start(members):
@@ -332,6 +365,65 @@ def test_a_process_that_slept_learns_why_the_others_ended(job_of):
     assert re.search("process 1 of 2 .*has given no sign of life", members.loss(1).line)
 
 
+def test_a_process_that_does_nothing_while_the_others_wait_for_it_hangs(monkeypatch):
+    now, used, reporting = [100.0], [0.0] * 3, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(activity, "_work", lambda: used[reporting[0]])
+    processes = [Activity(2.0) for _ in used]
+
+    def after(seconds, cpu=0.0):
+        """Who hangs; process 1 uses so much of a core."""
+        for _ in range(seconds // 2):
+            now[0] += 2.0
+            used[1] += 2.0 * cpu
+            reports = {}
+            for reporting[0], process in enumerate(processes):
+                reports[reporting[0]] = process.report()
+        return activity.hanging(reports, 10.0)
+
+    assert not after(100)  # all at the same place, such as a compilation or a checkpoint
+    for process in processes:
+        process.pass_place()
+    assert not after(4)
+    processes[0].pass_place()  # it has its next batch
+    assert not after(8)
+    assert after(4) == [1, 2]
+    processes[2].pass_place()
+    assert not after(8, cpu=0.5)
+    assert not after(50, cpu=0.05)  # it works, at whatever that takes so long
+    assert not after(10, cpu=0.001)
+    assert after(2, cpu=0.001) == [1]
+    now[0] += 100.0  # all were paused, with their machine
+    assert not after(10)
+    assert after(4) == [1]
+    processes[1].pass_place()
+    assert not after(100)
+
+
+def test_computing_and_reading_are_work(tmp_path):
+    def done(work):
+        before = activity._work()
+        work()
+        return activity._work() - before
+
+    (tmp_path / "file").write_bytes(bytes(5 * 10**6))
+    assert done(lambda: time.sleep(0.1)) < 0.1
+    assert done(lambda: sum(range(10**7))) > 0.05
+    if pathlib.Path("/proc/self/io").exists():
+        assert done((tmp_path / "file").read_bytes) > 0.5
+
+
+def test_a_hanging_process_is_told_while_its_link_lives(job_of, monkeypatch):
+    monkeypatch.setattr(activity, "_work", lambda: 0.0)
+    members = job_of(3, timeout=1.0)
+    for number in (0, 2):
+        members.links[number].activity.pass_place()
+    for number in members.links:
+        loss = members.loss(number)
+        assert loss.status == LOST
+        assert re.search("process 1 of 3 .* hangs: the others wait for it, .* for 1 s", loss.line)
+
+
 def test_a_pause_of_this_process_is_not_held_against_the_others(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -425,6 +517,7 @@ class Recorded:
 
     def __init__(self, *_):
         self.calls: list[tuple] = []
+        self.activity = Activity(1.0)
 
     def __getattr__(self, name):
         return lambda *args: self.calls.append((name, *args))

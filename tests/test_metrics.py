@@ -197,6 +197,23 @@ def test_only_one_host_writes(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------ runs that go on
 
 
+@pytest.mark.parametrize(
+    ("content", "every", "told"),
+    [
+        (b"", 2, "no points of steps 1 to 9"),
+        (b"", 10, ""),  # the first point comes later
+        (b'{"step": 2}\n{"step": 4}\n{"ste', 2, "no points of steps 5 to 9"),
+        (b'{"step": 4}\n{"step": 8}\n', 4, ""),
+        (b'{"step": 4}\n{"step": 8}\n', 1, ""),  # more often from now on
+    ],
+)
+def test_points_that_are_missing_are_told(tmp_path, capsys, content, every, told):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    Recorder(str(tmp_path), 9, every).close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(told) and all(told in line for line in lines)
+
+
 @pytest.mark.parametrize("first_step", [0, 1, 4, 6])
 def test_a_run_that_goes_on_takes_back_what_comes_again(tmp_path, first_step):
     record(tmp_path, 0, 6)

@@ -264,6 +264,12 @@ def test_step_drops_are_fractions_of_the_whole_run(warmup_steps):
     np.testing.assert_allclose(values, [0.5, 0.5, 0.05, 0.05, 0.005, 0.005], rtol=1e-6)
 
 
+def test_drops_of_a_short_run_on_the_same_step():
+    schedule = optim.learning_rate_schedule("step", 0.5, 3, drops=(0.6, 0.7), drop_factor=0.1)
+    values = [float(schedule(step)) for step in range(3)]
+    np.testing.assert_allclose(values, [0.5, 0.5, 0.005], rtol=1e-6)
+
+
 def test_constant_after_a_warmup():
     schedule = optim.learning_rate_schedule("constant", 0.3, 100, warmup_steps=4)
     values = [float(schedule(step)) for step in (0, 1, 4, 99)]

@@ -73,6 +73,17 @@ def test_a_damaged_config_is_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+def test_a_run_goes_on_without_its_config(tmp_path):
+    """A damaged `config.json` is to be moved away; the checkpoints have it too."""
+    folder = write(tmp_path / "run", results={"method": "byol", "steps": 4})
+    with pytest.raises(UserError, match="belongs to an unknown job"):
+        owner.check(str(folder), "pretrain")
+    (folder / "checkpoints").mkdir()
+    owner.check(str(folder), "pretrain")
+    with pytest.raises(UserError, match=r"belongs to a pretraining run \(byol\)"):
+        owner.check(str(folder), "sweep")
+
+
 def contents(folder: pathlib.Path) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

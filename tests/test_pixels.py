@@ -21,6 +21,7 @@ from configs import byol, embed
 from selfsup_jax.config import check_values
 from selfsup_jax.data import decode, inputs, intensity, pack, pixels, sources
 from selfsup_jax.data.pixels import Reading
+from selfsup_jax.data.source import Source
 from selfsup_jax.errors import UserError
 from selfsup_jax.jobs import runner
 
@@ -227,6 +228,26 @@ def test_a_data_set_has_one_range_wherever_it_is_decoded(tmp_path, capsys, kind)
         np.testing.assert_array_equal(image, seen[1][name])
 
 
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_streamed_data_set_has_one_range_too(tmp_path, deep):
+    values = microscope(tmp_path, kind="png")
+    files = sorted(tmp_path.glob("*.png"))
+    if not deep:
+        for path in files:
+            Image.open(path).convert("L").save(path)
+    images = tf.data.Dataset.from_tensor_slices([path.read_bytes() for path in files])
+    asked = []
+
+    def stream(seed, host, hosts):
+        asked.append(host)
+        return images.shard(hosts, host).map(lambda image: (image, 0, "name"))
+
+    source = Source("x", len(files), None, "encoded", stream=stream)
+    low, high = np.percentile(values, (0.1, 99.9), method="nearest")
+    assert intensity.of_data(source) == (f"{low:.6g},{high:.6g}" if deep else None)
+    assert asked == (list(range(8)) if deep else [0])  # such a set costs one look
+
+
 def test_the_range_does_not_depend_on_the_order_or_on_images_of_8_bits(tmp_path):
     microscope(tmp_path)
     source = sources.load("folder", str(tmp_path), "train", FIELD)
@@ -237,6 +258,19 @@ def test_the_range_does_not_depend_on_the_order_or_on_images_of_8_bits(tmp_path)
     array = decode.into_array(dataclasses.replace(mixed, reading=Reading(found)))
     colour = next(i for i in range(13) if mixed.describe(i).endswith("colour.png"))
     assert array.images[colour, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_pages_that_are_not_taken_are_told(tmp_path, capsys):
+    tiny_runs.write_images(tmp_path, 0, 20)  # without classes none is held out
+    inputs.load_data(tiny_runs.tiny_config(tmp_path))
+    assert "pages or frames" not in capsys.readouterr().err
+    page = Image.new("L", (8, 8))
+    page.save(tmp_path / "stack.tif", save_all=True, append_images=[page, page])
+    page.save(tmp_path / "one.tif")
+    inputs.announce._said.clear()
+    inputs.load_data(tiny_runs.tiny_config(tmp_path))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "pages or" in line]
+    assert "1 of the 2 TIFF, GIF and WebP files looked at have several pages" in line
 
 
 def test_without_deep_images_nothing_is_decided(tmp_path, capsys):

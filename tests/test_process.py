@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax._src.clusters import ClusterEnv
 
-from selfsup_jax.devices import hosts, process
+from selfsup_jax.devices import cluster, hosts, process
 from selfsup_jax.errors import UserError
 
 
@@ -103,7 +103,29 @@ def test_start_refuses_half_a_job(joined, arguments, message):
 
 def test_start_takes_its_arguments(joined):
     process.start("127.0.0.1:1", 2, 1, 9.0, 8.0)
-    assert joined == [("127.0.0.1:1", 2, 1, 9.0, 8.0)]
+    assert joined == [("127.0.0.1:1", 2, 1, 9.0, 8.0, None)]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("", ()),
+        ("--config=a.py --process_id=1", ()),
+        ("--coordinator_address=h:1 --num_processes=2 --process_id=2", ()),
+        ("--coordinator_address=h:1 --num_processes=2 --process_id=x", ()),
+        ("--coordinator_address=h:1 --num_processes=2 --process_id 1", (300.0, "h:1", 2, 1)),
+        (
+            "--coordinator_address=h:1 --num_processes=2 --process_id=0 --start_timeout=9 --nope",
+            (9.0, "h:1", 2, 0),
+        ),
+        (
+            "--coordinator_address=h:1 --num_processes=2 --process_id=0 --start_timeout=nan",
+            (300.0, "h:1", 2, 0),
+        ),
+    ],
+)
+def test_hosts_that_are_told_of_a_mistake_before_the_start(joined, words, found):
+    assert cluster.still_to_join(["run_experiment.py", *words.split()]) == found
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])

@@ -258,13 +258,15 @@ def test_broken_files_are_noted_and_left_out(tmp_path, read):
     run = a_run(tmp_path / "run", results={"knn_top1": 0.9}, lines=[{"step": 10, "loss": 1.0}])
     with open(run / "metrics.jsonl", "a") as f:
         f.write('{"step": 20, "lo\n[1]\n{"step": 30, "loss": 0.5}\n{"step": 40, "loss": 0.1')
+    put(tmp_path / "deep/config.json", "[" * 99_999)
     put(run / "plots/view_pairs.png", b"no picture")
     job = a_job(tmp_path / "job", run, results={"linear_probe_top1": 0.8})
     put(job / "confusion.npz", b"no archive")
     put(tmp_path / "bad/config.json", "{")
     put(a_run(tmp_path / "half") / "results.json", '{"knn_')
     page = read(run, job, tmp_path)
-    for path in (run / "plots/view_pairs.png", job / "confusion.npz", tmp_path / "bad/config.json"):
+    broken = [tmp_path / f"{name}/config.json" for name in ("bad", "deep")]
+    for path in (run / "plots/view_pairs.png", job / "confusion.npz", *broken):
         assert f"{path}: " in page.text
     assert f"{run}/metrics.jsonl: lines 2, 3 cannot be read" in page.text
     assert f"{tmp_path}/half/results.json: cannot be read" in page.text

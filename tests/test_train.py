@@ -697,8 +697,9 @@ def test_without_a_checkpoint_there_is_no_run_to_keep_to(folders, tmp_path):
 
         return dataclasses.replace(counting_build(*args), init_state=init_state)
 
+    unchecked = {"optimizer.exclude": ()}  # else the first state is looked at before any data
     with pytest.raises(Killed):
-        pretrain.pretrain(counting_config(folders["labels"]), str(tmp_path), mistaken)
+        pretrain.pretrain(counting_config(folders["labels"], **unchecked), str(tmp_path), mistaken)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["batch_size"] == 16
     config = counting_config(folders["labels"], batch_size=8, seed=3)

@@ -2,12 +2,14 @@
 
 For tests that start and stop real processes. `TINY_PAUSE` is how long to wait before each step, in
 seconds: a signal then comes between the same few steps on any machine. `TINY_EXPIRE` is after how
-many seconds the lock of a dead process in a bucket is taken over.
+many seconds the lock of a dead process in a bucket is taken over. The process of
+`TINY_HANG=PROCESS:STEP` reads no further data after that step, and waits for ever.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 told = dict(os.environ)
@@ -15,6 +17,7 @@ import tiny_runs  # imports conftest, which makes eight devices  # noqa: E402
 
 os.environ.update(told)
 
+import jax  # noqa: E402
 from absl import app  # noqa: E402
 
 import byol_jax.method  # noqa: E402
@@ -26,8 +29,10 @@ train_batches = inputs.train_batches
 
 
 def paused(config, data, first_step):
-    for batch in train_batches(config, data, first_step):
+    for step, batch in enumerate(train_batches(config, data, first_step), start=first_step):
         time.sleep(float(os.environ.get("TINY_PAUSE", "0")))
+        if os.environ.get("TINY_HANG") == f"{jax.process_index()}:{step}":
+            threading.Event().wait()
         yield batch
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from selfsup_jax.data import pixels
 from selfsup_jax.data.source import Source
 from selfsup_jax.run.progress import log
 
+_SEVERAL = (".tif", ".tiff", ".gif", ".webp")
 _said: set[str] = set()
 
 
@@ -36,6 +38,17 @@ def of_folder(data: ConfigDict, source: Source, chosen: bool) -> str:
         parts.append("(--config.data.labels=none: no classes)")
     line = f"{source.name}: {' '.join(parts)}"
     return f"{line}; not taken: {source.left_out}" if source.left_out else line
+
+
+def of_pages(source: Source) -> str:
+    """One line about files with several images; empty if none of 64 that may be such is one."""
+    paths = [path for path in source.images if str(path).lower().endswith(_SEVERAL)]
+    some = paths[:: max(1, len(paths) // 64)][:64]
+    several = sum(pixels.frames(str(path)) > 1 for path in some)
+    if not several:
+        return ""
+    looked = f"{several} of the {len(some)} TIFF, GIF and WebP files looked at"
+    return f"{source.name}: {looked} have several pages or frames: the first of each is taken"
 
 
 def of_range(name: str, found: str) -> str:

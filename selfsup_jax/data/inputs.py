@@ -108,6 +108,8 @@ def _load(
 
 
 def _placed(data: ConfigDict, source: sources.Source) -> sources.Source:
+    if data.name == "folder":
+        announce.once(f"pages of {data.dir}", announce.of_pages(source))
     if data.intensity == "auto" and (found := intensity.of_data(source)):
         data.intensity = found
         announce.once(source.name, announce.of_range(source.name, found))

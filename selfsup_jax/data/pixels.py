@@ -98,6 +98,15 @@ def _fitted(rgb: np.ndarray, largest: int) -> np.ndarray:
     return np.asarray(image)
 
 
+def frames(image: Encoded) -> int:
+    """How many pages or frames a file has, of which `decoded` takes the first; 1 if damaged."""
+    try:
+        with _open(image) as file:
+            return getattr(file, "n_frames", 1)
+    except Exception:
+        return 1
+
+
 def deep_values(image: Encoded) -> np.ndarray | None:
     """`[H, W, channels]`, the values of a deep image; None if it is not deep or damaged."""
     try:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from selfsup_jax.devices import hosts, process
+from selfsup_jax.devices import cluster, hosts
 
 AUTO = "auto"
 _HOME = os.path.join("~", ".cache", "selfsup_jax", "compiled")
@@ -31,7 +31,7 @@ def directory(flag: str, workdir: str) -> str:
     """
     if flag != AUTO:
         return flag
-    shared = hosts.several() or process.on_a_tpu_vm() or "://" in workdir
+    shared = hosts.several() or cluster.on_a_tpu_vm() or "://" in workdir
     return str(epath.Path(workdir) / _FOLDER) if shared else _HOME
 
 

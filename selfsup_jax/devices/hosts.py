@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from selfsup_jax.devices import job
-from selfsup_jax.devices.link import members
+from selfsup_jax.devices.link import Link, members
 from selfsup_jax.errors import HostsDiffer
 
 _job: job.Job | None = None  # see `join`
@@ -147,10 +147,28 @@ def join(
     _job.start(address, start_timeout, local_devices)
 
 
+def end_others(address: str, processes: int, process: int, timeout: float, line: str) -> None:
+    """Joins the other processes only to end them with this line and exit status 2.
+
+    Raises:
+        UserError: as `join`.
+    """
+    link = Link(process, processes, timeout, lambda loss: None)
+    link.join(*job.parse_address(address), timeout)
+    link.end(2, line)
+
+
 def at_step(step: int) -> None:
     """Notes where this process is, for the line that tells of a lost host."""
     if _job is not None:
         _job.step = step
+        _job.link.activity.pass_place()
+
+
+def has_batch() -> None:
+    """Notes that this process has the data of its next steps; all hosts must call it."""
+    if _job is not None:
+        _job.link.activity.pass_place()
 
 
 @contextlib.contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 
-from selfsup_jax.devices import wire
+from selfsup_jax.devices import activity, wire
 from selfsup_jax.devices.wire import Message
 
 
@@ -30,7 +31,9 @@ class Hub:
         self._send: dict[int, Callable[[Message], None]] = {}
         self._names: dict[int, str] = {}
         self._given: dict[str, dict[int, str]] = defaultdict(dict)
+        self._reports: dict[int, Message] = {}
         self._done: set[int] = set()
+        self._refused: set[str] = set()
         self._started = False
         self._pulse = wire.Pulse(timeout)
 
@@ -81,6 +84,10 @@ class Hub:
             )
         if line:
             send({"kind": "refused", "line": line})
+            refused = f"refused process {process} on {hello.get('name')}: {line}"
+            if refused not in self._refused:  # a scheduler may start it again and again
+                self._refused.add(refused)
+                print(refused, file=sys.stderr, flush=True)
             return False
         self._send[process], self._names[process] = send, str(hello.get("name"))
         if process:  # the others notice the loss of process 0 themselves
@@ -104,6 +111,8 @@ class Hub:
             self._pulse.heard(process)
         kind = message.get("kind")
         if kind == "beat":
+            if "activity" in message:  # not of another version, which will be told
+                self._reports[process] = message["activity"]
             self._send[process]({"kind": "beat", "quiet": self._pulse.quiet()})
         elif kind == "give":
             self._give(process, message["round"], message["value"])
@@ -145,6 +154,10 @@ class Hub:
             await asyncio.sleep(self._pulse.interval)
             for process in self._pulse.silent():
                 self._leave(process, f"has given no sign of life for {self._pulse.timeout:g} s")
+            if len(self._reports) == self._processes and not self._done:
+                for process in activity.hanging(self._reports, self._pulse.timeout):
+                    nothing = f"it has done nothing for {self._pulse.timeout:g} s"
+                    self._leave(process, f"hangs: the others wait for it, and {nothing}")
 
     def _broadcast(self, message: Message) -> None:
         # Process 0 last: it may end with this message.

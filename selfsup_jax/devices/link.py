@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 from selfsup_jax.devices import wire
+from selfsup_jax.devices.activity import Activity
 from selfsup_jax.devices.hub import Hub
 from selfsup_jax.devices.wire import Message
 from selfsup_jax.errors import LOST, UserError
@@ -68,6 +69,7 @@ class Link:
         self._all_done: asyncio.Future[None] = self.loop.create_future()
         self._rounds: dict[str, asyncio.Future[dict[str, list[int]]]] = {}
         self._pulse = wire.Pulse(timeout)
+        self.activity = Activity(self._pulse.interval)
         self._tasks: list[asyncio.Task[None]] = []
         self._all_heard_at = 0.0  # every process was alive then
         self._send: Callable[[Message], None] = lambda message: None
@@ -172,7 +174,7 @@ class Link:
     async def _beat(self) -> None:
         while True:
             with contextlib.suppress(OSError):
-                self._send({"kind": "beat"})
+                self._send({"kind": "beat", "activity": self.activity.report()})
             if self._pulse.silent():
                 self._lose(0, f"has given no sign of life for {self.timeout:g} s")
             await asyncio.sleep(self._pulse.interval)
@@ -215,7 +217,7 @@ class Link:
         if not self._started.done():
             line = "has ended before all processes had started"
             self._started.set_exception(UserError(f"{self.named(process)} {line}"))
-        elif not self._all_done.done():
+        elif self._started.exception() is None and not self._all_done.done():
             self._stop(Loss(LOST, f"{self.named(process)} {why}", told=False))
 
     def _stop(self, loss: Loss) -> None:

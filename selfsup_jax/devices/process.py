@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from selfsup_jax.devices import hosts
+from selfsup_jax.devices import cluster, hosts
 from selfsup_jax.devices.collectives import groups_of_microbatch
 from selfsup_jax.errors import UserError
 
@@ -41,90 +41,33 @@ def start(
         UserError: only some of the first three arguments are given, or one is invalid; process 0
             can't be reached; processes are missing.
     """
-    given = [x is not None for x in (coordinator_address, num_processes, process_id)]
     for flag, seconds in (("start_timeout", start_timeout), ("host_timeout", host_timeout)):
         if not 1 <= seconds <= 1e6:
             raise UserError(f"--{flag}={seconds:g}: must be from 1 to 1,000,000 seconds")
-    timeouts = (start_timeout, host_timeout)
-    if any(given):
-        if not all(given):
-            raise UserError(
-                "--coordinator_address, --num_processes and --process_id go together: "
-                "give all three, or none to start from the environment"
-            )
-        assert coordinator_address is not None and num_processes is not None
-        assert process_id is not None
-        if num_processes < 1:
-            raise UserError(f"--num_processes={num_processes}: must be at least 1")
-        if not 0 <= process_id < num_processes:
-            raise UserError(
-                f"--process_id={process_id}: must be from 0 to num_processes - 1 = "
-                f"{num_processes - 1}"
-            )
-        hosts.join(coordinator_address, num_processes, process_id, *timeouts)
-    elif _environment_has_a_cluster():
-        try:
-            _join_the_cluster(*timeouts)
-        except UserError:
-            raise
-        except ValueError as e:  # Open MPI 5, for one, does not tell where process 0 is
-            raise UserError(
-                f"the environment names several processes, but not how they find each other ({e}): "
-                "give --coordinator_address=HOST:PORT of process 0, --num_processes, --process_id"
-            ) from e
-    elif on_a_tpu_vm():
-        try:
-            _join_the_cluster(*timeouts)
-        except UserError:  # such as a host of the pod that is missing
-            raise
-        except ValueError:  # a TPU machine outside a pod
-            pass
-
-
-def _join_the_cluster(start_timeout: float, host_timeout: float) -> None:
-    """Joins the hosts that JAX finds in the environment."""
-    found = (os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None)
-    # JAX has no public name for this; without it, `jax.distributed` finds and starts all itself.
-    try:
-        from jax._src.clusters import ClusterEnv
-
-        address, processes, process, local_devices = (
-            ClusterEnv.auto_detect_unset_distributed_params(*found, int(start_timeout))
-        )
-    except (ImportError, AttributeError, TypeError, ValueError):  # another version of JAX
-        address = processes = process = None
-    if address is None or process is None or processes is None or processes < 2:
-        jax.distributed.initialize(initialization_timeout=int(start_timeout))
-    else:
+    place = cluster.given(coordinator_address, num_processes, process_id)
+    if place is None and cluster.is_around():
+        place = cluster.found(start_timeout)
+        if place is None:
+            cluster.initialize_alone(start_timeout)
+    if place is not None:
+        address, processes, process, local_devices = place
         hosts.join(address, processes, process, start_timeout, host_timeout, local_devices)
 
 
-def _environment_has_a_cluster() -> bool:
-    """True if `jax.distributed.initialize()` without arguments would find more than one host."""
-    env = os.environ
-    many_tpu_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env
-    coordinator = "JAX_COORDINATOR_ADDRESS" in env or "COORDINATOR_ADDRESS" in env
-    launched = any(
-        int(env.get(tasks, "1") or 1) > 1 and rank in env
-        for tasks, rank in (
-            ("SLURM_NTASKS", "SLURM_PROCID"),
-            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        )
-    )
-    return many_tpu_hosts or many_slices or coordinator or launched
+def end_the_others(line: str, start_timeout: float, *given: Any) -> None:
+    """Joins the other hosts of the job, if there are any, only to end them with this line.
 
-
-def on_a_tpu_vm() -> bool:
-    """True on a TPU VM: it has the chips and libtpu, and its metadata names the other hosts."""
-    has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
-    if not has_chips or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
-        return False
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    Args:
+        line: why this process can't take part.
+        start_timeout: seconds within which the others must have started.
+        *given: the first three arguments of `start`.
+    """
+    with contextlib.suppress(UserError):  # the line of this process has been printed
+        place = cluster.given(*given)
+        if place is None and cluster.is_around():
+            place = cluster.found(start_timeout)
+        if place is not None:
+            hosts.end_others(place.address, place.processes, place.process, start_timeout, line)
 
 
 def use_cpu_devices(count: int, batch_size: int, accumulate_steps: int, bn_groups: int) -> None:

@@ -24,7 +24,7 @@ async def read(reader: asyncio.StreamReader) -> Message | None:
     """The next message, or None at the end of the connection and after anything but a message."""
     try:
         message = json.loads(await reader.readline())
-    except (OSError, ValueError):  # also a line above the limit
+    except (OSError, ValueError, RecursionError):  # also a line above the limit
         return None
     return message if isinstance(message, dict) else None
 

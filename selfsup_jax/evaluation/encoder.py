@@ -18,7 +18,6 @@ from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models.encoders import make_encoder
 from selfsup_jax.run import checkpoint_files
-from selfsup_jax.run.checkpoint import upgraded_meta
 from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
 from selfsup_jax.run.identity import upgraded_tree
 
@@ -146,7 +145,7 @@ def _load_step(run: str, step: int) -> FrozenEncoder:
         hint = f"; there are also those of steps {', '.join(map(str, others))}" if others else ""
         raise checkpoint_files.Damaged(f"{e}{hint}") from e
     try:
-        meta = upgraded_meta(meta)
+        meta = checkpoint_files.upgraded_meta(meta)
         config = upgraded_tree(meta["config"] | {"data_info": meta["data_info"]})
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the checkpoint {folder} cannot be read: its meta has no {e}") from e
@@ -285,8 +284,17 @@ def _read_exported(folder: str, about: dict[str, Any], path: str) -> FrozenEncod
     frozen = FrozenEncoder(variables, config, folder, None, step, origin)
     check_config(config)
     check(frozen)
-    arrays = stored.read_npz(path, headers, headers)
+    arrays = {k: _float32(k, v) for k, v in stored.read_npz(path, headers, headers).items()}
     return frozen._replace(variables=unflatten_dict(arrays, sep="/"))
+
+
+def _float32(name: str, array: np.ndarray) -> np.ndarray:
+    """In this machine's byte order; raises `ValueError` if a value is not finite there."""
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return values
 
 
 def check_config(config: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.jobs import runner
 from selfsup_jax.run import owner, workdir
+from selfsup_jax.run.checkpoint_files import Damaged
 from selfsup_jax.run.files import read_json, write_json
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import log
@@ -69,10 +70,14 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
             _write_newest(directory, results)
             measure_log.record(frozen.step, results)
         done = hosts.of_first("the evaluated steps", done_steps(directory))
+        if not done:
+            raise bad_field("checkpoint", config.checkpoint, "none of its checkpoints is whole")
         newest = runner.saved_results(step_folder(directory, done[-1]))
         assert newest is not None
         _write_newest(directory, newest)  # missing if killed just before
-        log(f"{run} has ended; its {len(done)} checkpoints are evaluated")
+        left = ", ".join(str(s) for s in encoder.checkpoint_steps(run) if s not in done)
+        note = f"; not that of step {left}" if left else ""
+        log(f"{run} has ended; its {len(done)} checkpoints are evaluated{note}")
         return newest
 
 
@@ -116,30 +121,34 @@ def _inside_a_run(path: str) -> bool:
 def _checkpoints(config: ConfigDict, run: str, directory: str) -> Iterator[FrozenEncoder]:
     """Yields each checkpoint that is not evaluated yet; waits for more until the run has ended.
 
-    The first host looks for them, and all take the same one, if all of them can read it.
+    The first host looks for them, and all take the same one, if all of them can read it. A damaged
+    one is named and left out; the same command tries it again.
     """
     looking = _steps(config, run, directory) if hosts.is_writer() else iter(())
     while (step := hosts.of_first("the next checkpoint", next(looking, None))) is not None:
-        frozen = _load_if_there(run, step, config.follow_poll_seconds)
-        if all(hosts.of_all("could read it", frozen is not None)) and frozen is not None:
+        frozen, failure = _load_if_there(run, step, config.follow_poll_seconds)
+        failures = [told for told in hosts.of_all("could read it", failure) if told]
+        if frozen is not None and not failures:
             yield frozen
         else:
-            log(f"the checkpoint of step {step} was removed before it could be read")
+            log(failures[0])
 
 
 def _steps(config: ConfigDict, run: str, directory: str) -> Iterator[int]:
     """Yields the steps of checkpoints that are to be evaluated, see `_checkpoints`."""
     patience = 3600 * config.follow_patience_hours
     last_new, waiting = time.monotonic(), False
+    left_out: set[int] = set()
     while True:
         ended = has_ended(run)  # checked first: a run saves its last checkpoint before it ends
         steps = encoder.checkpoint_steps(run)
-        new = sorted(set(steps) - set(done_steps(directory)))
+        new = sorted(set(steps) - set(done_steps(directory)) - left_out)
         yield from new
-        if set(new) & set(done_steps(directory)):
+        left_out |= set(new) - set(done_steps(directory))
+        if new:
             last_new, waiting = time.monotonic(), False
             continue
-        if ended and not new:
+        if ended:
             if not steps:
                 raise bad_field("checkpoint", config.checkpoint, "the run has no checkpoint")
             return
@@ -154,16 +163,18 @@ def _steps(config: ConfigDict, run: str, directory: str) -> Iterator[int]:
         time.sleep(config.follow_poll_seconds)
 
 
-def _load_if_there(run: str, step: int, patience: float) -> FrozenEncoder | None:
-    """Loads the checkpoint of a step; None if the run removed it before it was read."""
+def _load_if_there(run: str, step: int, patience: float) -> tuple[FrozenEncoder | None, str]:
+    """(the checkpoint of a step, ""); or (None, why), if it was removed or is damaged."""
     try:
-        return encoder.load(run, step)
+        return encoder.load(run, step), ""
+    except Damaged as e:
+        return None, f"{e}; it is left out"
     except UserError:
         if step in encoder.checkpoint_steps(run):
             time.sleep(patience)  # the run may be removing it
             if step in encoder.checkpoint_steps(run):
                 raise
-    return None
+    return None, f"the checkpoint of step {step} was removed before it could be read"
 
 
 class _MeasureLog:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import platform
 import shutil
 import sys
-from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from selfsup_jax import __version__, paths
+from selfsup_jax import paths
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import NotFinite, UserError
 from selfsup_jax.run import checkpoint_files, library_errors
@@ -23,6 +20,14 @@ from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState
 
 _DAMAGED = "damaged_checkpoints"  # a folder beside `checkpoints`
+# What the rest of a run makes anew where its workdir was.
+_REMADE = {"checkpoints", "plots", library_errors.FILE}
+
+
+class _Taken(NamedTuple):
+    step: int
+    state: TrainState
+    meta: dict[str, Any]
 
 
 class Checkpoints:
@@ -44,8 +49,10 @@ class Checkpoints:
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0):
         self._directory = paths.absolute(os.path.join(workdir, "checkpoints"))
         self._keep_every = keep_every
-        self._pending: tuple[int, TrainState, dict[str, Any]] | None = None
-        self._write_started = False
+        self._workdir = workdir
+        self._lock_then = self._lock()
+        self._pending: _Taken | None = None
+        self._writing: _Taken | None = None  # until it is known to be on disk
         self._read_back = False
         library_errors.catch(workdir)
         self._manager = ocp.CheckpointManager(
@@ -57,7 +64,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,  # left by a killed process
             ),
             item_names=(checkpoint_files.STATE, checkpoint_files.META),
-            item_handlers={checkpoint_files.META: _MetaHandler()},
+            item_handlers={checkpoint_files.META: checkpoint_files.MetaHandler()},
         )
         self._damaged: set[int] = set()
         self._arrays: dict[int, checkpoint_files.Arrays] = {}  # of the newest, until `restore`
@@ -123,23 +130,26 @@ class Checkpoints:
         """
         single = parallel.unreplicate(state)
         step = int(single.step)
-        needed = sum(x.nbytes for x in jax.tree.leaves(single))
-        free = sys.maxsize  # in a bucket
-        if not paths.is_bucket(self._directory):
-            free = shutil.disk_usage(self._directory).free
-        if free < needed:  # fail before the write, not during it
-            raise UserError(
-                f"{self._directory}: no space for the checkpoint of step {step}: it needs "
-                f"{needed / 1e6:,.3g} MB, and {free / 1e6:,.3g} MB are free; the last good "
-                f"checkpoint is of step {self.committed_step() or 0}"
-            )
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(single.online_params)):
             raise NotFinite(
                 f"the parameters of step {step} are not finite: lower "
                 f"config.optimizer.learning_rate, in another --workdir; the last checkpoint is of "
                 f"step {self.committed_step() or 0}"
             )
-        self._pending = (step, single, meta)
+        self._pending = _Taken(step, single, meta)
+        if self._is_gone():
+            self._rescue(self._pending)
+        needed = sum(x.nbytes for x in jax.tree.leaves(single))
+        free = sys.maxsize  # in a bucket
+        if not paths.is_bucket(self._directory):
+            free = shutil.disk_usage(self._directory).free
+        if free < needed:  # fail before the write, not during it
+            self._pending = None
+            raise UserError(
+                f"{self._directory}: no space for the checkpoint of step {step}: it needs "
+                f"{needed / 1e6:,.3g} MB, and {free / 1e6:,.3g} MB are free; the last good "
+                f"checkpoint is of step {self.committed_step() or 0}"
+            )
 
     def write(self) -> None:
         """Starts to write the copy that `take` made, if there is one; does not wait for the end.
@@ -149,22 +159,22 @@ class Checkpoints:
                 write `UserError` if what was written cannot be read.
         """
         saving = self._manager.is_saving_in_progress()
-        if self._write_started and (self._pending or not saving):  # a second save would wait too
+        if self._writing and (self._pending or not saving):  # a second save would wait too
             self.wait()
         if self._pending is None:
             return
-        step, single, meta = self._pending
-        self._pending = None
+        taken, self._pending = self._pending, None
+        step, single, meta = taken
         self._set_aside()
         if step != self.latest_step:
-            self._write_started = True
+            self._writing = taken
             state = _as_dict(single)
-            meta = meta | {"step": step, "versions": versions()}
+            meta = meta | {"step": step, "versions": checkpoint_files.versions()}
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    meta=_MetaArgs(meta, checkpoint_files.flat(state)),
+                    meta=checkpoint_files.MetaArgs(meta, checkpoint_files.flat(state)),
                 ),
             )
 
@@ -187,7 +197,9 @@ class Checkpoints:
 
     def meta(self) -> dict[str, Any]:
         """The `meta` of the newest checkpoint."""
-        return upgraded_meta(checkpoint_files.read_meta(self._folder(self.latest_step)))
+        return checkpoint_files.upgraded_meta(
+            checkpoint_files.read_meta(self._folder(self.latest_step))
+        )
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state at `step` (the newest by default) as host arrays.
@@ -220,9 +232,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all writes are finished; raises as `write`."""
-        started, self._write_started = self._write_started, False
-        self._manager.wait_until_finished()
-        if started and not self._read_back:
+        writing, self._writing = self._writing, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception:
+            if writing and jax.process_count() == 1 and self._is_gone():
+                self._rescue(writing)
+            raise
+        if writing and not self._read_back:
             self._read_back = True
             if hosts.is_writer():
                 self._check_first_save()
@@ -238,6 +255,38 @@ class Checkpoints:
                 f"{self._directory} can be trusted; use another --workdir"
             ) from e
 
+    def _is_gone(self) -> bool:
+        """Whether the workdir is not the one of the start any more; alike on all hosts.
+
+        Orbax would make it anew. Inodes tell nothing: some file systems change them.
+        """
+        same = paths.is_bucket(self._directory)  # there, the lock tells
+        same = same or (self._lock() == self._lock_then and os.path.isdir(self._directory))
+        gone = hosts.is_writer() and not same
+        return bool(hosts.gather_hosts(np.asarray([gone])).any())
+
+    def _lock(self) -> str | None:
+        """What `workdir.locked` has written there: another run's workdir has another one."""
+        path = os.path.join(self._workdir, ".lock")
+        with contextlib.suppress(OSError, ValueError), open(path) as f:
+            return f.read()
+        return None
+
+    def _rescue(self, taken: _Taken) -> NoReturn:
+        """Saves a state although the workdir was moved or deleted, and tells where."""
+        self._pending = self._writing = None  # `close` writes nothing to another run's workdir
+        folder = self._workdir.rstrip(os.sep)
+        taken_by_another = os.path.exists(folder) and set(os.listdir(folder)) - _REMADE
+        if hosts.gather_hosts(np.asarray([bool(taken_by_another)])).any():
+            folder += f".step_{taken.step}"
+        rescue = Checkpoints(folder)
+        rescue._pending = taken
+        rescue.close()
+        raise UserError(
+            f"--workdir={self._workdir}: was moved or deleted while the run was going on; step "
+            f"{taken.step} is saved in {folder}: the same command with --workdir={folder} goes on"
+        )
+
     def close(self) -> None:
         """Finishes all writes, also that of the last `take`."""
         self.write()
@@ -248,46 +297,6 @@ class Checkpoints:
 def newest_step(workdir: str) -> int | None:
     """The newest step that is complete on disk, or None; waits for nothing."""
     return max(ocp.utils.checkpoint_steps(os.path.join(workdir, "checkpoints")), default=None)
-
-
-class _MetaHandler(ocp.JsonCheckpointHandler):
-    """Writes `meta` with the checksums of the arrays, which it computes in the background."""
-
-    async def async_save(self, directory: Any, item: Any = None, args: Any = None) -> Any:
-        del item
-
-        async def write() -> None:
-            if hosts.is_writer():
-                meta = checkpoint_files.with_checksums(args.meta, args.arrays)
-                checkpoint_files.write_meta(os.fspath(directory), meta)
-
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="meta")]
-
-
-@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass(repr=False)
-class _MetaArgs(ocp.args.CheckpointArgs):
-    """What `_MetaHandler` takes: the `meta`, and the arrays that are saved with it."""
-
-    meta: dict[str, Any]
-    arrays: checkpoint_files.Arrays
-
-
-def upgraded_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's `meta`, with the names of an earlier version replaced by the current ones."""
-    return {("data_info" if name == "found" else name): value for name, value in meta.items()}
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that affect the exact numbers of a run."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "numpy")
-    installed = {"selfsup-jax": __version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # such as tensorflow in place of tensorflow-cpu
-            continue
-    return installed
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

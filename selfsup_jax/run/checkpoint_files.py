@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import platform
 import zlib
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -14,7 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from selfsup_jax import paths
+from selfsup_jax import __version__, paths
+from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import library_errors
 
@@ -93,6 +97,23 @@ def with_checksums(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
     return {**meta, _CHECKSUMS: {**sums, _OWN: _of_meta(meta)}}
 
 
+def upgraded_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's `meta`, with the names of an earlier version replaced by the current ones."""
+    return {("data_info" if name == "found" else name): value for name, value in meta.items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that affect the exact numbers of a run."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "numpy")
+    installed = {"selfsup-jax": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # such as tensorflow in place of tensorflow-cpu
+            continue
+    return installed
+
+
 def flat(tree: Any) -> dict[str, Any]:
     """`{"a/b": leaf}` of a tree."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -144,3 +165,28 @@ def _of_meta(meta: Mapping[str, Any]) -> int:
 def _unreadable(folder: str, e: Exception) -> Damaged:
     reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
     return Damaged(f"the checkpoint {folder} cannot be read: {reason[:200]}")
+
+
+class MetaHandler(ocp.JsonCheckpointHandler):
+    """Writes `meta` with the checksums of the arrays, which it computes in the background."""
+
+    async def async_save(  # noqa: D102
+        self, directory: Any, item: Any = None, args: Any = None
+    ) -> Any:
+        del item
+
+        async def write() -> None:
+            if hosts.is_writer():
+                meta = with_checksums(args.meta, args.arrays)
+                write_meta(os.fspath(directory), meta)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="meta")]
+
+
+@ocp.args.register_with_handler(MetaHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass(repr=False)
+class MetaArgs(ocp.args.CheckpointArgs):
+    """What `MetaHandler` takes: the `meta`, and the arrays that are saved with it."""
+
+    meta: dict[str, Any]
+    arrays: Arrays

@@ -29,6 +29,11 @@ def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator
         reason = _disk_reason(e, workdir)
         if reason is None:
             raise
+        if reason == os.strerror(errno.ENOENT) and not os.path.exists(workdir):
+            raise UserError(
+                f"--workdir={workdir}: was moved or deleted while the run was going on; what was "
+                "saved is where it was moved to"
+            ) from e
         saved = latest_step()
         note = f"the last good checkpoint is of step {saved}" if saved else "no checkpoint yet"
         raise UserError(f"--workdir={workdir}: cannot be written to: {reason}; {note}") from e

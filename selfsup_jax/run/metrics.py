@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -30,13 +31,14 @@ class Recorder:
         workdir: the directory of `metrics.jsonl` (one object per line: "step" and its values) and
             of TensorBoard's events.
         first_step: the step of the checkpoint from which the run resumes; 0 for a new run.
+        every: steps from point to point, to tell if points are missing before `first_step`.
 
     Attributes:
         history: name -> (steps, values), all of `metrics.jsonl`. It is filled only on the host
             that writes.
     """
 
-    def __init__(self, workdir: str, first_step: int):
+    def __init__(self, workdir: str, first_step: int, every: int = 0):
         self.history: dict[str, tuple[list[int], list[float]]] = {}
         self._file: IO[bytes] | None = None
         self._writer: events.EventWriter | None = None
@@ -46,6 +48,8 @@ class Recorder:
         lines, broken = _lines_up_to(path, first_step)
         if first_step and not paths.exists(path):
             log(f"{path} is missing: the curves begin at step {first_step + 1:,}")
+        elif every and (first := _first_missing(lines, first_step, every)):
+            log(f"{path}: has no points of steps {first:,} to {first_step:,}, which were done")
         if broken:
             aside = os.path.join(workdir, "metrics.damaged.jsonl")
             with paths.open(path, "rb") as old, whole_file(aside, "wb") as copy:
@@ -89,6 +93,13 @@ class Recorder:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _first_missing(lines: list[dict], first_step: int, every: int) -> int:
+    """The first step after the last point, if a point or more are missing there; else 0."""
+    steps = [0, *(int(line["step"]) for line in lines if line["step"] > 0)]
+    interval = max([every, *(b - a for a, b in itertools.pairwise(steps))])
+    return steps[-1] + 1 if steps[-1] + interval <= first_step else 0
 
 
 def read_history(workdir: str) -> dict[str, tuple[list[int], list[float]]]:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import selfsup_jax
-from selfsup_jax.run import checkpoint, identity
+from selfsup_jax.run import checkpoint_files, identity
 
 # Paths may differ from host to host; what is read there is compared by itself.
 _PATHS = ("data.dir", "checkpoint", "init_from", "publish_dir")
@@ -20,7 +20,7 @@ def facts(config: ConfigDict, **flags: Any) -> dict[str, Any]:
     """The config's fields except for paths, the code's hash, versions, and the given flags."""
     fields = identity.flat(config)
     methods = {str(v) for k, v in fields.items() if k == "method" or k.endswith(".method")}
-    versions = {f"version of {name}": value for name, value in checkpoint.versions().items()}
+    versions = {f"version of {name}": value for name, value in checkpoint_files.versions().items()}
     given = {f"--{name}": value for name, value in flags.items()}
     return config_facts(config) | {"code": code_hash(methods)} | versions | given
 

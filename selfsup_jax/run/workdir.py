@@ -17,7 +17,7 @@ from selfsup_jax.data.inputs import Data
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import Stopped, UserError
-from selfsup_jax.run import checkpoint, identity, lock
+from selfsup_jax.run import checkpoint, checkpoint_files, identity, lock
 from selfsup_jax.run.files import write_json
 from selfsup_jax.run.progress import log
 
@@ -181,7 +181,7 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
         why = " (its schedules depend on its length)" if length else ""
         text = identity.described(different, f"the run in {workdir}")
         raise UserError(f"{text}{why}; use the same value, or another --workdir")
-    old, new = saved["versions"], checkpoint.versions()
+    old, new = saved["versions"], checkpoint_files.versions()
     changed = [f"{k} {old[k]} -> {new.get(k)}" for k in old if old[k] != new.get(k)]
     if changed:
         log(f"other package versions than at the start, so the last bits may differ: {changed}")

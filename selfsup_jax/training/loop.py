@@ -102,7 +102,7 @@ def fit(spec: TrainSpec) -> Trained:
     spec.announce(latest)
     if first_step:
         log(f"resuming from step {first_step:,} in {spec.workdir}")
-    recorder = Recorder(spec.workdir, first_step)
+    recorder = Recorder(spec.workdir, first_step, spec.config.log_every_steps)
     knn_k = spec.config.get("eval", {}).get("knn_k")
     progress = Progress(spec.total_steps, first_step, spec.config.batch_size, knn_k)
     try:
@@ -182,6 +182,7 @@ def train(
         for count in calls.lengths(first_step, spec.total_steps, most, ends):
             given = ahead.fetch(count)
             names = [batch.pop("name") for batch in given]
+            hosts.has_batch()
             state, metrics, outputs = call(state, given)
             ahead.add(metrics)
             checkpoints.write()  # of the previous call, while the device computes this one

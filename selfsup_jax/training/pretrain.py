@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import STARTED, durations, optim, paths
 from selfsup_jax.build import Build, find
-from selfsup_jax.config import validate
+from selfsup_jax.config import check_patterns, validate
 from selfsup_jax.data import inputs
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, process
@@ -78,6 +78,7 @@ def pretrain(
     config.compute_dtype = process.compute_dtype(config.compute_dtype)
     build = build or find(config.method)
     validate(config, build)
+    check_patterns(config, build)
     data = inputs.load_data(config)
     total, warmup = durations.total_and_warmup(config, data.train.num_examples)
     _check_lengths(config, data, total, directory)

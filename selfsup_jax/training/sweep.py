@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax import paths
 from selfsup_jax.build import Build, find
-from selfsup_jax.config import check_fields, of_variant, validate
+from selfsup_jax.config import check_fields, check_patterns, of_variant, validate
 from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import NotFinite, UserError, bad_field, nearest
 from selfsup_jax.run import files, identity, owner, workdir
@@ -113,6 +113,8 @@ def _runs(config: ConfigDict, find: Callable[[str], Build]) -> Iterator[Run]:
             run.config.compute_dtype = process.compute_dtype(run.config.compute_dtype)
             with of_variant(variant):
                 validate(run.config, find(run.config.method))
+                if seed == config.seeds[0]:
+                    check_patterns(run.config, find(run.config.method))
             yield run
 
 

@@ -37,7 +37,7 @@ def read_json(path: str, notes: list[str]) -> Any:
             return json.load(f)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         notes.append(f"{path}: cannot be read, left out: {e}")
         return None
 
@@ -64,7 +64,7 @@ def read_history(path: str, notes: list[str]) -> History:
                 try:
                     line = json.loads(text)
                     step = int(line["step"])
-                except (ValueError, TypeError, KeyError, OverflowError):
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                     broken.append(str(number))
                     continue
                 for name, value in line.items():
