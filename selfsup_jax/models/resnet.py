@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -37,11 +37,15 @@ class Conv(nn.Module):
     padding: str = "same"
     kernel_init: str = "lecun"
 
+    kernel_only: bool = False
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C]` to `[B, H / stride, W / stride, features]`, in the dtype of `x`."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", KERNEL_INITS[self.kernel_init], shape, jnp.float32)
+        if self.kernel_only:
+            return kernel.astype(x.dtype)
         margins = _margins(x.shape[1:3], self.size, self.stride, self.padding)
         return convolve(x, kernel.astype(x.dtype), self.stride, margins)
 
@@ -86,6 +90,8 @@ class ResNet(nn.Module):
     bn_decay: float = 0.9
     bn_epsilon: float = 1e-5
     bn_unbiased_average: bool = False
+    pool_first: bool = True
+    product_stages: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -102,9 +108,7 @@ class ResNet(nn.Module):
         blocks, bottleneck = STAGES[self.depth]
         x = x.astype(self.dtype)
         if self.stem == "imagenet":
-            x = self._conv_bn(x, layout, "stem", self._channels(0), 7, 2, relu=True)
-            pool_padding = "torch" if self.padding == "torch" else "same"
-            x = max_pool(x, _margins(x.shape[1:3], 3, 2, pool_padding))
+            x = self._conv_bn(x, layout, "stem", self._channels(0), 7, 2, True, pool=self._pool)
         else:
             x = self._conv_bn(x, layout, "stem", self._channels(0), 3, 1, relu=True)
         for stage, count in enumerate(blocks):
@@ -115,6 +119,10 @@ class ResNet(nn.Module):
                 name = f"stage{stage + 1}_block{index + 1}"
                 x = self._block(x, layout, name, self._channels(stage), stride, bottleneck, project)
         return x.astype(jnp.float32).mean((1, 2))
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        padding = "torch" if self.padding == "torch" else "same"
+        return max_pool(x, _margins(x.shape[1:3], 3, 2, padding))
 
     def _block(
         self,
@@ -132,13 +140,20 @@ class ResNet(nn.Module):
         else:
             sizes = [(channels, 3, stride), (channels, 3, 1)]
         shortcut = x
+        lean = bottleneck and channels < self._channels(self.product_stages)
         if project:
-            shortcut = self._conv_bn(x, layout, f"{name}_shortcut", sizes[-1][0], 1, stride)
+            product = lean and stride == 1
+            shortcut = self._conv_bn(
+                *(x, layout, f"{name}_shortcut", sizes[-1][0], 1, stride), product=product
+            )
         for i, (features, size, conv_stride) in enumerate(sizes):
             inner = i < len(sizes) - 1
             conv_name = f"{name}_conv{i + 1}"
             zero = self.zero_init_gamma and (bottleneck or self.zero_init_basic) and not inner
-            x = self._conv_bn(x, layout, conv_name, features, size, conv_stride, inner, zero)
+            product = lean and not inner
+            x = self._conv_bn(
+                *(x, layout, conv_name, features, size, conv_stride, inner, zero), product=product
+            )
         return relu(x + shortcut)
 
     def _conv_bn(
@@ -151,14 +166,22 @@ class ResNet(nn.Module):
         stride: int,
         relu: bool = False,
         zero_init_gamma: bool = False,
+        pool: Callable[[jax.Array], jax.Array] | None = None,
+        product: bool = False,
     ) -> jax.Array:
-        x = Conv(features, size, stride, self.padding, self.kernel_init, name=name)(x)
+        conv = Conv(
+            *(features, size, stride, self.padding, self.kernel_init), kernel_only=product, name=name
+        )
+        kernel = conv(x)[0, 0] if product else None
+        x = x if product else conv(x)
         norm = BatchNorm(
             self.bn_decay,
             self.bn_epsilon,
             zero_init_scale=zero_init_gamma,
             unbiased_average=self.bn_unbiased_average,
             relu=relu,
+            pool=pool if self.pool_first else None,
             name=f"{name}_bn",
         )
-        return norm(x, layout)
+        x = norm(x, layout, kernel)
+        return pool(x) if pool and not self.pool_first else x
