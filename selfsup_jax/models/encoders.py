@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from selfsup_jax import checks
 from selfsup_jax.models.initializers import KERNEL_INITS
-from selfsup_jax.models.resnet import PADDINGS, STAGES, STEMS, ResNet
+from selfsup_jax.models.resnet import PADDINGS, REMATS, STAGES, STEMS, ResNet
 
 KINDS = {"resnet": ResNet}
 _RULES: checks.Table = {
@@ -26,8 +27,16 @@ _RULES: checks.Table = {
     "stage1_projection": checks.flag,
     "zero_init_gamma": checks.flag,
     "zero_init_basic": checks.flag,
+    "remat": checks.one_of(REMATS),
+    "pool_first": checks.flag,
+    "product_norm_stages": checks.whole(-1, 4),
 }
 FIELDS = {f"encoder.{name}": rule for name, rule in _RULES.items()}
+
+
+def product_norm_stages(on_tpu: bool) -> int:
+    """What -1 means for the field of this name: see `configs/common.py`."""
+    return 2 if on_tpu else 0
 
 
 def make_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
@@ -42,4 +51,6 @@ def make_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Modu
         representation `[B, num_features]` float32. Batch statistics are optional.
     """
     fields = dict(config)
+    if fields.get("product_norm_stages", 0) < 0:
+        fields["product_norm_stages"] = product_norm_stages(jax.default_backend() == "tpu")
     return KINDS[fields.pop("name", "resnet")](**fields, dtype=dtype)

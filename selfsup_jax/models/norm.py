@@ -10,8 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from selfsup_jax.devices.collectives import BatchLayout
+
+MOMENTS = "moments"  # the name of the groups' moments for policies of rematerialisation
 
 
 class BatchNorm(nn.Module):
@@ -235,7 +238,7 @@ def _norm_of_product_forward(x, kernel, scale, bias, layout, epsilon):
     gram = _products(x, x, layout)  # [V * G, K, K]
     count = x.size // total.size
     squares = jnp.sum(w * _exact(gram, w), 1)
-    mean, mean_of_squares = layout.mean((_exact(total, w) / count, squares / count))
+    mean, mean_of_squares = _shared((_exact(total, w) / count, squares / count), layout)
     var = jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
     product = _times(x, kernel)
     y = _affine(product, *_coefficients(x, scale, bias, mean, var, epsilon)).astype(x.dtype)
@@ -254,7 +257,10 @@ def _norm_of_product_backward(layout, epsilon, saved, cotangents):
     d_kernel = (d_kernel + total[..., None] * offset[:, None]).sum(0).astype(kernel.dtype)
     scaled = (g * _by_row(factor, x)).astype(x.dtype)
     within = _exact(w * slope[:, None], w.T)  # [V * G, K, K]
-    of_x = _times(_apart(x, layout), within.reshape(-1, within.shape[-1]).astype(x.dtype))
+    of_x = jnp.zeros((), x.dtype)
+    for i, square in enumerate(within.astype(x.dtype)):
+        own = _by_row(jnp.arange(len(within))[:, None] == i, x)
+        of_x = jnp.where(own, _times(x, square).astype(x.dtype), of_x)
     d_x = _times(scaled, kernel.T) - of_x + _by_row(_exact(offset, w.T), x)
     return d_x.astype(x.dtype), d_kernel, back.d_scale, back.d_bias
 
@@ -286,8 +292,12 @@ def _moments(x: jax.Array, layout: BatchLayout) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of each group, `[V * G, C]` float32."""
     x = x.astype(jnp.float32)
     # Both moments together: one pass over the activations and one collective.
-    mean, mean_of_squares = layout.mean((_mean(x, layout), _mean(jnp.square(x), layout)))
+    mean, mean_of_squares = _shared((_mean(x, layout), _mean(jnp.square(x), layout)), layout)
     return mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
+
+
+def _shared(moments: Any, layout: BatchLayout) -> Any:
+    return checkpoint_name(layout.mean(moments), MOMENTS)
 
 
 def _sum(x: jax.Array, layout: BatchLayout) -> jax.Array:

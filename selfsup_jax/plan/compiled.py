@@ -17,6 +17,7 @@ from selfsup_jax.build import Build
 from selfsup_jax.data import views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
+from selfsup_jax.models import encoders
 from selfsup_jax.plan import hlo
 from selfsup_jax.plan.chips import Pod
 from selfsup_jax.plan.estimate import Program
@@ -24,6 +25,9 @@ from selfsup_jax.plan.estimate import Program
 
 def program(config: Any, build: Build, classes: int | None, pod: Pod) -> Program:
     """The step of a resolved config on a pod; a GPU's is counted before it is compiled."""
+    if config.encoder.get("product_norm_stages", 0) < 0:
+        config = config.copy_and_resolve_references()
+        config.encoder.product_norm_stages = encoders.product_norm_stages(pod.is_tpu)
     method = build(config, classes, 1000, 10)
     state = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
     batch = _batch(config, classes)

@@ -21,6 +21,7 @@ Flat = dict[str, Any]
 _DATA_ACCESS = (
     *("data.dir", "data.download", "data.max_undecodable", "data.placement", "data.device_share"),
     "steps_per_call",
+    *("encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"),
 )
 _INTERVALS = (
     *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*"),
