@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from selfsup_jax.devices.collectives import BatchLayout
+from selfsup_jax.models import norm_fused
 from selfsup_jax.models.convolution import Margins, convolve, max_pool
 from selfsup_jax.models.initializers import KERNEL_INITS
-from selfsup_jax.models.norm import MOMENTS, BatchNorm, relu
+from selfsup_jax.models.moments import MOMENTS
+from selfsup_jax.models.norm import BatchNorm, relu
 
 # depth -> (blocks of each of the four stages, whether they are bottlenecks)
 STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
@@ -140,9 +142,7 @@ class ResNet(nn.Module):
             x = self._block(x, layout, stage, index)
         return x
 
-    def _block(
-        self, x: jax.Array, layout: BatchLayout | None, stage: int, index: int
-    ) -> jax.Array:
+    def _block(self, x: jax.Array, layout: BatchLayout | None, stage: int, index: int) -> jax.Array:
         """A residual block; a bottleneck has its stride in the 3x3 convolution (ResNet v1.5)."""
         bottleneck, channels = STAGES[self.depth][1], self._channels(stage)
         stride = 2 if stage > 0 and index == 0 else 1
@@ -150,7 +150,7 @@ class ResNet(nn.Module):
             sizes = [(channels, 1, 1), (channels, 3, stride), (4 * channels, 1, 1)]
         else:
             sizes = [(channels, 3, stride), (channels, 3, 1)]
-        product = bottleneck and stage < self.product_norm_stages and layout is not None
+        product = bottleneck and stage < self.product_norm_stages and norm_fused.suits(layout)
         name = f"stage{stage + 1}_block{index + 1}"
         shortcut = x
         if index == 0 and (bottleneck or stage > 0 or self.stage1_projection):

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from selfsup_jax.build import Build
 from selfsup_jax.data import views
-from selfsup_jax.devices import parallel
+from selfsup_jax.devices import parallel, tpu_flags
 from selfsup_jax.errors import UserError
 from selfsup_jax.models import encoders
 from selfsup_jax.plan import hlo
@@ -105,6 +105,7 @@ def _devices(pod: Pod) -> Any:
     quiet |= {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    tpu_flags.set_flags()
     options = {"chip_config_name": "megacore"} if pod.kind == "v4" else {}
     with _one_line(pod):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=pod.name, **options)
