@@ -141,9 +141,9 @@ def encoder(**changes) -> ConfigDict:
         "bn_unbiased_average": False,  # running variance times n / (n - 1), as PyTorch's
         # How it is computed; the results differ by rounding only (docs/tpu_pods.md has the costs).
         "remat": "none",  # the backward pass computes `blocks` or `stages` again, to save memory
-        "pool_first": True,  # the stem's norm comes after its max-pooling
+        "pool_first": "auto",  # the stem's norm comes after its max-pooling: `yes` on TPUs, or `no`
         # The first stages whose bottlenecks end in a norm that does not store its input; -1: 2 on
-        # TPUs, where it saves memory traffic, and 0 elsewhere.
+        # TPUs, where both save memory traffic, and 0 elsewhere.
         "product_norm_stages": -1,
     }
     return _changed("an encoder", fields, changes)

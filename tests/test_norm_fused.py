@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from selfsup_jax.devices import collectives, tpu_flags
 from selfsup_jax.devices.collectives import BatchLayout
-from selfsup_jax.models import norm_fused, resnet
+from selfsup_jax.models import encoders, norm_fused, resnet
 from selfsup_jax.models.convolution import max_pool
 from selfsup_jax.models.norm import batch_norm
 
@@ -64,7 +65,8 @@ def test_is_the_layers_one_after_the_other(name, layout):
     fused, plain, out, shapes = CASES[name]
     x, weights, *parameters = draws((8, 6, 6, 4), out, *shapes)
     parameters[-2] = parameters[-2].at[:2].multiply(-1)
-    got, expected = (results(f, layout, weights, x, *parameters) for f in (fused, plain))
+    run = jax.jit(results, static_argnums=(0, 1))  # operation by operation it compiles each
+    got, expected = (run(f, layout, weights, x, *parameters) for f in (fused, plain))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
 
@@ -111,8 +113,8 @@ def differentiated(monkeypatch, **fields):
 
 @pytest.mark.slow
 def test_an_encoder_without_the_tricks_is_the_same(monkeypatch):
-    off, params = differentiated(monkeypatch, pool_first=False)
-    on, same_params = differentiated(monkeypatch, product_norm_stages=2)
+    off, params = differentiated(monkeypatch)
+    on, same_params = differentiated(monkeypatch, pool_first=True, product_norm_stages=2)
     jax.tree.map(np.testing.assert_array_equal, params, same_params)
     for a, b in zip(*(jax.tree.leaves(jax.jit(f)(params)) for f in (on, off)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
@@ -128,6 +130,19 @@ def test_what_is_computed_again_is_the_same(monkeypatch, remat):
     assert convolutions[1] > convolutions[0]
     for a, b in zip(*(jax.tree.leaves(jax.jit(f)(params)) for f in (again, plain)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+def test_defaults_depend_on_the_platform():
+    fields = common.encoder()
+    names = ("pool_first", "product_norm_stages")
+    for on_tpu, expected in ((True, ["yes", 2]), (False, ["no", 0])):
+        assert [encoders.for_platform(fields, on_tpu)[name] for name in names] == expected
+        given = encoders.for_platform(
+            common.encoder(pool_first="yes", product_norm_stages=0), on_tpu
+        )
+        assert [given[name] for name in names] == ["yes", 0]
+    made = encoders.make_encoder(common.encoder(pool_first="yes", remat="blocks"))
+    assert (made.pool_first, made.product_norm_stages, made.remat) == (True, 0, "blocks")
 
 
 # -------------------------------------------------------------------------- the TPU's compiler

@@ -7,9 +7,10 @@ import mmap
 import os
 
 _VARIABLE = "LIBTPU_INIT_ARGS"
-# An array is copied into the fast memory if that saves at least half a read of it. The default also
-# copies arrays that are read once, which moves as many bytes from the main memory and more in all.
-_FLAGS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": "1.5"}
+# Arrays are copied into the fast memory where that saves several reads of them. By default those
+# that are read once are copied too; they leave less room for results that the next kernel takes
+# from there, so that more goes through the main memory (docs/tpu_pods.md).
+_FLAGS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": "4.0"}
 
 
 def set_flags() -> None:

@@ -28,15 +28,20 @@ _RULES: checks.Table = {
     "zero_init_gamma": checks.flag,
     "zero_init_basic": checks.flag,
     "remat": checks.one_of(REMATS),
-    "pool_first": checks.flag,
+    "pool_first": checks.one_of(("auto", "yes", "no")),
     "product_norm_stages": checks.whole(-1, 4),
 }
 FIELDS = {f"encoder.{name}": rule for name, rule in _RULES.items()}
 
 
-def product_norm_stages(on_tpu: bool) -> int:
-    """What -1 means for the field of this name: see `configs/common.py`."""
-    return 2 if on_tpu else 0
+def for_platform(config: Mapping[str, Any], on_tpu: bool) -> dict[str, Any]:
+    """The section `encoder` without `auto` and -1: see `configs/common.py`."""
+    fields = dict(config)
+    if fields.get("pool_first") == "auto":
+        fields["pool_first"] = "yes" if on_tpu else "no"
+    if fields.get("product_norm_stages", 0) < 0:
+        fields["product_norm_stages"] = 2 if on_tpu else 0
+    return fields
 
 
 def make_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
@@ -50,7 +55,7 @@ def make_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Modu
         A module from images `[B, H, W, 3]` and a layout (None: evaluation mode) to the
         representation `[B, num_features]` float32. Batch statistics are optional.
     """
-    fields = dict(config)
-    if fields.get("product_norm_stages", 0) < 0:
-        fields["product_norm_stages"] = product_norm_stages(jax.default_backend() == "tpu")
+    fields = for_platform(config, on_tpu=jax.default_backend() == "tpu")
+    if "pool_first" in fields:
+        fields["pool_first"] = fields["pool_first"] == "yes"
     return KINDS[fields.pop("name", "resnet")](**fields, dtype=dtype)

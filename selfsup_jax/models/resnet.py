@@ -101,7 +101,7 @@ class ResNet(nn.Module):
     bn_epsilon: float = 1e-5
     bn_unbiased_average: bool = False
     remat: str = "none"
-    pool_first: bool = True
+    pool_first: bool = False
     product_norm_stages: int = 0
     dtype: jnp.dtype = jnp.float32
 

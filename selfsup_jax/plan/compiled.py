@@ -25,9 +25,8 @@ from selfsup_jax.plan.estimate import Program
 
 def program(config: Any, build: Build, classes: int | None, pod: Pod) -> Program:
     """The step of a resolved config on a pod; a GPU's is counted before it is compiled."""
-    if config.encoder.get("product_norm_stages", 0) < 0:
-        config = config.copy_and_resolve_references()
-        config.encoder.product_norm_stages = encoders.product_norm_stages(pod.is_tpu)
+    config = config.copy_and_resolve_references()
+    config.encoder.update(encoders.for_platform(config.encoder, pod.is_tpu))
     method = build(config, classes, 1000, 10)
     state = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
     batch = _batch(config, classes)
