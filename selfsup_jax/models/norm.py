@@ -32,6 +32,7 @@ class BatchNorm(nn.Module):
         unbiased_average: the running average uses the variance times n / (n - 1), as in PyTorch;
             the batch itself is still normalised with the biased variance.
         relu: a ReLU follows, computed in the same pass over the data, forward and backward.
+        by_row: see `batch_norm`.
         pool: with `relu`, a max-pooling follows; see `norm_of_maxima`. Evaluation pools too.
     """
 
@@ -42,6 +43,7 @@ class BatchNorm(nn.Module):
     use_bias: bool = True
     unbiased_average: bool = False
     relu: bool = False
+    by_row: bool = False
     pool: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
@@ -74,7 +76,7 @@ class BatchNorm(nn.Module):
         elif self.pool is not None:
             y, mean, var = norm_of_maxima(x, scale, bias, layout, self.epsilon, self.pool)
         else:
-            y, mean, var = batch_norm(x, scale, bias, layout, self.epsilon, self.relu)
+            y, mean, var = batch_norm(x, scale, bias, layout, self.epsilon, self.relu, self.by_row)
         if not self.is_initializing():
             samples = x.size // x.shape[-1] // len(mean) * layout.sharing  # in one group
             correction = samples / max(1, samples - 1) if self.unbiased_average else 1.0
@@ -88,7 +90,7 @@ class BatchNorm(nn.Module):
         average.value = self.decay * average.value + (1.0 - self.decay) * value
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def batch_norm(
     x: jax.Array,
     scale: jax.Array,
@@ -96,6 +98,7 @@ def batch_norm(
     layout: BatchLayout,
     epsilon: float,
     relu: bool,
+    by_row: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises each view and group by its own statistics (Ioffe and Szegedy, algorithm 1).
 
@@ -109,30 +112,34 @@ def batch_norm(
         layout: divides the rows into V views of G groups; has the devices that share a group.
         epsilon: added to the variance.
         relu: whether a ReLU follows.
+        by_row: the groups' coefficients are repeated for each row; otherwise the rows are divided
+            into groups. A `norm_of_product` after it needs that on TPUs, where it takes rows apart;
+            the CPU is slower with it.
 
     Returns:
         The result, with the shape and dtype of `x`, and the groups' mean and (biased) variance,
         `[V * G, C]` float32, which have no gradient.
     """
-    mean, var = moments.moments(x, layout)
-    y = moments.affine(x, *moments.coefficients(x, scale, bias, mean, var, epsilon))
-    return (jnp.maximum(y, 0) if relu else y), mean, var
+    sets = x if by_row else moments.grouped(x, layout)
+    mean, var = moments.moments(sets, layout)
+    y = moments.affine(sets, *moments.coefficients(sets, scale, bias, mean, var, epsilon))
+    return (jnp.maximum(y, 0) if relu else y).reshape(x.shape), mean, var
 
 
-def _batch_norm_forward(x, scale, bias, layout, epsilon, relu):
-    y, mean, var = batch_norm(x, scale, bias, layout, epsilon, relu)
+def _batch_norm_forward(x, scale, bias, layout, epsilon, relu, by_row):
+    y, mean, var = batch_norm(x, scale, bias, layout, epsilon, relu, by_row)
     return (y, mean, var), (x, scale, bias, mean, var)
 
 
-def _batch_norm_backward(layout, epsilon, relu, saved, cotangents):
-    x, scale, bias, mean, var = saved
+def _batch_norm_backward(layout, epsilon, relu, by_row, saved, cotangents):
+    (x, scale, bias, mean, var), g = saved, cotangents[0]
+    x, g = (x, g) if by_row else (moments.grouped(a, layout) for a in (x, g))
     coefficients = moments.coefficients(x, scale, bias, mean, var, epsilon)
 
     def through_relu(g: jax.Array, x: jax.Array) -> jax.Array:
         g = jnp.where(moments.affine(x, *coefficients) > 0, g, 0) if relu else g
         return g.astype(jnp.float32)
 
-    g = cotangents[0]
     dy = through_relu(g, x)
     of_dy = moments.means(dy, layout), moments.means(dy * x, layout)
     # Otherwise the GPU compiler stores `dy` for the second pass, which is slower than computing it
@@ -142,7 +149,7 @@ def _batch_norm_backward(layout, epsilon, relu, saved, cotangents):
     back = moments.through(x.size // mean.size, scale, mean, var, epsilon, layout, of_dy)
     factor, slope, offset = (moments.by_row(a, x) for a in back.coefficients)
     d_x = factor * through_relu(g, x) - slope * x + offset
-    return d_x.astype(x.dtype), back.d_scale, back.d_bias
+    return d_x.astype(x.dtype).reshape(saved[0].shape), back.d_scale, back.d_bias
 
 
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

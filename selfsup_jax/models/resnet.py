@@ -188,6 +188,7 @@ class ResNet(nn.Module):
             zero_init_scale=zero_init_gamma,
             unbiased_average=self.bn_unbiased_average,
             relu=relu,
+            by_row=self.product_norm_stages > 0,
             pool=pool if self.pool_first else None,
             name=f"{name}_bn",
         )
