@@ -81,5 +81,6 @@ def sums(x: jax.Array, layout: BatchLayout) -> jax.Array:
 
 
 def grouped(x: jax.Array, layout: BatchLayout) -> jax.Array:
-    """`[rows, ..., C]` to `[V * G, rows / (V * G), ..., C]`."""
-    return x.reshape(layout.num_views * layout.groups, -1, *x.shape[1:])
+    """`[rows, ..., C]` to `[V * G, rows / (V * G), ..., C]`; grouped rows stay so."""
+    sets = layout.num_views * layout.groups
+    return x if len(x) == sets else x.reshape(sets, -1, *x.shape[1:])
