@@ -6,29 +6,21 @@ view; see `BatchLayout`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from selfsup_jax.devices.collectives import BatchLayout
-
-MOMENTS = "moments"  # their name for policies of rematerialisation
 
 
 def moments(x: jax.Array, layout: BatchLayout) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of each group, `[V * G, C]` float32."""
     x = x.astype(jnp.float32)
     # Both moments together: one pass over the activations and one collective.
-    mean, mean_of_squares = shared((means(x, layout), means(jnp.square(x), layout)), layout)
+    mean, mean_of_squares = layout.mean((means(x, layout), means(jnp.square(x), layout)))
     return mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
-
-
-def shared(moments: Any, layout: BatchLayout) -> Any:
-    """The means of moments over the devices that share a group, named for rematerialisation."""
-    return checkpoint_name(layout.mean(moments), MOMENTS)
 
 
 def coefficients(x, scale, bias, mean, var, epsilon) -> tuple[jax.Array, jax.Array]:

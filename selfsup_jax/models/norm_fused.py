@@ -115,7 +115,7 @@ def _norm_of_product_forward(x, kernel, scale, bias, layout, epsilon):
     gram = _products(x, x, layout)  # [V * G, K, K]
     count = x.size // total.size
     squares = jnp.sum(w * _exact(gram, w), 1)
-    mean, mean_of_squares = moments.shared((_exact(total, w) / count, squares / count), layout)
+    mean, mean_of_squares = layout.mean((_exact(total, w) / count, squares / count))
     var = jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
     product = _times(x, kernel)
     y = moments.affine(product, *moments.coefficients(x, scale, bias, mean, var, epsilon))

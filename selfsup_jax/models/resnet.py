@@ -14,7 +14,6 @@ from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models import norm_fused
 from selfsup_jax.models.convolution import Margins, convolve, max_pool
 from selfsup_jax.models.initializers import KERNEL_INITS
-from selfsup_jax.models.moments import MOMENTS
 from selfsup_jax.models.norm import BatchNorm, relu
 
 # depth -> (blocks of each of the four stages, whether they are bottlenecks)
@@ -28,8 +27,6 @@ STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
     200: ((3, 24, 36, 3), True),
 }
 REMATS = ("none", "blocks", "stages")
-# Moments are small, and other devices have parts of them: they are not computed again.
-_SAVED = jax.checkpoint_policies.save_only_these_names(MOMENTS)
 STEMS = ("imagenet", "cifar")
 PADDINGS = ("same", "torch", "fixed")
 
@@ -126,7 +123,7 @@ class ResNet(nn.Module):
             for indices in [range(count)] if whole else [[i] for i in range(count)]:
                 run = functools.partial(ResNet._blocks, layout=layout, stage=stage, indices=indices)
                 if self.remat != "none" and layout is not None:
-                    run = nn.remat(run, policy=_SAVED)
+                    run = nn.remat(run)
                 x = run(self, x)
         return x.astype(jnp.float32).mean((1, 2))
 

@@ -159,7 +159,11 @@ _ADDED: dict[str, Flat] = {
         "whole_epochs": True,
     },
     "data.name": {"data.labels": "auto", "data.intensity": "full"},
-    "encoder.depth": {"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
+    "encoder.depth": {
+        **{"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
+        **{"encoder.remat": "none", "encoder.pool_first": "auto"},
+        "encoder.product_norm_stages": -1,
+    },
     "monitor.max_rows": {
         "online_probe.kernel_init": "lecun",
         "online_probe.every_view": False,
