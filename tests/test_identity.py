@@ -107,7 +107,8 @@ def earlier(config: dict) -> dict:
         del old["optimizer"][name]
     for name in ("clip_norm", "beta_2", "adam_epsilon"):
         del old["optimizer"][name]
-    for name in ("stage1_projection", "zero_init_basic"):
+    computed = ("remat", "pool_first", "product_norm_stages")
+    for name in ("stage1_projection", "zero_init_basic", *computed):
         del old["encoder"][name]
     del old["whole_epochs"], old["online_probe"]
     del old["eval"]["linear"], old["steps_per_call"]
