@@ -300,6 +300,7 @@ def test_of_two_views_those_fields_are_named_that_differ():
 
 PLACES = {"data.dir", "data.download", "data.max_undecodable"}
 PLACES |= {"data.placement", "data.device_share", "steps_per_call"}
+PLACES |= {"encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"}
 INTERVALS = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.first_step"}
 INTERVALS |= {"profile.num_steps", "monitor.knn_every_steps", "monitor.plots_every_steps"}
 KEEP = {"keep_every_steps"}
