@@ -148,6 +148,12 @@ def encoder(**changes) -> ConfigDict:
         "bn_decay": 0.9,
         "bn_epsilon": 1e-5,
         "bn_unbiased_average": False,  # running variance times n / (n - 1), as PyTorch's
+        # How it is computed; the results differ by rounding only (docs/tpu_pods.md has the costs).
+        "remat": "none",  # the backward pass computes `blocks` or `stages` again, to save memory
+        "pool_first": "auto",  # the stem's norm comes after its max-pooling: `yes` on TPUs, or `no`
+        # The first stages whose bottlenecks end in a norm that does not store its input; -1: 2 on
+        # TPUs, where both save memory traffic, and 0 elsewhere.
+        "product_norm_stages": -1,
     }
     return _changed("an encoder", fields, changes)
 

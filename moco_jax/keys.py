@@ -29,7 +29,7 @@ def encode_keys(
 
     Args:
         net, variables: the module, and the key encoder's variables.
-        views: `[V, b, H, W, C]` float32.
+        views: `[V, b, H, W, C]`.
         context: the step's.
 
     Returns:
@@ -46,10 +46,9 @@ def encode_keys(
         shuffle_order(jax.random.fold_in(rng, view), context.index, context.groups)
         for view in range(num_views)
     ]
-    images = views.astype(net.encoder.dtype)  # the encoder casts them anyway
     shuffled = [
         collectives.batch_shuffle(x, order, axis_name)
-        for x, order in zip(images, orders, strict=True)
+        for x, order in zip(views, orders, strict=True)
     ]
     (_, keys), stats = apply(net, variables, jnp.concatenate(shuffled), layout)
     restored = [

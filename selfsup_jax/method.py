@@ -23,7 +23,7 @@ from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models import online_probe
 from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState, all_finite
 
-Views = dict[str, jax.Array]  # group of views -> `[V, b, H, W, 3]` float32
+Views = dict[str, jax.Array]  # group of views -> `[V, b, H, W, 3]` in the encoder's dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def train_step(
         target_params = averaged(state.online_params)
 
     def microbatch_step(stats: Any, part: Batch) -> tuple[Any, Any, Any]:
-        views = method.augment.normalized(step_rng, part)
+        views = method.augment.normalized(step_rng, part, method.network.encoder.dtype)
         context = Context(step_rng, part["index"], groups, axis_name)
 
         def loss_fn(online_params: PyTree) -> tuple[jax.Array, Loss]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,10 +81,12 @@ class Augmentation:
         }
         return cls(groups, tuple(config.mean), tuple(config.std))
 
-    def normalized(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The networks' input: `augment_views`, then normalisation."""
-        views = augment_views(rng, batch, self.groups)
-        return {name: normalize(x, self.mean, self.std) for name, x in views.items()}
+    def normalized(
+        self, rng: jax.Array, batch: Mapping[str, jax.Array], dtype: Any = jnp.float32
+    ) -> dict[str, jax.Array]:
+        """The networks' input: `augment_views`, then normalisation, in the networks' `dtype`."""
+        finish = lambda x: normalize(x, self.mean, self.std).astype(dtype)  # noqa: E731
+        return augment_views(rng, batch, self.groups, finish)
 
 
 def augment_view(
@@ -130,6 +132,7 @@ def augment_views(
     rng: jax.Array,
     batch: Mapping[str, jax.Array],
     groups: Mapping[str, Sequence[ViewAugmentation]],
+    finish: Callable[[jax.Array], jax.Array] = lambda view: view,
 ) -> dict[str, jax.Array]:
     """Augments the crops `view_1`, `view_2`, ... of a batch.
 
@@ -138,9 +141,10 @@ def augment_views(
         batch: `view_1`, ... `[B, H, W, 3]` uint8, numbered through all groups, and `index` `[B]`,
             see `augment_view`.
         groups: name of a group -> the augmentation of each of its views.
+        finish: applied to each view, before the views are stacked.
 
     Returns:
-        Name of a group -> `[V, B, H, W, 3]` float32 in [0, 1].
+        Name of a group -> `[V, B, H, W, 3]` float32 in [0, 1], or what `finish` makes of it.
     """
     counter = itertools.count(1)
     views: dict[str, list[jax.Array]] = {name: [] for name in groups}
@@ -148,7 +152,7 @@ def augment_views(
         for view in group:
             i = next(counter)
             crops, rng_i = batch[f"view_{i}"], jax.random.fold_in(rng, i)
-            views[name].append(augment_view(rng_i, crops, batch["index"], view))
+            views[name].append(finish(augment_view(rng_i, crops, batch["index"], view)))
     return {name: jnp.stack(members) for name, members in views.items()}
 
 

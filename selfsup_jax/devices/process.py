@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from selfsup_jax.devices import cluster, hosts
+from selfsup_jax.devices import cluster, hosts, tpu_flags
 from selfsup_jax.devices.collectives import groups_of_microbatch
 from selfsup_jax.errors import UserError
 
@@ -41,6 +41,8 @@ def start(
         UserError: only some of the first three arguments are given, or one is invalid; process 0
             can't be reached; processes are missing.
     """
+    if cluster.on_a_tpu_vm():
+        tpu_flags.set_flags()
     for flag, seconds in (("start_timeout", start_timeout), ("host_timeout", host_timeout)):
         if not 1 <= seconds <= 1e6:
             raise UserError(f"--{flag}={seconds:g}: must be from 1 to 1,000,000 seconds")

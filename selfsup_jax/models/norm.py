@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from selfsup_jax.devices.collectives import BatchLayout
+from selfsup_jax.models import moments
+from selfsup_jax.models.norm_fused import norm_of_maxima, norm_of_product
 
 
 class BatchNorm(nn.Module):
@@ -29,6 +32,8 @@ class BatchNorm(nn.Module):
         unbiased_average: the running average uses the variance times n / (n - 1), as in PyTorch;
             the batch itself is still normalised with the biased variance.
         relu: a ReLU follows, computed in the same pass over the data, forward and backward.
+        by_row: see `batch_norm`.
+        pool: with `relu`, a max-pooling follows; see `norm_of_maxima`. Evaluation pools too.
     """
 
     decay: float = 0.9
@@ -38,11 +43,18 @@ class BatchNorm(nn.Module):
     use_bias: bool = True
     unbiased_average: bool = False
     relu: bool = False
+    by_row: bool = False
+    pool: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, layout: BatchLayout | None) -> jax.Array:
-        """Normalises `x` `[rows, ..., C]`; `layout=None` uses the running averages."""
-        shape = (x.shape[-1],)
+    def __call__(
+        self, x: jax.Array, layout: BatchLayout | None, kernel: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalises `x` `[rows, ..., C]`; `layout=None` uses the running averages.
+
+        With a `kernel` `[K, C]` it is `x @ kernel` that is normalised; see `norm_of_product`.
+        """
+        shape = (x.shape[-1] if kernel is None else kernel.shape[-1],)
         scale, bias = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
         if self.use_scale:
             init_scale = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
@@ -53,13 +65,20 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
         if layout is None:
+            x = x if kernel is None else jnp.dot(x, kernel)
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
-            y = _affine(x, factor, bias - running_mean.value * factor)
-            return jnp.maximum(y, 0) if self.relu else y
+            y = moments.affine(x, factor, bias - running_mean.value * factor)
+            y = jnp.maximum(y, 0) if self.relu else y
+            return self.pool(y) if self.pool else y
 
-        y, mean, var = batch_norm(x, scale, bias, layout, self.epsilon, self.relu)
+        if kernel is not None:
+            y, mean, var = norm_of_product(x, kernel, scale, bias, layout, self.epsilon)
+        elif self.pool is not None:
+            y, mean, var = norm_of_maxima(x, scale, bias, layout, self.epsilon, self.pool)
+        else:
+            y, mean, var = batch_norm(x, scale, bias, layout, self.epsilon, self.relu, self.by_row)
         if not self.is_initializing():
-            samples = x.size // mean.size * layout.sharing  # in one group
+            samples = x.size // x.shape[-1] // len(mean) * layout.sharing  # in one group
             correction = samples / max(1, samples - 1) if self.unbiased_average else 1.0
             for view in range(layout.num_views):
                 groups = slice(view * layout.groups, (view + 1) * layout.groups)
@@ -71,7 +90,7 @@ class BatchNorm(nn.Module):
         average.value = self.decay * average.value + (1.0 - self.decay) * value
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def batch_norm(
     x: jax.Array,
     scale: jax.Array,
@@ -79,6 +98,7 @@ def batch_norm(
     layout: BatchLayout,
     epsilon: float,
     relu: bool,
+    by_row: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises each view and group by its own statistics (Ioffe and Szegedy, algorithm 1).
 
@@ -92,51 +112,44 @@ def batch_norm(
         layout: divides the rows into V views of G groups; has the devices that share a group.
         epsilon: added to the variance.
         relu: whether a ReLU follows.
+        by_row: the groups' coefficients are repeated for each row; otherwise the rows are divided
+            into groups. A `norm_of_product` after it needs that on TPUs, where it takes rows apart;
+            the CPU is slower with it.
 
     Returns:
         The result, with the shape and dtype of `x`, and the groups' mean and (biased) variance,
         `[V * G, C]` float32, which have no gradient.
     """
-    grouped = _grouped(x, layout).astype(jnp.float32)
-    # Both moments together: one pass over the activations and one collective.
-    mean, mean_of_squares = layout.mean((_mean(grouped), _mean(jnp.square(grouped))))
-    var = jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
-    y = _affine(_grouped(x, layout), *_coefficients(x.ndim, scale, bias, mean, var, epsilon))
+    sets = x if by_row else moments.grouped(x, layout)
+    mean, var = moments.moments(sets, layout)
+    y = moments.affine(sets, *moments.coefficients(sets, scale, bias, mean, var, epsilon))
     return (jnp.maximum(y, 0) if relu else y).reshape(x.shape), mean, var
 
 
-def _batch_norm_forward(x, scale, bias, layout, epsilon, relu):
-    y, mean, var = batch_norm(x, scale, bias, layout, epsilon, relu)
+def _batch_norm_forward(x, scale, bias, layout, epsilon, relu, by_row):
+    y, mean, var = batch_norm(x, scale, bias, layout, epsilon, relu, by_row)
     return (y, mean, var), (x, scale, bias, mean, var)
 
 
-def _batch_norm_backward(layout, epsilon, relu, saved, cotangents):
-    x, scale, bias, mean, var = saved
-    coefficients = _coefficients(x.ndim, scale, bias, mean, var, epsilon)
+def _batch_norm_backward(layout, epsilon, relu, by_row, saved, cotangents):
+    (x, scale, bias, mean, var), g = saved, cotangents[0]
+    x, g = (x, g) if by_row else (moments.grouped(a, layout) for a in (x, g))
+    coefficients = moments.coefficients(x, scale, bias, mean, var, epsilon)
 
     def through_relu(g: jax.Array, x: jax.Array) -> jax.Array:
-        g = jnp.where(_affine(x, *coefficients) > 0, g, 0) if relu else g
+        g = jnp.where(moments.affine(x, *coefficients) > 0, g, 0) if relu else g
         return g.astype(jnp.float32)
 
-    x, g = _grouped(x, layout), _grouped(cotangents[0], layout)
     dy = through_relu(g, x)
-    sums = _mean(dy), _mean(dy * x)  # means over this device's rows of the group
+    of_dy = moments.means(dy, layout), moments.means(dy * x, layout)
     # Otherwise the GPU compiler stores `dy` for the second pass, which is slower than computing it
     # again from `g` and `x`.
-    g, x, sums = _barrier_on_gpu(g, x, sums)
+    g, x, of_dy = _barrier_on_gpu(g, x, of_dy)
 
-    inverse_std = lax.rsqrt(var + epsilon)
-    count = x.size // mean.size
-    d_scale = count * ((sums[1] - mean * sums[0]) * inverse_std).sum(0)
-    d_bias = count * sums[0].sum(0)
-    mean_dy, mean_dy_x = layout.mean(sums)
-    # d x = factor (dy - mean(dy) - x^ mean(dy x^)) with x^ = (x - mean) / std, linear in x.
-    factor = scale * inverse_std
-    slope = factor * (mean_dy_x - mean * mean_dy) * jnp.square(inverse_std)
-    offset = slope * mean - factor * mean_dy
-    factor, slope, offset = (_per_group(a, x.ndim) for a in (factor, slope, offset))
+    back = moments.through(x.size // mean.size, scale, mean, var, epsilon, layout, of_dy)
+    factor, slope, offset = (moments.by_row(a, x) for a in back.coefficients)
     d_x = factor * through_relu(g, x) - slope * x + offset
-    return d_x.astype(x.dtype).reshape(saved[0].shape), d_scale, d_bias
+    return d_x.astype(x.dtype).reshape(saved[0].shape), back.d_scale, back.d_bias
 
 
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
@@ -164,27 +177,3 @@ def _barrier_on_gpu(*arrays: Any) -> Any:
     return lax.platform_dependent(
         *arrays, cuda=lambda *a: lax.optimization_barrier(a), default=lambda *a: a
     )
-
-
-def _grouped(x: jax.Array, layout: BatchLayout) -> jax.Array:
-    """`[V * G, n, ..., C]`"""
-    return x.reshape(layout.num_views * layout.groups, -1, *x.shape[1:])
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    """`[V * G, n, ..., C]` to `[V * G, C]`."""
-    return x.mean(tuple(range(1, x.ndim - 1)))
-
-
-def _per_group(x: jax.Array, ndim: int) -> jax.Array:
-    """`[V * G, C]` to `[V * G, 1, ..., C]` of `ndim` axes."""
-    return x.reshape(len(x), *(1,) * (ndim - 2), -1)
-
-
-def _coefficients(ndim, scale, bias, mean, var, epsilon) -> tuple[jax.Array, jax.Array]:
-    factor = scale * lax.rsqrt(var + epsilon)
-    return _per_group(factor, ndim + 1), _per_group(bias - mean * factor, ndim + 1)
-
-
-def _affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
-    return (x.astype(jnp.float32) * factor + offset).astype(x.dtype)

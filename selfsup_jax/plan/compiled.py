@@ -15,8 +15,9 @@ from jax.experimental import topologies
 
 from selfsup_jax.build import Build
 from selfsup_jax.data import views
-from selfsup_jax.devices import parallel
+from selfsup_jax.devices import parallel, tpu_flags
 from selfsup_jax.errors import UserError
+from selfsup_jax.models import encoders
 from selfsup_jax.plan import hlo
 from selfsup_jax.plan.chips import Pod
 from selfsup_jax.plan.estimate import Program
@@ -24,6 +25,8 @@ from selfsup_jax.plan.estimate import Program
 
 def program(config: Any, build: Build, classes: int | None, pod: Pod) -> Program:
     """The step of a resolved config on a pod; a GPU's is counted before it is compiled."""
+    config = config.copy_and_resolve_references()
+    config.encoder.update(encoders.for_platform(config.encoder, pod.is_tpu))
     method = build(config, classes, 1000, 10)
     state = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
     batch = _batch(config, classes)
@@ -101,6 +104,7 @@ def _devices(pod: Pod) -> Any:
     quiet |= {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    tpu_flags.set_flags()
     options = {"chip_config_name": "megacore"} if pod.kind == "v4" else {}
     with _one_line(pod):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=pod.name, **options)

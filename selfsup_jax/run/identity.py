@@ -21,6 +21,7 @@ Flat = dict[str, Any]
 _DATA_ACCESS = (
     *("data.dir", "data.download", "data.max_undecodable", "data.placement", "data.device_share"),
     "steps_per_call",
+    *("encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"),
 )
 _INTERVALS = (
     *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*"),
@@ -166,7 +167,11 @@ _ADDED: dict[str, Flat] = {
         "data.crop_on": "host",
         "data.canvas": 512,
     },
-    "encoder.depth": {"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
+    "encoder.depth": {
+        **{"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
+        **{"encoder.remat": "none", "encoder.pool_first": "auto"},
+        "encoder.product_norm_stages": -1,
+    },
     "monitor.max_rows": {
         "init_from": "",
         "online_probe.kernel_init": "lecun",
