@@ -13,10 +13,10 @@ demo: $(STAMP)
 	$(BIN)/python run_experiment.py --config=configs/$(METHOD).py:demo --workdir=$(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # The fast tests on the newest versions; they need Python >= 3.12, such as NEWEST=python3.13.
 NEWEST ?= python3.12
