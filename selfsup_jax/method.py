@@ -159,7 +159,8 @@ def train_step(
         target_params = averaged(state.online_params)
 
     def microbatch_step(stats: Any, part: Batch) -> tuple[Any, Any, Any]:
-        views = method.augment.normalized(step_rng, part, method.network.encoder.dtype)
+        dtype = getattr(getattr(method.network, "encoder", None), "dtype", jnp.float32)
+        views = method.augment.normalized(step_rng, part, dtype)
         context = Context(step_rng, part["index"], groups, axis_name)
 
         def loss_fn(online_params: PyTree) -> tuple[jax.Array, Loss]:

@@ -308,7 +308,7 @@ def bucket():
 
 @pytest.fixture
 def quick_jobs(tmp_path):
-    with tiny_jobs.small_encoder(tmp_path / "compiled"):
+    with tiny_jobs.small_encoder():
         yield tiny_jobs.write_data(tmp_path / "data")
 
 

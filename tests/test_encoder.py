@@ -24,15 +24,17 @@ from selfsup_jax.state import TrainState
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 # How earlier versions read images.
 READING = {"labels": "auto", "intensity": "full", "exif_orientation": False}
+ENCODER = {
+    **{"depth": 18, "width": 0.004, "stem": "cifar", "stage1_projection": False},
+    **{"zero_init_gamma": False, "zero_init_basic": True},
+}
+READING |= {"crop_on": "host", "canvas": 512}
 CONFIG = {
     "method": "byol",
     "seed": 3,
     "compute_dtype": "bfloat16",
     "batch_size": 16,
-    "encoder": {
-        **{"depth": 18, "width": 0.004, "stem": "cifar", "stage1_projection": False},
-        **{"zero_init_gamma": False, "zero_init_basic": True},
-    },
+    "encoder": ENCODER | {"remat": "none", "pool_first": "auto", "product_norm_stages": -1},
     "data": {"name": "folder", "image_size": 8} | READING,
     "views": {"mean": MEAN, "std": STD},
 }
@@ -41,7 +43,7 @@ STEPS = (20, 40, 100)  # as text 100 comes before 20
 
 def variables_of(step: int):
     """An encoder of its own for each step: numbers that nobody else would draw."""
-    module = resnet.ResNet(**CONFIG["encoder"])
+    module = resnet.ResNet(**ENCODER)
     shapes = jax.eval_shape(module.init, jax.random.PRNGKey(0), jnp.zeros((1, 8, 8, 3)))
     rng = np.random.default_rng(step)
     arrays = {
@@ -384,7 +386,7 @@ def test_represent_is_the_runs_network(run):
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
     for dtype in ("", "bfloat16", "float32"):
         wanted = jnp.dtype(dtype or "bfloat16")
-        module = resnet.ResNet(**CONFIG["encoder"], dtype=wanted)
+        module = resnet.ResNet(**ENCODER, dtype=wanted)
         assert encoder.module(frozen.config, dtype) == module
     represent = encoder.represent(frozen.config, "float32")
     both = jax.jit(lambda a, b: (represent(a, images), module.apply(b, images)))

@@ -268,7 +268,7 @@ def test_hosts_differ_in_any_field_but_paths():
     config = byol.get_config("demo")
     mine = same_job.facts(config, parallel="pmap")
     paths = {name for name in identity.flat(config) if f"config.{name}" not in mine}
-    assert paths == {"data.dir"}
+    assert paths == {"data.dir", "init_from"}
     assert {"code", "version of jax", "--parallel", "config.seed", "config.steps"} <= mine.keys()
     config.optimizer.learning_rate *= 2
     theirs = same_job.facts(config, parallel="pmap")
@@ -653,6 +653,8 @@ def test_kill_9_of_the_coordinator_is_one_line(tmp_path):
     processes = start_two(tmp_path / "run", "--config.steps=5000", "--config.eval.enabled=False")
     try:
         wait_for(processes, tmp_path, "step 4/")
+        while not tiny_runs.saved_steps(tmp_path / "run"):
+            time.sleep(0.05)
         processes[0].kill()
         assert processes[1].wait(120) == LOST
     finally:

@@ -193,7 +193,7 @@ def test_an_encoder_that_computes_something_else_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_run_from_a_run(tmp_path, monkeypatch):
     """Its encoder, told in `config.json`; a resume needs the source no more."""
-    with tiny_jobs.small_encoder(tmp_path / "cache"):
+    with tiny_jobs.small_encoder():
         data = tiny_jobs.write_data(tmp_path / "data")
         first = tiny_jobs.make_run(data, tmp_path / "first")
         source = tmp_path / "source"

@@ -773,7 +773,8 @@ def test_an_exported_encoder_is_worth_the_same(run, done, tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["export", str(run), str(folder)])
     export.main()
     assert f"wrote {folder}" in capsys.readouterr().out
-    assert sorted(os.listdir(folder)) == ["encoder.json", "encoder.npz"]
+    files = ["README.md", "encoder.json", "encoder.npz", "preprocessing.json"]
+    assert sorted(os.listdir(folder)) == files
     here, there = encoder.load(str(run)), encoder.load(str(folder))
     assert_same(there.variables, here.variables)
     assert (there.run, there.step) == (None, here.step)

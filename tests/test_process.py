@@ -164,6 +164,11 @@ def test_an_environment_that_does_not_tell_where_process_0_is(joined, monkeypatc
     """Open MPI 5."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+
+    def initialize(**_):  # as JAX does
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match=r"coordinator_address should be defined.*: give --coord"):
         process.start()
 
@@ -177,8 +182,9 @@ def test_a_missing_host_is_told(joined, monkeypatch, on_tpu):
 
     if not on_tpu:
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
-    monkeypatch.setattr(process, "on_a_tpu_vm", lambda: on_tpu)
-    monkeypatch.setattr(process, "_join_the_cluster", missing)
+    monkeypatch.setattr(cluster, "on_a_tpu_vm", lambda: on_tpu)
+    monkeypatch.setattr(cluster, "found", lambda timeout: cluster.Place("host:1", 2, 0))
+    monkeypatch.setattr(hosts, "join", missing)
     with pytest.raises(UserError, match=r"^process 1 of 2 did not start$"):
         process.start()
 

@@ -24,6 +24,8 @@ CONFIG = {
     "data.dir": "",
     "data.name": "digits",
     "data.labels": "auto",
+    "data.crop_on": "host",
+    "data.canvas": 512,
     "data.intensity": "full",
     "data.exif_orientation": True,
     "optimizer.learning_rate": 0.3,
@@ -195,6 +197,7 @@ def test_bands_of_two_runs():
         for k in (
             *("batch_size", "data.name", "optimizer.learning_rate", "views.mean"),
             *("data.labels", "data.intensity", "data.exif_orientation", "eval.knn_k"),
+            *("data.crop_on", "data.canvas"),
         )
     }
     assert json.loads(json.dumps(made)) == made
@@ -352,6 +355,8 @@ def test_the_command_line_makes_a_file_that_loads(folder, tmp_path, monkeypatch,
     assert loaded.config == {
         "batch_size": 64,
         "data.name": "digits",
+        "data.crop_on": "host",
+        "data.canvas": 512,
         "data.labels": "auto",
         "data.intensity": "full",
         "data.exif_orientation": True,

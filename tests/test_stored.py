@@ -88,7 +88,9 @@ HOSTILE_ARRAYS: dict[str, Callable[[pathlib.Path, str], None]] = {
 def original(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("original")
     shapes = jax.eval_shape(lambda: encoder.untrained(CONFIG, 0))
-    variables = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape), shapes)
+    variables = jax.tree.map(
+        lambda x: np.random.default_rng(0).normal(size=x.shape).astype("f4"), shapes
+    )
     encoder.export(encoder.FrozenEncoder(variables, CONFIG, "", None, 7), str(folder))
     assert_same(encoder.load(str(folder)).variables, variables)
     return folder

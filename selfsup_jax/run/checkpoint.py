@@ -261,14 +261,14 @@ class Checkpoints:
         Orbax would make it anew. Inodes tell nothing: some file systems change them.
         """
         same = paths.is_bucket(self._directory)  # there, the lock tells
-        same = same or (self._lock() == self._lock_then and os.path.isdir(self._directory))
+        same = same or (self._lock() == self._lock_then and paths.isdir(self._directory))
         gone = hosts.is_writer() and not same
         return bool(hosts.gather_hosts(np.asarray([gone])).any())
 
     def _lock(self) -> str | None:
         """What `workdir.locked` has written there: another run's workdir has another one."""
         path = os.path.join(self._workdir, ".lock")
-        with contextlib.suppress(OSError, ValueError), open(path) as f:
+        with contextlib.suppress(OSError, ValueError), paths.open(path) as f:
             return f.read()
         return None
 
@@ -276,7 +276,7 @@ class Checkpoints:
         """Saves a state although the workdir was moved or deleted, and tells where."""
         self._pending = self._writing = None  # `close` writes nothing to another run's workdir
         folder = self._workdir.rstrip(os.sep)
-        taken_by_another = os.path.exists(folder) and set(os.listdir(folder)) - _REMADE
+        taken_by_another = paths.exists(folder) and set(paths.listdir(folder)) - _REMADE
         if hosts.gather_hosts(np.asarray([bool(taken_by_another)])).any():
             folder += f".step_{taken.step}"
         rescue = Checkpoints(folder)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from selfsup_jax import stored
+from selfsup_jax import paths, stored
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.run import checkpoint_files
@@ -92,11 +92,12 @@ def _is_wanted(name: str) -> bool:
 
 def _training(folder: str) -> Arrays:
     path = os.path.join(folder, encoder.TRAINING)
-    if not os.path.exists(path):
+    if not paths.exists(path):
         return {}
     try:
-        headers = stored.npz_headers(path)
-        return stored.read_npz(path, filter(_is_wanted, headers), headers)
+        with paths.local_copy(path) as local:
+            headers = stored.npz_headers(local)
+            return stored.read_npz(local, filter(_is_wanted, headers), headers)
     except (ValueError, OSError) as e:
         raise bad_field("init_from", folder, f"cannot be read: {e}") from e
 
