@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs
 from conftest import flatten
 
 from configs import byol
 from selfsup_jax.build import find
 from selfsup_jax.data import sources
 from selfsup_jax.devices import process
+from selfsup_jax.models import resnet
 from selfsup_jax.state import encoder_variables
 
 
@@ -45,10 +47,15 @@ def test_every_preset_takes_what_the_device_is_fast_in(preset):
     assert byol.get_config(preset).compute_dtype == "auto"
 
 
+@pytest.fixture(autouse=True)
+def one_block(monkeypatch):
+    monkeypatch.setitem(resnet.STAGES, 2, tiny_runs.ONE_BLOCK)
+
+
 def demo(dtype: str):
     config = byol.get_config("demo")
     config.compute_dtype = dtype
-    config.batch_size, config.encoder.width = 32, 0.0625
+    config.batch_size, config.encoder.depth, config.encoder.width = 32, 2, 0.0625
     config.projector.hidden_sizes = config.predictor.hidden_sizes = (32,)
     config.projector.output_size = config.predictor.output_size = 16
     return find("byol")(config.copy_and_resolve_references(), 10, 100, 1)

@@ -48,7 +48,6 @@ class Killed(BaseException):
     """In place of SIGKILL."""
 
 
-ONE_BLOCK = ((0, 0, 0, 1), False)
 _MAKE = {
     "embed": embed.get_config,
     "fewshot": fewshot.get_config,
@@ -74,7 +73,7 @@ QUICK: dict[str, dict[str, Any]] = {
 def small_encoder() -> Iterator[None]:
     """An encoder of depth 2, which compiles in a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.STAGES, 2, ONE_BLOCK)
+        patch.setitem(resnet.STAGES, 2, tiny_runs.ONE_BLOCK)
         yield
 
 
@@ -201,7 +200,7 @@ if __name__ == "__main__":
 
     import run_experiment
 
-    resnet.STAGES[2] = ONE_BLOCK
+    resnet.STAGES[2] = tiny_runs.ONE_BLOCK
     train_batches = inputs.train_batches
 
     def paused(*args, **kwargs):

@@ -1,5 +1,7 @@
 """`run_experiment.py` with the networks of `tiny_runs` in place of BYOL's own.
 
+Other methods have theirs; an encoder of depth 2 has one block.
+
 For tests that start and stop real processes. `TINY_PAUSE` is how long to wait before each step, in
 seconds: a signal then comes between the same few steps on any machine. `TINY_EXPIRE` is after how
 many seconds the lock of a dead process in a bucket is taken over. The process of
@@ -23,6 +25,7 @@ from absl import app  # noqa: E402
 import byol_jax.method  # noqa: E402
 import run_experiment  # noqa: E402
 from selfsup_jax.data import inputs  # noqa: E402
+from selfsup_jax.models import resnet  # noqa: E402
 from selfsup_jax.run import lock  # noqa: E402
 
 train_batches = inputs.train_batches
@@ -41,4 +44,5 @@ if __name__ == "__main__":
     lock.Timing.expire = float(os.environ.get("TINY_EXPIRE", lock.Timing.expire))
     lock.Timing.renew = lock.Timing.expire / 6
     byol_jax.method.build = tiny_runs.build
+    resnet.STAGES[2] = tiny_runs.ONE_BLOCK
     app.run(run_experiment.main, flags_parser=run_experiment.parse_flags)

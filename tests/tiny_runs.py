@@ -20,6 +20,8 @@ from selfsup_jax.method import Method
 from selfsup_jax.run import checkpoint
 from selfsup_jax.state import TrainState
 
+ONE_BLOCK = ((0, 0, 0, 1), False)  # the stages of an encoder that compiles in a second
+
 
 def build(config, num_classes, total_steps, warmup_steps) -> Method:
     """`byol_jax.method.build` with networks of a few hundred parameters."""

@@ -35,7 +35,7 @@ def run(
     workdir: str,
     images: int | None = None,
     price: float | None = None,
-    input_ms: float = 2.1,
+    input_ms: float | None = None,
     build: Build | None = None,
 ) -> list[dict[str, Any]]:
     """Plans a pretraining run; prints it, writes `plan.json` and for several pods `plan.png`.
@@ -101,8 +101,10 @@ def _check_batch(config: Any, pod: Pod) -> None:
     parallel.check_batch(config.batch_size, parts, groups, devices=pod.chips)
 
 
-def _run(config: Any, pod: Pod, images: int | None, price: float | None, input_ms: float) -> Run:
-    steps, cpu_ms = None, input_ms
+def _run(
+    config: Any, pod: Pod, images: int | None, price: float | None, input_ms: float | None
+) -> Run:
+    steps, cpu_ms = None, input_ms or {"host": 1.8, "device": 1.2}[config.data.crop_on]
     if images:
         steps = durations.total_and_warmup(config, images)[0]
         stored = images * config.data.image_size**2 * 3
