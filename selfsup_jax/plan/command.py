@@ -27,6 +27,8 @@ _KNOWN = {
     "stl10": (100_000, None),
     "digits": (4_000, 10),
 }
+# The host's CPU time for an ImageNet image, as measured on our machine (`docs/input.md`).
+_INPUT_MS = {"host": 1.8, "device": 1.2}
 
 
 def run(
@@ -35,7 +37,6 @@ def run(
     workdir: str,
     images: int | None = None,
     price: float | None = None,
-    input_ms: float | None = None,
     build: Build | None = None,
 ) -> list[dict[str, Any]]:
     """Plans a pretraining run; prints it, writes `plan.json` and for several pods `plan.png`.
@@ -46,7 +47,6 @@ def run(
         workdir: where the files are written.
         images: training images; None for what is known of the data set's name.
         price: of a chip for an hour.
-        input_ms: CPU milliseconds of the host for an image (`benchmarks/input_pipeline.py`).
         build: the method's `build`; None for that of the package that `config.method` names.
 
     Raises:
@@ -78,7 +78,7 @@ def run(
             own.batch_size, program = largest_batch(config, build, classes, pod)
         else:
             program = compiled.program(config, build, classes, pod)
-        plan = estimate(_run(own, pod, images, price, input_ms), pod, program)
+        plan = estimate(_run(own, pod, images, price), pod, program)
         plans.append(plan)
         print("\n".join(described(plan, pod)) + "\n", flush=True)
         if program.text:
@@ -101,10 +101,8 @@ def _check_batch(config: Any, pod: Pod) -> None:
     parallel.check_batch(config.batch_size, parts, groups, devices=pod.chips)
 
 
-def _run(
-    config: Any, pod: Pod, images: int | None, price: float | None, input_ms: float | None
-) -> Run:
-    steps, cpu_ms = None, input_ms or {"host": 1.8, "device": 1.2}[config.data.crop_on]
+def _run(config: Any, pod: Pod, images: int | None, price: float | None) -> Run:
+    steps, cpu_ms = None, _INPUT_MS[config.data.crop_on]
     if images:
         steps = durations.total_and_warmup(config, images)[0]
         stored = images * config.data.image_size**2 * 3
