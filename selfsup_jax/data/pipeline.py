@@ -82,7 +82,6 @@ def train_batches(
         raw = _batches_of_rows(source, seed, batch_size, positions, first_step)
     else:
         raw = _streamed_batches(source, seed, batch_size, len(positions), first_step, host, hosts)
-    decode = functools.partial(_decode, reading=source.reading, largest=canvas)
     put = _put_image if canvas else functools.partial(_put_views, seed=seed, specs=tuple(specs))
 
     def arrays() -> dict[str, np.ndarray]:
@@ -93,7 +92,8 @@ def train_batches(
         return {f"view_{i}": np.empty(s, np.uint8) for i, s in enumerate(shapes, start=1)}
 
     def work(encoded: Encoded, made: dict[str, np.ndarray], chunk: slice) -> list[bool]:
-        images = [decode(image) for image in _read(source, encoded, chunk)]
+        given = _read(source, encoded, chunk)
+        images = [pixels.decoded(image, source.reading, canvas) for image in given]
         put(images, encoded.step, positions[chunk], {k: x[chunk] for k, x in made.items()})
         return [image is not None for image in images]
 
@@ -176,10 +176,6 @@ def _ahead(
             yield first()
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _decode(image: pixels.Encoded, *, reading: pixels.Reading, largest: int) -> np.ndarray | None:
-    return pixels.decoded(image, reading, largest)
 
 
 def _put_image(images, step, index, made) -> None:
@@ -288,6 +284,5 @@ def _streamed_part(
     examples = source.stream(None if whole else 0, host, hosts)
     if not whole:
         examples = examples.take(count // hosts + (host < count % hosts))
-    # No autotuning: at the end of a data set the tuner may sleep for seconds before it stops.
     for images, labels, names in examples.batch(batch_size).prefetch(2).as_numpy_iterator():
         yield Encoded(0, images, labels, np.array([name.decode() for name in names]))

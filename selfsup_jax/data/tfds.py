@@ -62,6 +62,8 @@ def load(
     def read(seed: int | None, host: int, hosts: int) -> tf.data.Dataset:
         config = tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True)
         config.options.deterministic = True
+        # At the end of an evaluation the tuner may sleep for seconds before it stops.
+        config.options.autotune.enabled = seed is not None
         part = tfds.even_splits(split, n=hosts)[host] if hosts > 1 else split
         dataset = builder.as_dataset(
             split=part,

@@ -145,24 +145,24 @@ def _read_legacy(path: str) -> Any:
             raise ValueError("is no file of PyTorch's")
         storages: dict[str, Storage] = {}
 
-        def storage(pid: Any) -> Storage:
-            found = _storage(pid)
-            return storages.setdefault(found.key, found)
+        def first_of(pid: Any) -> Storage:
+            storage = _storage(pid)
+            return storages.setdefault(storage.key, storage)
 
-        tree = unpickle.load(f, _TABLE, storage)
+        tree = unpickle.load(f, _TABLE, first_of)
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = {}
         for key in unpickle.load(f, {}):
             size = int.from_bytes(f.read(8), "little")
-            found = storages.get(key)
+            storage = storages.get(key)
             start = f.tell()
-            if found is None or size != found.size:
+            if storage is None or size != storage.size:
                 raise ValueError(f"storage {key!r:.40} is damaged")
-            if start + size * found.dtype.itemsize > len(mapped):
+            if start + size * storage.dtype.itemsize > len(mapped):
                 raise ValueError(f"is truncated: storage {key!r:.40} is not all there")
-            dtype = found.dtype.newbyteorder("<" if system.get("little_endian", True) else ">")
+            dtype = storage.dtype.newbyteorder("<" if system.get("little_endian", True) else ">")
             arrays[key] = np.frombuffer(mapped, dtype, size, start)
-            f.seek(start + size * found.dtype.itemsize)
+            f.seek(start + size * storage.dtype.itemsize)
     missing = sorted(storages.keys() - arrays.keys())
     if missing:
         raise ValueError(f"is truncated: storage {missing[0]!r:.40} is not there")
@@ -268,12 +268,12 @@ def _flag(value: bool) -> bytes:
 
 def names_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     """Every array in nested dictionaries and lists, by its dotted name."""
-    found: dict[str, np.ndarray] = collections.OrderedDict()
+    tensors: dict[str, np.ndarray] = collections.OrderedDict()
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
     for key, value in items:
         name = f"{prefix}{key}"
         if isinstance(value, np.ndarray):
-            found[name] = value
+            tensors[name] = value
         elif isinstance(value, Mapping | list | tuple):
-            found |= names_of(value, f"{name}.")  # type: ignore[arg-type]
-    return found
+            tensors |= names_of(value, f"{name}.")  # type: ignore[arg-type]
+    return tensors
