@@ -28,14 +28,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, config_flags
 
-from configs import parsing
-from selfsup_jax import command_line
+from selfsup_jax import command_line, presets
 from selfsup_jax.devices import cluster
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.paths import BucketError
 
+parsing = presets.parsing()
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     help_string="configs/METHOD.py, or configs/METHOD.py:preset,field=value",
@@ -248,22 +248,8 @@ class _ConfigFile(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         """As the library's; raises `UserError` in place of any error."""
-        path, _, preset = argument.partition(":")
-        if not os.path.isfile(path):
-            raise UserError(command_line.no_config(argument))
-        try:
-            get_config = getattr(command_line.load(path), "get_config", None)
-            if get_config is None:
-                raise UserError(f"{path}: has no function get_config")
-            config = get_config(*([preset] if preset else []))
-            if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
-                made = type(config).__name__
-                raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
-            self.fields, self.config = parsing.field_names(config), config.lock()
-        except (UserError, parsing.ConfigError) as e:
-            raise UserError(e) from e
-        except (Exception, SystemExit) as e:
-            raise UserError(command_line.raised_by(path, e)) from e
+        config = presets.load_config(argument)
+        self.fields, self.config = parsing.field_names(config), config.lock()
         return self.config
 
 
@@ -304,6 +290,19 @@ def _exit(status: int) -> NoReturn:
     sys.stdout.flush()
     # Exit at once: with several hosts, a regular exit would wait for the other processes.
     os._exit(status)
+
+
+def console() -> None:
+    """The command `selfsup`: this program, and the commands of `selfsup_jax/console.py`."""
+    from selfsup_jax import console
+
+    try:
+        status = console.run(sys.argv)
+    except UserError as e:
+        _fail(e)
+    if status is not None:
+        sys.exit(status)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,38 @@
 """Packaging. `constraints.txt` and `constraints-newest.txt` list versions tested together."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "selfsup_jax/__init__.py").read_text())[1]
+# tensorflow-cpu has no wheels for the ARM processors of Macs and of servers.
+ON_ARM = "platform_machine == 'arm64' or platform_machine == 'aarch64'"
+ELSEWHERE = "platform_machine != 'arm64' and platform_machine != 'aarch64'"
 
 setup(
     name="selfsup-jax",
-    version="0.3.0",
+    version=VERSION,
     description="BYOL and its kin in JAX and Flax: self-supervised learning from images",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The selfsup-jax developers",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="self-supervised-learning jax flax byol moco simclr dino vision",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["*_jax", "*_jax.*"]),
+    packages=[*find_packages(include=["*_jax", "*_jax.*"]), "configs"],
+    py_modules=["run_experiment"],
+    entry_points={"console_scripts": ["selfsup = run_experiment:console"]},
     package_data={
         "selfsup_jax.training": ["references/*.json"],
         "selfsup_jax.viz.report": ["*.j2", "*.css", "*.js"],
@@ -21,7 +45,9 @@ setup(
         "clu>=0.0.12",
         "ml-collections>=1.1.0",
         "tensorflow-datasets>=4.9.10",
-        "tensorflow-cpu>=2.21.0",  # reads TFDS's files; it uses no accelerator
+        # Reads TFDS's files; it uses no accelerator.
+        f"tensorflow-cpu>=2.21.0; {ELSEWHERE}",
+        f"tensorflow>=2.21.0; {ON_ARM}",
         "pillow>=11",  # decodes images
         "simplejpeg>=1.8",  # decodes JPEGs in four fifths of Pillow's time, to the same pixels
         "tensorboard>=2.21.0",  # event files
@@ -45,7 +71,13 @@ setup(
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],  # `--to=onnx`; the runtime is for tests
         # The tests that compare with PyTorch itself; gigabytes, so not in `test`.
         "torch": ["torch>=2.6", "torchvision>=0.21", "timm>=1.0"],
+        "docs": [
+            "mkdocs-material>=9.6",  # the site
+            "mkdocstrings[python]>=0.29",  # its pages on Python's functions, from docstrings
+        ],
         "test": [
+            "build>=1.2",  # makes the wheel
+            "twine>=6.1",  # checks its metadata
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "gcsfs>=2025.2",

@@ -39,6 +39,14 @@ class ConfigError(ValueError):
     """The preset or a field in `file.py:preset,field=value` is not valid."""
 
 
+_ALL = object()  # in place of a preset's name: the presets themselves
+
+
+def presets(get_config: Callable) -> dict[str, Callable[..., ConfigDict]]:
+    """The presets of a config file, by name; the default comes first."""
+    return get_config(_ALL)
+
+
 def parse(
     arg: str | None, /, *functions: Callable[..., ConfigDict], **named: Callable[..., ConfigDict]
 ) -> ConfigDict:
@@ -56,6 +64,8 @@ def parse(
         ConfigError: a preset or field is unknown; the message has the nearest valid names.
     """
     presets = {function.__name__: function for function in functions} | named
+    if arg is _ALL:
+        return presets
     outside_brackets = r",(?![^(]*\))"
     parts = [part.strip() for part in re.split(outside_brackets, arg or "") if part.strip()]
     name = parts.pop(0) if parts and "=" not in parts[0] else next(iter(presets))

@@ -1,7 +1,12 @@
-"""Code that all methods share: data, encoders, optimizers, devices, the training loop."""
+"""Code that all methods share: data, encoders, optimizers, devices, the training loop.
+
+For programs: `load_config`, `build_method` and `make_views` pretrain with a loop of one's own (see
+`library.py`); `Encoder` is a trained encoder.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import time
@@ -23,10 +28,21 @@ STARTED = time.perf_counter()
 __version__ = "0.3.0"
 
 
+# What programs use -> the module it is in.
+_LIBRARY = {
+    "Encoder": "interop.api",
+    "build_method": "library",
+    "load_config": "presets",
+    "make_views": "library",
+}
+
+
 def __getattr__(name: str) -> Any:
     """`selfsup_jax.Encoder`, imported when it is used: most commands need no JAX to start."""
-    if name == "Encoder":
-        from selfsup_jax.interop.api import Encoder
-
-        return Encoder
+    if name in _LIBRARY:
+        return getattr(importlib.import_module(f"{__name__}.{_LIBRARY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LIBRARY})

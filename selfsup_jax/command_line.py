@@ -122,13 +122,18 @@ def in_plain_words(error: BaseException) -> str:
     return line
 
 
-def no_config(config: str) -> str:
-    """Why a config file cannot be read, and which ones there are."""
-    shared = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
-    there = sorted(set(glob.glob("configs/[a-z]*.py")) - shared)
-    near = nearest(config.partition(":")[0], there, count=1) or "none in configs/"
-    what = "there are" if near.count(",") or not there else "did you mean"
+def no_config(config: str, known: Sequence[str]) -> str:
+    """Why a config file cannot be read; there are the `known` ones, and those that lie here."""
+    there = sorted({*glob.glob("configs/[a-z]*.py"), *known} - _SHARED)
+    path = config.partition(":")[0]
+    path = path if path.endswith(".py") else f"configs/{path}.py"
+    near = nearest(path, there, count=1)
+    what = "there are" if near.count(",") else "did you mean"
     return f"--config={config}: cannot be read; {what} {near}" + "?" * (what == "did you mean")
+
+
+# Parts of configs.
+_SHARED = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
 
 
 def load(path: str) -> types.ModuleType:

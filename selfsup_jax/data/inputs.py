@@ -158,7 +158,7 @@ def feed(config: ConfigDict, source: sources.Source) -> Feed:
         )
     if source.kind != "array" and data.crop_on == "host":
         return Feed()
-    crop = functools.partial(resident.crop_batch, specs=_specs(config), seed=config.seed)
+    crop = functools.partial(resident.crop_batch, specs=crop_specs(config), seed=config.seed)
     resides = source.kind == "array" and _fits(data, source)
     return Feed(crop, resident.arrays_of(source) if resides else None)
 
@@ -191,10 +191,10 @@ def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[H
         return resident.train_batches(data.train, with_images=not resides, **options)
     options["canvas"] = config.data.canvas if config.data.crop_on == "device" else 0
     place = {"host": jax.process_index(), "hosts": jax.process_count()}
-    return pipeline.train_batches(data.train, _specs(config), **options, **place)
+    return pipeline.train_batches(data.train, crop_specs(config), **options, **place)
 
 
-def _specs(config: ConfigDict) -> list[crops.CropSpec]:
+def crop_specs(config: ConfigDict) -> list[crops.CropSpec]:
     """How the crops of each view are drawn."""
     specs: list[crops.CropSpec] = []
     for _, group in views.groups_of(config.views):

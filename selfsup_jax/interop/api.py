@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from selfsup_jax.data import crops, pixels
@@ -20,6 +22,7 @@ from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.interop import importing
+from selfsup_jax.state import TrainState, encoder_variables
 
 # A path, a PIL image, or `[H, W, 3]` uint8.
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
@@ -69,6 +72,15 @@ class Encoder:
         if os.path.isfile(path) or os.path.isfile(f"{path}.index"):
             return cls(importing.read(path)[0])
         return cls(encoder.load(path, step))
+
+    @classmethod
+    def of_state(cls, config: ConfigDict, state: TrainState) -> Encoder:
+        """The online encoder of a training state, of a run with this config."""
+        host = jax.tree.map(np.asarray, encoder_variables(state))
+        resolved = json.loads(config.copy_and_resolve_references().to_json())
+        step = int(state.step)
+        about = f"step {step} of {config.method}"
+        return cls(FrozenEncoder(host, resolved, about, None, step, about))
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """`[..., 3]` uint8 to the float32 input of `apply`."""
