@@ -81,6 +81,7 @@ setup(
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "gcsfs>=2025.2",
+            "setuptools>=77",  # builds it
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # two test files in parallel: compilation uses one core
             "hypothesis>=6.100",  # random mistakes in configs and flags

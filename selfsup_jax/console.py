@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int | None:
     elif word.startswith("-"):
         return None
     else:
-        near = nearest(word, ("list", "demo", *_MODULES))
+        near = nearest(word, ("list", "demo", *_MODULES), count=1)
         what = "did you mean" if "," not in near else "there are"
         raise UserError(f"selfsup {word}: is no command; {what} {near}; selfsup --help has all")
     return 0

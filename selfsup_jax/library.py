@@ -2,7 +2,7 @@
 
     config = selfsup_jax.load_config("byol:demo", steps=500)
     method = selfsup_jax.build_method(config, num_images=len(images))
-    state = method.init_state(jax.random.PRNGKey(config.seed))
+    state = jax.jit(method.init_state)(jax.random.PRNGKey(config.seed))
     step = jax.jit(method.train_step, donate_argnums=0)
     views = selfsup_jax.make_views(config)
     for i, batch in enumerate(batches):  # uint8 [batch_size, H, W, 3]
