@@ -1,0 +1,466 @@
+"""DINO against a NumPy oracle from its paper and code, in float64; devices; runs; collapse."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+from conftest import (
+    MEAN,
+    REPOSITORY,
+    STD,
+    TinyEncoder,
+    assert_close,
+    assert_same,
+    flatten,
+    process_env,
+    replicated,
+    with_network,
+)
+from PIL import Image
+
+from configs import dino
+from dino_jax import losses, settings
+from dino_jax import method as dino_method
+from selfsup_jax import config as config_lib
+from selfsup_jax import durations, optim
+from selfsup_jax.build import find
+from selfsup_jax.data import inputs
+from selfsup_jax.errors import UserError
+from selfsup_jax.run import checkpoint
+from selfsup_jax.training import diagnostics, pretrain
+from selfsup_jax.viz import plots
+
+BATCH, STEPS, TOTAL_STEPS, LOCAL = 6, 4, 8, 2
+SIZES = (6, 6, 4, 4)  # pixels of the views
+PEAK, DECAYS, CLIP, FROZEN, TAU = 0.05, (0.04, 0.4), 0.05, 2, 0.9
+EPSILON = 1e-3  # of Adam; with a smaller one the sign of rounding would count
+TEMPERATURES, WARMUP = (0.2, 0.1), 3  # of the teacher; the student has 0.15
+
+TINY = {
+    "data.image_size": SIZES[0],
+    "data.test_resize": SIZES[0],
+    "views.local.count": LOCAL,
+    "views.local.size": SIZES[2],
+    "views.mean": MEAN,
+    "views.std": STD,
+    "projector.hidden_sizes": (5, 6),
+    "projector.output_size": 4,
+    "projector.hidden_norm": False,
+    "prototypes": 7,
+    "unit_prototypes": True,
+    "student_temperature": 0.15,
+    "teacher_first_temperature": TEMPERATURES[0],
+    "teacher_temperature": TEMPERATURES[1],
+    "teacher_warmup_steps": WARMUP,
+    "centre_momentum": 0.8,
+    "tau_base": TAU,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": PEAK,
+    "optimizer.scaling": "none",
+    "optimizer.end_fraction": 0.1,
+    "optimizer.adam_epsilon": EPSILON,
+    "optimizer.weight_decay": DECAYS[0],
+    "optimizer.weight_decay_end": DECAYS[1],
+    "optimizer.clip_norm": CLIP,
+    "optimizer.exclude": ("bias$", "scale$"),
+    "optimizer.freeze_steps": FROZEN,
+}
+
+
+def quiet(config):
+    """Without augmentation, so that a step's images can be restated by hand."""
+    for group in (config.views["global"], config.views.local):
+        for view in (key for key in group if key.startswith("view_")):
+            for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+                group[view][f"{name}_prob"] = 0.0
+    return config
+
+
+def tiny_config(**changes):
+    config = quiet(dino.get_config("demo"))
+    config.update_from_flattened_dict(TINY | changes)
+    return config
+
+
+def tiny_method(encoder=None, **changes):
+    config = tiny_config(**changes)
+    config_lib.validate(config, find("dino"))
+    made = find("dino")(config, None, TOTAL_STEPS, 0)
+    return with_network(made, encoder=encoder or TinyEncoder())
+
+
+def random_batch(size, seed):
+    rng = np.random.default_rng(seed)
+    colors = rng.integers(0, 200, (size, 1, 1, 3))
+    batch = {
+        f"view_{i}": (colors + rng.integers(0, 56, (size, side, side, 3))).astype(np.uint8)
+        for i, side in enumerate(SIZES, start=1)
+    }
+    return batch | {"index": np.arange(size, dtype=np.int32)}
+
+
+# --------------------------------------------------------------------------- the oracle
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def encode(params, images):
+    """Both views of a size are one batch for the norm, as in the authors' `MultiCropWrapper`."""
+    height, width = images.shape[1:3]
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel = params["conv/kernel"]
+    x = sum(
+        padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)
+    )
+    x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    x = x * params["bn/scale"] + params["bn/bias"]
+    return np.maximum(x, 0).mean((1, 2))
+
+
+def forward(params, views):
+    """[V * B, F], and outputs [V * B, K] of views of several sizes."""
+    part = lambda name: {  # noqa: E731
+        k.removeprefix(f"{name}/"): v for k, v in params.items() if k.startswith(f"{name}/")
+    }
+    sizes = sorted({view.shape[1] for view in views}, reverse=True)
+    same = [np.concatenate([v for v in views if v.shape[1] == size]) for size in sizes]
+    features = x = np.concatenate([encode(part("encoder"), images) for images in same])
+    head = part("projector")
+    for name in ("hidden", "hidden_2"):
+        x = gelu(x @ head[f"{name}/kernel"] + head[f"{name}/bias"])
+    x = x @ head["output/kernel"] + head["output/bias"]
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    kernel = part("prototypes")["kernel"]
+    return features, x @ (kernel / np.linalg.norm(kernel, axis=0))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def oracle_loss(student, teacher, centre, student_temperature, teacher_temperature):
+    """`DINOLoss.forward` of the authors' code, term by term."""
+    views = np.split(student, len(SIZES))
+    p = np.split(softmax((teacher - centre) / teacher_temperature), 2)
+    terms = [
+        -(p[t] * np.log(softmax(s / student_temperature))).sum(1).mean()
+        for t in range(2)
+        for v, s in enumerate(views)
+        if v != t
+    ]
+    assert len(terms) == 2 * len(SIZES) - 2
+    return np.mean(terms)
+
+
+def oracle_gradient(params, loss):
+    """Central differences."""
+    gradients = {path: np.zeros_like(x) for path, x in params.items()}
+    for path, leaf in params.items():
+        for i in np.ndindex(leaf.shape):
+            value, around = leaf[i], []
+            for leaf[i] in (value + 1e-6, value - 1e-6):
+                around.append(loss(params))
+            leaf[i] = value
+            gradients[path][i] = (around[0] - around[1]) / 2e-6
+    return gradients
+
+
+def cosine(start, end, step):
+    return end + (start - end) * (1 + math.cos(math.pi * step / TOTAL_STEPS)) / 2
+
+
+def oracle_update(params, gradients, memory, step):
+    """The authors' loop with PyTorch's AdamW, which counts each tensor's steps by itself."""
+    rate, decay = cosine(PEAK, 0.1 * PEAK, step), cosine(*DECAYS, step)
+    new = {}
+    for path, w in params.items():
+        g = gradients[path]
+        if path.startswith("prototypes") and step < FROZEN:  # `cancel_gradients_last_layer`
+            new[path] = w
+            continue
+        g = g * min(1.0, CLIP / (np.linalg.norm(g) + 1e-6))  # `clip_gradients`
+        m, v, count = memory.get(path, (0.0, 0.0, 0))
+        m, v, count = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, count + 1
+        memory[path] = m, v, count
+        own = decay if w.ndim > 1 else 0.0
+        moved = (m / (1 - 0.9**count)) / (np.sqrt(v / (1 - 0.999**count)) + EPSILON)
+        new[path] = w * (1 - rate * own) - rate * moved
+    return new
+
+
+@pytest.fixture(scope="module")
+def run():
+    """(states with the first, metrics) of steps on batches of their own."""
+    made = tiny_method()
+    step = jax.jit(made.train_step)
+    state = jax.device_get(jax.jit(made.init_state)(jax.random.PRNGKey(0)))
+    states, metrics = [state], []
+    for k in range(STEPS):
+        state, values = step(state, random_batch(BATCH, seed=k))
+        states.append(jax.device_get(state))
+        metrics.append(jax.device_get(values))
+    return states, metrics
+
+
+def as_float64(tree):
+    return {path: x.astype(np.float64) for path, x in flatten(tree).items()}
+
+
+@pytest.mark.slow
+def test_each_update_is_the_papers(run):
+    """From each state that a step found: loss, new student, teacher and centre, in four steps."""
+    states, metrics = run
+    memory: dict = {}
+    assert_same(states[0].target_params, states[0].online_params)
+    assert not states[0].centre.any()
+    for k in range(STEPS):
+        batch = random_batch(BATCH, seed=k)
+        views = [(batch[f"view_{i}"] / 255 - MEAN) / STD for i in range(1, len(SIZES) + 1)]
+        before, teacher = as_float64(states[k].online_params), as_float64(states[k].target_params)
+        _, outputs = forward(teacher, views[:2])
+        first, last = TEMPERATURES
+        of_teacher = first + (last - first) * min(k / WARMUP, 1)
+        centre = states[k].centre.astype(np.float64)
+
+        def loss(params, views=views, outputs=outputs, centre=centre, of_teacher=of_teacher):
+            return oracle_loss(forward(params, views)[1], outputs, centre, 0.15, of_teacher)
+
+        np.testing.assert_allclose(metrics[k]["loss"], loss(before), rtol=2e-5)
+        np.testing.assert_allclose(metrics[k]["teacher_temperature"], of_teacher, rtol=1e-6)
+        p = softmax((outputs - centre) / of_teacher)
+        entropy = -(p * np.log(p)).sum(1).mean()
+        np.testing.assert_allclose(metrics[k]["teacher_entropy"], entropy, rtol=1e-4)
+        np.testing.assert_allclose(metrics[k]["student_kl"], loss(before) - entropy, rtol=1e-3)
+        usage = p.mean(0)
+        to_uniform = (usage * np.log(usage * len(usage))).sum()
+        np.testing.assert_allclose(metrics[k]["teacher_uniform_kl"], to_uniform, rtol=1e-3)
+
+        gradients = oracle_gradient(before, loss)
+        assert sum(np.linalg.norm(g) > CLIP for g in gradients.values()) > 2  # clipping acts
+        expected = oracle_update(before, gradients, memory, k)
+        got = flatten(states[k + 1].online_params)
+        for path, value in expected.items():
+            np.testing.assert_allclose(got[path], value, atol=3e-4, rtol=3e-4, err_msg=path)
+            frozen = path.startswith("prototypes") and k < FROZEN
+            assert (np.abs(value - before[path]).max() > 1e-3) != frozen, path
+        tau = 1 - (1 - TAU) * (math.cos(math.pi * k / TOTAL_STEPS) + 1) / 2
+        for path, value in flatten(states[k + 1].target_params).items():
+            expected_teacher = tau * teacher[path] + (1 - tau) * got[path]
+            np.testing.assert_allclose(value, expected_teacher, rtol=1e-5, atol=1e-6)
+        renewed = 0.8 * centre + 0.2 * outputs.mean(0)  # after its use
+        np.testing.assert_allclose(states[k + 1].centre, renewed, rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_are_those_of_the_global_views(run):
+    states, metrics = run
+    rows = metrics[0]["outputs"]
+    assert rows.representation.shape == (2, BATCH, 4) and rows.target.shape == (2, BATCH, 4)
+    batch = random_batch(BATCH, 0)
+    views = [(batch[f"view_{i}"] / 255 - MEAN) / STD for i in (1, 2)]
+    features, _ = forward(as_float64(states[0].online_params), views)
+    np.testing.assert_allclose(
+        rows.representation.reshape(-1, 4), features, rtol=1e-3, atol=1e-4
+    )
+    np.testing.assert_allclose(np.linalg.norm(rows.projection, axis=-1), 1.0, rtol=1e-5)
+
+
+def test_no_gradient_flows_into_the_teacher_and_the_centre():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(4, 3, 5)), rng.normal(size=(2, 3, 5))
+
+    def loss(*args):
+        return losses.dino_loss(*args, 0.1, 0.05).loss
+
+    arguments = [jnp.asarray(x, jnp.float32) for x in (student, teacher)]
+    of_student, of_teacher = jax.grad(loss, (0, 1))(*arguments, jnp.zeros(5))
+    assert np.abs(of_student).min() > 0 and not np.any(of_teacher)
+
+
+def test_terms_at_both_collapses():
+    """Uniform: entropy log K; one prototype: entropy 0, and its KL to uniform is log K."""
+    even = losses.dino_loss(jnp.zeros((3, 4, 8)), jnp.zeros((2, 4, 8)), jnp.zeros(8), 0.1, 0.04)
+    np.testing.assert_allclose(even[:3], [math.log(8), math.log(8), 0], atol=1e-6)
+    assert float(losses.uniform_kl(even.usage)) == pytest.approx(0, abs=1e-6)
+    one = jnp.zeros((3, 4, 8)).at[..., 2].set(9.0)
+    single = losses.dino_loss(one, one[:2], jnp.zeros(8), 0.1, 0.04)
+    np.testing.assert_allclose(single[:3], [0, 0, 0], atol=1e-6)
+    assert float(losses.uniform_kl(single.usage)) == pytest.approx(math.log(8), abs=1e-5)
+    centred = losses.dino_loss(one, one[:2], one[0, 0], 0.1, 0.04)  # the centre takes it away
+    assert float(centred.entropy) == pytest.approx(math.log(8), abs=1e-6)
+
+
+def test_a_gain_scales_a_prototype():
+    made = tiny_method(unit_prototypes=False)
+    state = made.init_state(jax.random.PRNGKey(0))
+    prototypes = state.online_params["prototypes"]
+    np.testing.assert_array_equal(prototypes["gain"], np.ones(7))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    before = made.network.prototypes.apply({"params": prototypes}, x)
+    changed = prototypes | {"gain": 2.0 * prototypes["gain"], "kernel": 5.0 * prototypes["kernel"]}
+    after = made.network.prototypes.apply({"params": changed}, x)
+    np.testing.assert_allclose(after, 2.0 * np.asarray(before), rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------- devices
+
+
+def after_two_steps(made, devices, batch_size=16):
+    """(state, metrics) of two steps on so many devices; 0: without a mapped axis."""
+    state = jax.device_get(jax.jit(made.init_state)(jax.random.PRNGKey(0)))
+    if devices:
+        state = replicated(state, devices, "d")
+        step = functools.partial(made.train_step, axis_name="d")
+        step = jax.pmap(step, axis_name="d", devices=jax.devices()[:devices])
+    else:
+        step = jax.jit(made.train_step)
+    for k in range(2):
+        batch = random_batch(batch_size, seed=k)
+        if devices:
+            batch = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+        state, metrics = step(state, batch)
+    metrics.pop("outputs")
+    state, metrics = jax.device_get((state, metrics))
+    if not devices:
+        return state, metrics
+    first = jax.tree.map(lambda x: x[0], (state, metrics))
+    for device in range(1, devices):  # replicas never drift apart
+        assert_same(jax.tree.map(lambda x, d=device: x[d], (state, metrics)), first)
+    return first
+
+
+def assert_equal_runs(found, expected):
+    (state, metrics), (expected_state, expected_metrics) = found, expected
+    assert_close(metrics, expected_metrics, 1e-5, floor=0.1)
+    for field in ("online_params", "target_params", "online_stats", "target_stats", "centre"):
+        assert_close(getattr(state, field), getattr(expected_state, field), 1e-5, floor=0.1)
+
+
+@pytest.mark.slow
+def test_devices_do_not_change_the_update():
+    """Loss, centre, student and teacher, with small crops: all agree to 1e-5."""
+    made = tiny_method(**{"optimizer.learning_rate": 0.01, "optimizer.freeze_steps": 0})
+    expected = after_two_steps(made, 0)
+    assert expected[0].centre.any()
+    for devices in (1, 2, 4, 8):
+        assert_equal_runs(after_two_steps(made, devices), expected)
+
+
+class Plain(nn.Module):
+    """An encoder without batch norm: microbatches then change nothing."""
+
+    num_features: int = 4
+    dtype: type = np.float32
+
+    @nn.compact
+    def __call__(self, x, layout=None):
+        return nn.relu(nn.Conv(self.num_features, (3, 3))(x)).mean((1, 2))
+
+
+@pytest.mark.slow
+def test_microbatches_do_not_change_the_update():
+    """The centre is that of the whole batch."""
+    rate = {"optimizer.learning_rate": 0.01}
+    expected_state, expected = after_two_steps(tiny_method(Plain(), **rate), 0)
+    made = tiny_method(Plain(), accumulate_steps=2, **rate)
+    for devices in (0, 2):
+        state, metrics = after_two_steps(made, devices)
+        usage = ("teacher_uniform_kl",)  # of a microbatch
+        metrics, wanted = ({k: v for k, v in m.items() if k not in usage} for m in (metrics, expected))
+        assert_equal_runs((state, metrics), (expected_state, wanted))
+
+
+# ------------------------------------------------------------------------------ whole runs
+
+
+def build(config, *args):
+    """`dino_jax.method.build` with an encoder that compiles at once."""
+    return with_network(dino_method.build(config, *args), encoder=TinyEncoder())
+
+
+def run_config(folder, **changes):
+    """The preset `folder` on tiny images: with the whole of its augmentation."""
+    config = dino.get_config("folder")
+    fields = {k: v for k, v in tiny_runs.fields(folder).items() if not k.startswith("views.")}
+    small = {k: TINY[k] for k in TINY if k.startswith(("projector.", "views.local", "prototypes"))}
+    fields |= {"steps": 8, "log_every_steps": 1, "checkpoint_every_steps": 2, "keep_checkpoints": 9}
+    fields |= {"keep_every_steps": 2, "teacher_warmup_epochs": 1.0, "compute_dtype": "float32"}
+    config.update_from_flattened_dict(small | fields | changes)
+    return config
+
+
+def restore(config, workdir, step=None):
+    like = jax.eval_shape(build(config, 3, 8, 2).init_state, jax.random.PRNGKey(0))
+    checkpoints = checkpoint.Checkpoints(str(workdir), keep=99)
+    state = checkpoints.restore(like, step)
+    checkpoints.close()
+    return state
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny_runs.write_images(tmp_path_factory.mktemp("images"), 3, 60)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """(config, workdir) of an uninterrupted run with pictures and kNN."""
+    workdir = tmp_path_factory.mktemp("whole")
+    config = run_config(images, **{"monitor.plots_every_steps": 8, "monitor.knn_every_steps": 8})
+    config.update_from_flattened_dict({"eval.enabled": True, "monitor.view_pairs": 4})
+    pretrain.pretrain(config, str(workdir), build)
+    return config, workdir
+
+
+@pytest.mark.slow
+def test_a_run(whole):
+    config, workdir = whole
+    lines = tiny_runs.recorded(workdir)
+    assert len(lines) == 8 and all("teacher_entropy" in line for line in lines)
+    # 54 training images in batches of 16: an epoch has three steps.
+    np.testing.assert_allclose(
+        [line["teacher_temperature"] for line in lines[:4]], [0.04, 0.05, 0.06, 0.07][:4], rtol=0.3
+    )
+    states = [restore(config, workdir, step) for step in (2, 4)]
+    prototypes = [state.online_params["prototypes"]["kernel"] for state in states]
+    assert (prototypes[0] != prototypes[1]).any() and states[1].centre.any()
+    with Image.open(workdir / "plots" / "view_pairs.png") as picture:
+        assert picture.height > 100
+
+
+class Killed(Exception):
+    """In place of whatever ends a process at once."""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_by_bit(whole, images, tmp_path, monkeypatch):
+    """After the checkpoint of step 4, with the centre; and several steps in a call."""
+    batches = inputs.train_batches
+
+    def until_killed(config, data, first_step):
+        for step, batch in enumerate(batches(config, data, first_step), start=first_step):
+            if step == 5:
+                raise Killed
+            yield batch
+
+    monkeypatch.setattr(inputs, "train_batches", until_killed)
+    config = run_config(images)
+    with pytest.raises(Killed):
+        pretrain.pretrain(config, str(tmp_path), build)
+    assert tiny_runs.saved_steps(tmp_path)[-1] == 4
+    monkeypatch.undo()
+    config.steps_per_call = 3
+    pretrain.pretrain(config, str(tmp_path), build)
+    assert_same(restore(config, tmp_path, 8), restore(config, whole[1], 8))
