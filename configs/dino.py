@@ -88,9 +88,7 @@ def _view(**changes) -> ConfigDict:
 def as_resnet(config: ConfigDict) -> ConfigDict:
     """What the authors change for a ResNet-50: SGD with a constant decay, other crops."""
     config.encoder = common.torchvision_encoder()
-    config.optimizer.update(
-        name="sgd", learning_rate=0.03, end_fraction=1.7e-5, weight_decay=1e-4
-    )
+    config.optimizer.update(name="sgd", learning_rate=0.03, end_fraction=1.7e-5, weight_decay=1e-4)
     config.optimizer.weight_decay_end = None
     config.views["global"].area = (0.14, 1.0)
     config.views.local.area = (0.05, 0.14)

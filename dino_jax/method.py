@@ -31,14 +31,15 @@ class DINO(nn.Module):
     classifier: nn.Module | None
 
     def __call__(
-        self, images: Sequence[jax.Array], layout: BatchLayout
+        self, images: Sequence[jax.Array], layouts: Sequence[BatchLayout]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Stacked views of each size to representation `[V * b, F]`, projection, `[V * b, K]`.
 
         The encoder runs once for each size, the head once for all, as in the authors' code.
         """
-        representation = jnp.concatenate([self.encoder(x, layout) for x in images])
-        projection = l2_normalize(self.projector(representation, layout))
+        features = [self.encoder(*group) for group in zip(images, layouts, strict=True)]
+        representation = jnp.concatenate(features)
+        projection = l2_normalize(self.projector(representation, layouts[0]))
         return representation, projection, self.prototypes(projection)
 
 
@@ -64,13 +65,13 @@ def loss(
     teacher_temperature: Callable[[jax.Array], jax.Array],
 ) -> Loss:
     """Each view of the student against each other global view of the teacher; see `Method.loss`."""
-    groups = list(views.values())  # the global views come first
-    count, pair = sum(map(len, groups)), groups[0]
+    groups = list(views.values())  # the two global views come first
+    images = [stack_views(group) for group in groups]
     # The views of a size are one batch, with one set of batch statistics, as in the authors' code.
-    layout = context.layout(num_views=1)
-    outputs, stats = apply(net, online, [stack_views(x) for x in groups], layout)
-    features, z, student = (split_views(x, count) for x in outputs)  # [V, b, ...]
-    outputs, target_stats = apply(net, target, [stack_views(pair)], layout)
+    layouts = [context.layout(1, noise=True, first_view=2 * i) for i in range(len(groups))]
+    outputs, stats = apply(net, online, images, layouts)
+    features, z, student = (split_views(x, sum(map(len, groups))) for x in outputs)  # [V, b, ...]
+    outputs, target_stats = apply(net, target, images[:1], [context.layout(1)])
     _, target_z, teacher = (split_views(x) for x in outputs)  # [2, b, ...]
     temperature = teacher_temperature(state.step)
     terms = losses.dino_loss(student, teacher, state.centre, student_temperature, temperature)

@@ -109,7 +109,9 @@ def fill_in(config: Any, num_examples: int) -> None:
             units = [prefix + unit for unit in ("steps", "examples", "epochs")]
             if not prefix.endswith("_") or prefix == name or f"{path}{prefix}" == _WARMUP:
                 continue
-            if all(unit in section for unit in units) and any(section[u] is not None for u in units):
+            if all(unit in section for unit in units) and any(
+                section[u] is not None for u in units
+            ):
                 section[units[0]] = to_steps(section, num_examples, batch, prefix, path, whole)
 
     visit(config, "")

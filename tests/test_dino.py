@@ -56,6 +56,7 @@ TINY = {
     "projector.hidden_sizes": (5, 6),
     "projector.output_size": 4,
     "projector.hidden_norm": False,
+    "projector.linear_init": "torch",  # larger: the bottleneck's length is no rounding
     "prototypes": 7,
     "unit_prototypes": True,
     "student_temperature": 0.15,
@@ -271,9 +272,7 @@ def test_outputs_are_those_of_the_global_views(run):
     batch = random_batch(BATCH, 0)
     views = [(batch[f"view_{i}"] / 255 - MEAN) / STD for i in (1, 2)]
     features, _ = forward(as_float64(states[0].online_params), views)
-    np.testing.assert_allclose(
-        rows.representation.reshape(-1, 4), features, rtol=1e-3, atol=1e-4
-    )
+    np.testing.assert_allclose(rows.representation.reshape(-1, 4), features, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(rows.projection, axis=-1), 1.0, rtol=1e-5)
 
 
@@ -366,7 +365,9 @@ class Plain(nn.Module):
 
     @nn.compact
     def __call__(self, x, layout=None):
-        return nn.relu(nn.Conv(self.num_features, (3, 3))(x)).mean((1, 2))
+        x = nn.Conv(self.num_features, (3, 3))(x)
+        scale = self.param("scale", nn.initializers.ones, (self.num_features,))
+        return nn.relu(x * scale).mean((1, 2))
 
 
 @pytest.mark.slow
@@ -378,7 +379,9 @@ def test_microbatches_do_not_change_the_update():
     for devices in (0, 2):
         state, metrics = after_two_steps(made, devices)
         usage = ("teacher_uniform_kl",)  # of a microbatch
-        metrics, wanted = ({k: v for k, v in m.items() if k not in usage} for m in (metrics, expected))
+        metrics, wanted = (
+            {k: v for k, v in m.items() if k not in usage} for m in (metrics, expected)
+        )
         assert_equal_runs((state, metrics), (expected_state, wanted))
 
 
