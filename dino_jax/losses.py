@@ -1,4 +1,4 @@
-"""DINO's loss, equations 1 to 4 (arXiv 2104.14294), and the signs of its two collapses."""
+"""DINO's loss, equations 1 to 3 (arXiv 2104.14294), and the signs of its two collapses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jax import lax
 
 
 class Terms(NamedTuple):
-    """What `dino_loss` returns: float32 scalars, means over the batch, and a vector.
+    """What `dino_loss` returns: means over the batch, in nats; section 5.3 explains them.
 
     Attributes:
-        loss: the cross-entropy H(P_t, P_s) = h(P_t) + KL(P_t, P_s) of section 5.3.
-        entropy: h(P_t), in nats; log K if the teacher's output is uniform.
-        student_kl: KL(P_t, P_s), in nats; 0 if the outputs are constant.
-        usage: `[K]`, the teacher's distribution, averaged over images and views.
+        loss: the cross-entropy H(P_t, P_s) = h(P_t) + KL(P_t, P_s).
+        entropy: h(P_t); log K if the teacher's output is uniform.
+        student_kl: KL(P_t, P_s); 0 if the outputs are constant.
+        usage: `[K]`, the teacher's mean distribution.
     """
 
     loss: jax.Array
@@ -32,10 +32,9 @@ def dino_loss(
     student_temperature: float,
     teacher_temperature: jax.Array | float,
 ) -> Terms:
-    """Equation 3: cross-entropies of the teacher's and the student's distributions.
+    """Equation 3: the cross-entropy over pairs of a teacher's and another view of the student.
 
-    It is the mean over all pairs of a teacher's view and a different view of the student. The
-    teacher is a constant here: no gradient flows into it (algorithm 1's `detach`).
+    The teacher is a constant here: no gradient flows into it (algorithm 1's `detach`).
 
     Args:
         student: `[V, B, K]` float32, outputs of all views; the first T are the teacher's views.
@@ -58,8 +57,3 @@ def uniform_kl(usage: jax.Array) -> jax.Array:
     """KL(usage, uniform), from 0 to log K: then one prototype has all images."""
     entropy = -jnp.sum(jax.scipy.special.xlogy(usage, usage))
     return jnp.log(len(usage)) - entropy
-
-
-def update_centre(centre: jax.Array, mean: jax.Array, momentum: float) -> jax.Array:
-    """Equation 4: the moving average of the teacher's mean output; all are `[K]`."""
-    return momentum * centre + (1.0 - momentum) * mean

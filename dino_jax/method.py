@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from dino_jax import losses, settings
 from selfsup_jax.build import parts_from_config
@@ -44,11 +45,7 @@ class DINO(nn.Module):
 
 
 class DINOState(TrainState):
-    """A `TrainState` whose online network is the student, and whose target is the teacher.
-
-    Attributes:
-        centre: `[K]` float32, the moving average of the teacher's outputs.
-    """
+    """Student (online), teacher (target) and `centre` `[K]`, of the teacher's outputs."""
 
     centre: jax.Array
 
@@ -76,12 +73,8 @@ def loss(
     temperature = teacher_temperature(state.step)
     terms = losses.dino_loss(student, teacher, state.centre, student_temperature, temperature)
     mean, usage = context.mean((teacher.mean((0, 1)), terms.usage))
-    metrics = {
-        "teacher_entropy": terms.entropy,
-        "teacher_uniform_kl": losses.uniform_kl(usage),
-        "student_kl": terms.student_kl,
-        "teacher_temperature": temperature,
-    }
+    metrics = {"teacher_entropy": terms.entropy, "teacher_uniform_kl": losses.uniform_kl(usage)}
+    metrics |= {"student_kl": terms.student_kl, "teacher_temperature": temperature}
     rows = Outputs(features[:2], projection=z[:2], prediction=z[:2], target=target_z)
     return Loss(terms.loss, rows, stats, target_stats, metrics, carried=mean[None, None])
 
@@ -89,9 +82,9 @@ def loss(
 def carry(
     state: DINOState, means: jax.Array, after: jax.Array, *, centre_momentum: float
 ) -> DINOState:
-    """Renews the centre; `means` `[1, M, K]`: of each microbatch, over all devices."""
-    centre = losses.update_centre(state.centre, means.mean((0, 1)), centre_momentum)
-    return state.replace(centre=centre)
+    """Equation 4: renews the centre; `means` `[1, M, K]` of microbatches, over all devices."""
+    mean, rate = means.mean((0, 1)), 1.0 - centre_momentum
+    return state.replace(centre=optax.incremental_update(mean, state.centre, step_size=rate))
 
 
 def start(rng: jax.Array, net: DINO, *, image_shape: tuple[int, ...]) -> DINOState:
@@ -109,11 +102,7 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
     prototypes = Prototypes(config.prototypes, config.unit_prototypes, parts.projector.dtype)
     of_config = {
         "network": DINO(parts.encoder, parts.projector, prototypes, parts.classifier),
-        "loss": functools.partial(
-            loss,
-            student_temperature=config.student_temperature,
-            teacher_temperature=settings.teacher_temperature(config),
-        ),
+        "loss": functools.partial(loss, **settings.temperatures(config)),
         "start": functools.partial(start, image_shape=parts.image_shape),
         "carry": functools.partial(carry, centre_momentum=config.centre_momentum),
         "signs": settings.signs(config),

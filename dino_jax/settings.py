@@ -39,6 +39,12 @@ def teacher_temperature(config: Any) -> Callable[[jax.Array], jax.Array]:
     return lambda step: first + (last - first) * jnp.minimum(step / steps, 1.0)
 
 
+def temperatures(config: Any) -> dict[str, Any]:
+    """The temperatures of both softmaxes, by the names of the loss's arguments."""
+    names = ("student_temperature", "teacher_temperature")
+    return dict(zip(names, (config.student_temperature, teacher_temperature(config)), strict=True))
+
+
 def signs(config: Any) -> tuple[Sign, ...]:
     """The two collapses of section 5.3."""
     most = math.log(config.prototypes)

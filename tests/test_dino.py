@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
 from conftest import (
     MEAN,
-    REPOSITORY,
     STD,
     TinyEncoder,
     assert_close,
     assert_same,
     flatten,
-    process_env,
     replicated,
     with_network,
 )
@@ -36,6 +30,7 @@ from selfsup_jax import durations, optim
 from selfsup_jax.build import find
 from selfsup_jax.data import inputs
 from selfsup_jax.errors import UserError
+from selfsup_jax.models import heads
 from selfsup_jax.run import checkpoint
 from selfsup_jax.training import diagnostics, pretrain
 from selfsup_jax.viz import plots
@@ -283,34 +278,39 @@ def test_no_gradient_flows_into_the_teacher_and_the_centre():
     def loss(*args):
         return losses.dino_loss(*args, 0.1, 0.05).loss
 
-    arguments = [jnp.asarray(x, jnp.float32) for x in (student, teacher)]
-    of_student, of_teacher = jax.grad(loss, (0, 1))(*arguments, jnp.zeros(5))
+    arguments = [np.asarray(x, np.float32) for x in (student, teacher)]
+    of_student, of_teacher = jax.jit(jax.grad(loss, (0, 1)))(*arguments, np.zeros(5, np.float32))
     assert np.abs(of_student).min() > 0 and not np.any(of_teacher)
 
 
 def test_terms_at_both_collapses():
     """Uniform: entropy log K; one prototype: entropy 0, and its KL to uniform is log K."""
-    even = losses.dino_loss(jnp.zeros((3, 4, 8)), jnp.zeros((2, 4, 8)), jnp.zeros(8), 0.1, 0.04)
+    none = np.zeros(8, np.float32)
+    terms = jax.jit(lambda s, t, c: losses.dino_loss(s, t, c, 0.1, 0.04))
+    even = terms(np.zeros((3, 4, 8), np.float32), np.zeros((2, 4, 8), np.float32), none)
     np.testing.assert_allclose(even[:3], [math.log(8), math.log(8), 0], atol=1e-6)
     assert float(losses.uniform_kl(even.usage)) == pytest.approx(0, abs=1e-6)
-    one = jnp.zeros((3, 4, 8)).at[..., 2].set(9.0)
-    single = losses.dino_loss(one, one[:2], jnp.zeros(8), 0.1, 0.04)
+    one = np.zeros((3, 4, 8), np.float32)
+    one[..., 2] = 9.0
+    single = terms(one, one[:2], none)
     np.testing.assert_allclose(single[:3], [0, 0, 0], atol=1e-6)
     assert float(losses.uniform_kl(single.usage)) == pytest.approx(math.log(8), abs=1e-5)
-    centred = losses.dino_loss(one, one[:2], one[0, 0], 0.1, 0.04)  # the centre takes it away
+    centred = terms(one, one[:2], one[0, 0])  # the centre takes it away
     assert float(centred.entropy) == pytest.approx(math.log(8), abs=1e-6)
 
 
 def test_a_gain_scales_a_prototype():
-    made = tiny_method(unit_prototypes=False)
-    state = made.init_state(jax.random.PRNGKey(0))
-    prototypes = state.online_params["prototypes"]
-    np.testing.assert_array_equal(prototypes["gain"], np.ones(7))
-    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    before = made.network.prototypes.apply({"params": prototypes}, x)
-    changed = prototypes | {"gain": 2.0 * prototypes["gain"], "kernel": 5.0 * prototypes["kernel"]}
-    after = made.network.prototypes.apply({"params": changed}, x)
+    layer = heads.Prototypes(7, unit=False)
+    x, kernel = (np.random.default_rng(0).normal(size=(3, 4, 7)).astype(np.float32))[:2]
+
+    def run(gain, kernel):
+        return layer.apply({"params": {"gain": gain, "kernel": kernel}}, x.T)
+
+    apply = jax.jit(run)
+    before = apply(np.ones(7, np.float32), kernel)
+    after = apply(np.full(7, 2, np.float32), 5 * kernel)
     np.testing.assert_allclose(after, 2.0 * np.asarray(before), rtol=1e-5)
+    np.testing.assert_allclose(before, x.T @ (kernel / np.linalg.norm(kernel, axis=0)), rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------- devices
@@ -419,10 +419,9 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """(config, workdir) of an uninterrupted run with pictures and kNN."""
+    """(config, workdir) of an uninterrupted run with pictures."""
     workdir = tmp_path_factory.mktemp("whole")
-    config = run_config(images, **{"monitor.plots_every_steps": 8, "monitor.knn_every_steps": 8})
-    config.update_from_flattened_dict({"eval.enabled": True, "monitor.view_pairs": 4})
+    config = run_config(images, **{"monitor.plots_every_steps": 8, "monitor.view_pairs": 4})
     pretrain.pretrain(config, str(workdir), build)
     return config, workdir
 
@@ -467,3 +466,123 @@ def test_a_killed_run_goes_on_bit_by_bit(whole, images, tmp_path, monkeypatch):
     config.steps_per_call = 3
     pretrain.pretrain(config, str(tmp_path), build)
     assert_same(restore(config, tmp_path, 8), restore(config, whole[1], 8))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data.placement": "device"},
+        {"data.placement": "host"},
+        {"data.placement": "host", "data.crop_on": "device", "data.canvas": 16},
+    ],
+    ids=["on the device", "on the host", "cropped on the device"],
+)
+def test_small_crops_are_the_same_wherever_they_are_cropped(images, fields):
+    """Of sizes of their own, from boxes of their own; up to one grey level by rounding."""
+    config = run_config(images, **{"seed": 3} | fields).copy_and_resolve_references()
+    data = inputs.load_data(config)
+    batch = next(inputs.train_batches(config, data, 0))
+    batch.pop("name")
+    views = jax.device_get(inputs.with_views(inputs.feed(config, data.train), 0, batch))
+    assert [views[f"view_{i}"].shape for i in range(1, 5)] == [
+        (16, size, size, 3) for size in (8, 8, 4, 4)
+    ]
+    pixels = np.concatenate([views[f"view_{i}"].reshape(-1) for i in range(1, 5)]).astype(int)
+    expected = of_the_first.setdefault("pixels", pixels)
+    assert np.abs(pixels - expected).max() <= 1
+    assert (views["view_3"] != views["view_4"]).any()
+
+
+of_the_first: dict = {}
+
+
+# ------------------------------------------------------------------------ config, collapse
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bn_groups": 2}, "bn_groups=2: must be 1"),
+        ({"views.global.count": 3}, "views.global.count=3: must be 2"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature=0.0: must be above 0"),
+        ({"centre_momentum": 1.5}, "centre_momentum=1.5: must be from 0 to 1"),
+        ({"prototypes": 1}, "prototypes=1: must be at least 2"),
+        ({"optimizer.freeze": ("^prototype/",)}, "optimizer.freeze='.prototype/': matches no"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    config = tiny_config(**changes)
+    with pytest.raises(UserError, match=f"config.{message}"):
+        config_lib.validate(config, find("dino"))
+        config_lib.check_patterns(config, find("dino"))
+
+
+def test_without_small_crops_there_are_two_views():
+    config = tiny_config(**{"views.local.count": 0})
+    made = find("dino")(config, None, TOTAL_STEPS, 0)
+    assert {name: len(views) for name, views in made.augment.groups.items()} == {"global": 2}
+    assert made.notes[0].startswith("crops of an image: 2 of 6 px; 7 prototypes")
+
+
+def test_durations_become_steps():
+    config = dino.get_config("folder")
+    config.update(batch_size=10, teacher_warmup_epochs=2.0)
+    durations.fill_in(config, 105)
+    assert config.teacher_warmup_steps == 20 and config.optimizer.freeze_steps == 10
+    assert config.optimizer.warmup_steps is None and config.steps is None
+    config.teacher_warmup_steps, config.teacher_warmup_examples = None, 45
+    durations.fill_in(config, 105)
+    assert config.teacher_warmup_steps == 4
+    temperature = settings.teacher_temperature(config)
+    np.testing.assert_allclose([temperature(k) for k in (0, 2, 4, 9)], [0.04, 0.055, 0.07, 0.07])
+
+
+def history(**series):
+    steps = [1, 2, 3]
+    healthy = {"projection_std": [0.9] * 3, "effective_rank": [30.0] * 3}
+    return {name: (steps, values) for name, values in (healthy | series).items()}
+
+
+def test_both_collapses_are_told_as_such():
+    signs = settings.signs(tiny_config())
+    limits = {"min_std": 0.1, "min_rank": 1.5, "signs": signs}
+    most = math.log(7)
+    sharp = {"teacher_entropy": [0.1] * 3, "teacher_uniform_kl": [0.5] * 3}
+    assert diagnostics.collapsed_at(history(**sharp), **limits) is None
+    uniform = history(teacher_entropy=[1.0, most, most], teacher_uniform_kl=[0.3, 0.0, 0.0])
+    assert diagnostics.collapsed_at(uniform, **limits) == 3
+    told = diagnostics.collapse_warning(3, uniform, min_std=0.1, signs=signs)
+    assert "uniform for all images" in told and "lower config.teacher_temperature" in told
+    single = history(teacher_entropy=[0.0] * 3, teacher_uniform_kl=[most] * 3)
+    assert diagnostics.collapsed_at(single, **limits) == 2
+    told = diagnostics.collapse_warning(2, single, min_std=0.1, signs=signs)
+    assert "one prototype" in told and "lower config.centre_momentum" in told
+    assert diagnostics.collapsed_at(single, min_std=0.1, min_rank=1.5) is None
+    notes = " ".join(settings.notes(tiny_config(centre_momentum=1.0, teacher_temperature=0.15)))
+    assert "no centring" in notes and "no sharpening" in notes
+
+
+def test_pictures_show_the_small_crops(tmp_path):
+    pair = np.zeros((2, 3, 16, 16, 3))
+    sizes = []
+    for local in (None, np.ones((5, 3, 8, 8, 3))):
+        path = str(tmp_path / "pairs.png")
+        plots.view_pairs(path, *pair, local, step=1)
+        with Image.open(path) as picture:
+            sizes.append((picture.size, np.asarray(picture.convert("L"))))
+    assert sizes[1][0][1] > sizes[0][0][1] and sizes[1][0][0] == sizes[0][0][0]
+
+
+def test_the_presets_are_the_papers():
+    config = dino.get_config()
+    assert config.encoder.name == "vit_s16" and config.encoder.vit.drop_path == 0.1
+    assert config.views["global"].area == (0.4, 1.0) and config.views["global"].count == 2
+    local = config.views.local
+    assert (local.count, local.size, local.area) == (8, 96, (0.05, 0.4))
+    peak = optim.scaled_learning_rate(config.optimizer.learning_rate, config.batch_size, "linear")
+    assert peak == 2e-3 and peak * config.optimizer.end_fraction == pytest.approx(1e-6)
+    names = ("weight_decay", "weight_decay_end", "clip_norm", "clip_each", "warmup_epochs")
+    assert [config.optimizer[name] for name in names] == [0.04, 0.4, 3.0, True, 10.0]
+    resnet = dino.get_config("imagenet_resnet50")
+    assert resnet.encoder.name == "resnet" and resnet.encoder.depth == 50
+    assert resnet.views["global"].area == (0.14, 1.0) and resnet.views.local.area == (0.05, 0.14)

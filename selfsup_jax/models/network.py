@@ -1,8 +1,8 @@
 """Networks of several parts: the modules that most methods share, and their initialisation.
 
 A network is one module whose fields are its parts: `encoder`, `projector` and, in some networks,
-`predictor`, `prototypes` and `classifier` (the online probe; None if there are no labels). Parameters and batch
-statistics are dictionaries with these names as keys; a target network has only some of the parts.
+`predictor`, `prototypes` and `classifier` (the online probe; None if there are no labels).
+Parameters and statistics have these names as keys; a target network has only some of the parts.
 """
 
 from __future__ import annotations

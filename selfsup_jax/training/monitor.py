@@ -227,9 +227,8 @@ class Monitor:
             rows = {k: v[: self._config.monitor.view_pairs] for k, v in batch.items()}
             crops = inputs.with_views(self._feed, step - 1, rows)
             views = jax.device_get(self._augment_views(key, crops))
-            plots.view_pairs(
-                self._path("view_pairs"), *views["global"][:2], views.get("local"), step=step
-            )
+            first, second, local = *views["global"][:2], views.get("local")
+            plots.view_pairs(self._path("view_pairs"), first, second, local, step=step)
         self._draw_map(snapshot)
         self._draw_neighbours(snapshot)
 
