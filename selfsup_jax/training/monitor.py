@@ -195,7 +195,8 @@ class Monitor:
         values: dict[str, Any] = {"collapsed": collapsed is not None}
         if collapsed is not None:
             values["collapsed_at_step"] = collapsed
-        for name in ("projection_std", "effective_rank", "loss"):
+        own = (sign.metric for sign in self._signs)
+        for name in ("projection_std", "effective_rank", "loss", *own):
             if name in self._history:
                 values[name] = self._history[name][1][-1]
         return values
