@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -30,9 +29,9 @@ from selfsup_jax import durations, optim
 from selfsup_jax.build import find
 from selfsup_jax.data import inputs
 from selfsup_jax.errors import UserError
-from selfsup_jax.models import heads
+from selfsup_jax.models import heads, vit
 from selfsup_jax.run import checkpoint
-from selfsup_jax.training import diagnostics, pretrain
+from selfsup_jax.training import diagnostics, init_from, pretrain
 from selfsup_jax.viz import plots
 
 BATCH, STEPS, TOTAL_STEPS, LOCAL = 6, 4, 8, 2
@@ -271,6 +270,23 @@ def test_outputs_are_those_of_the_global_views(run):
     np.testing.assert_allclose(np.linalg.norm(rows.projection, axis=-1), 1.0, rtol=1e-5)
 
 
+def test_a_start_from_another_runs_weights_takes_its_centre(run):
+    first, last = run[0][0], run[0][-1]
+    arrays = {
+        f"{name}/{path}": leaf
+        for name in ("online_params", "online_stats", "target_params", "target_stats")
+        for path, leaf in flatten(getattr(last, name)).items()
+    }
+    source = init_from.Source("a run", {}, arrays | {"centre": last.centre}, "")
+    state, told = init_from.begin(first, source)
+    assert_same(state.target_params, last.target_params)
+    np.testing.assert_array_equal(state.centre, last.centre)
+    assert "target prototypes, centre" in told.taken and told.new == "optimizer"
+    source = source._replace(arrays={k: v for k, v in source.arrays.items() if "proto" not in k})
+    state, told = init_from.begin(first, source)  # other prototypes have no use for it
+    assert not state.centre.any() and "centre" in told.new
+
+
 def test_no_gradient_flows_into_the_teacher_and_the_centre():
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(4, 3, 5)), rng.normal(size=(2, 3, 5))
@@ -288,15 +304,15 @@ def test_terms_at_both_collapses():
     none = np.zeros(8, np.float32)
     terms = jax.jit(lambda s, t, c: losses.dino_loss(s, t, c, 0.1, 0.04))
     even = terms(np.zeros((3, 4, 8), np.float32), np.zeros((2, 4, 8), np.float32), none)
-    np.testing.assert_allclose(even[:3], [math.log(8), math.log(8), 0], atol=1e-6)
-    assert float(losses.uniform_kl(even.usage)) == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(even[:3], [math.log(8), math.log(8), 0], atol=1e-5)
+    assert float(losses.uniform_kl(even.usage)) == pytest.approx(0, abs=1e-5)
     one = np.zeros((3, 4, 8), np.float32)
     one[..., 2] = 9.0
     single = terms(one, one[:2], none)
-    np.testing.assert_allclose(single[:3], [0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(single[:3], [0, 0, 0], atol=1e-5)
     assert float(losses.uniform_kl(single.usage)) == pytest.approx(math.log(8), abs=1e-5)
     centred = terms(one, one[:2], one[0, 0])  # the centre takes it away
-    assert float(centred.entropy) == pytest.approx(math.log(8), abs=1e-6)
+    assert float(centred.entropy) == pytest.approx(math.log(8), abs=1e-5)
 
 
 def test_a_gain_scales_a_prototype():
@@ -309,8 +325,8 @@ def test_a_gain_scales_a_prototype():
     apply = jax.jit(run)
     before = apply(np.ones(7, np.float32), kernel)
     after = apply(np.full(7, 2, np.float32), 5 * kernel)
-    np.testing.assert_allclose(after, 2.0 * np.asarray(before), rtol=1e-5)
-    np.testing.assert_allclose(before, x.T @ (kernel / np.linalg.norm(kernel, axis=0)), rtol=1e-5)
+    np.testing.assert_allclose(after, 2.0 * np.asarray(before), atol=1e-5)
+    np.testing.assert_allclose(before, x.T @ (kernel / np.linalg.norm(kernel, axis=0)), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- devices
@@ -357,32 +373,19 @@ def test_devices_do_not_change_the_update():
         assert_equal_runs(after_two_steps(made, devices), expected)
 
 
-class Plain(nn.Module):
-    """An encoder without batch norm: microbatches then change nothing."""
-
-    num_features: int = 4
-    dtype: type = np.float32
-
-    @nn.compact
-    def __call__(self, x, layout=None):
-        x = nn.Conv(self.num_features, (3, 3))(x)
-        scale = self.param("scale", nn.initializers.ones, (self.num_features,))
-        return nn.relu(x * scale).mean((1, 2))
-
-
 @pytest.mark.slow
 def test_microbatches_do_not_change_the_update():
-    """The centre is that of the whole batch."""
+    """With a ViT and its drop path; the centre is that of the whole batch."""
+    encoder = vit.ViT(width=8, depth=2, heads=2, patch=2, drop_path=0.5)
     rate = {"optimizer.learning_rate": 0.01}
-    expected_state, expected = after_two_steps(tiny_method(Plain(), **rate), 0)
-    made = tiny_method(Plain(), accumulate_steps=2, **rate)
-    for devices in (0, 2):
-        state, metrics = after_two_steps(made, devices)
-        usage = ("teacher_uniform_kl",)  # of a microbatch
-        metrics, wanted = (
-            {k: v for k, v in m.items() if k not in usage} for m in (metrics, expected)
-        )
-        assert_equal_runs((state, metrics), (expected_state, wanted))
+    expected_state, expected = after_two_steps(tiny_method(encoder, **rate), 0)
+    state, metrics = after_two_steps(tiny_method(encoder, accumulate_steps=2, **rate), 2)
+    for values in (metrics, expected):
+        del values["teacher_uniform_kl"]  # of a microbatch
+    assert_equal_runs((state, metrics), (expected_state, expected))
+    dropless, _ = after_two_steps(tiny_method(encoder.clone(drop_path=0.0), **rate), 0)
+    with pytest.raises(AssertionError):
+        assert_close(dropless.centre, expected_state.centre, 1e-3)
 
 
 # ------------------------------------------------------------------------------ whole runs
@@ -526,7 +529,7 @@ def test_without_small_crops_there_are_two_views():
 
 def test_durations_become_steps():
     config = dino.get_config("folder")
-    config.update(batch_size=10, teacher_warmup_epochs=2.0)
+    config.update(batch_size=10, teacher_warmup_epochs=2.0, teacher_temperature=0.07)
     durations.fill_in(config, 105)
     assert config.teacher_warmup_steps == 20 and config.optimizer.freeze_steps == 10
     assert config.optimizer.warmup_steps is None and config.steps is None
@@ -534,7 +537,8 @@ def test_durations_become_steps():
     durations.fill_in(config, 105)
     assert config.teacher_warmup_steps == 4
     temperature = settings.teacher_temperature(config)
-    np.testing.assert_allclose([temperature(k) for k in (0, 2, 4, 9)], [0.04, 0.055, 0.07, 0.07])
+    values = [float(temperature(k)) for k in (0, 2, 4, 9)]
+    np.testing.assert_allclose(values, [0.04, 0.055, 0.07, 0.07], rtol=1e-6)
 
 
 def history(**series):
