@@ -24,9 +24,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def demo() -> ConfigDict:
-    """Embedded digits, 8 epochs per run."""
+    """Embedded digits, 6 epochs per run."""
     base = dino.get_config("demo")
-    base.epochs = 8.0
+    base.epochs = 6.0
     base.eval.random_init = base.eval.pixels = False
     base.monitor.knn_every_steps = 0
     base.monitor.plots_every_steps = 0

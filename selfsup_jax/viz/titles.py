@@ -84,7 +84,7 @@ CLOSING = ("linear_probe_top1", "linear_probe_top5", "fewshot_top1", "knn_top1",
 METRICS = (
     *CLOSING,
     *(prefix + name for prefix in BASELINES for name in CLOSING),
-    *("effective_rank", "projection_std", "loss"),
+    *("effective_rank", "projection_std", "loss", "teacher_entropy", "teacher_uniform_kl"),
 )
 
 
