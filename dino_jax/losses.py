@@ -47,7 +47,7 @@ def dino_loss(
     p = jnp.exp(log_t)
     # Full float32; accelerators default to lower precision.
     cross = -jnp.einsum("tbk,vbk->tv", p, log_s, precision=lax.Precision.HIGHEST) / p.shape[1]
-    different = 1.0 - jnp.eye(*cross.shape)
+    different = 1.0 - jnp.eye(len(p), len(student))
     loss = jnp.sum(cross * different) / jnp.sum(different)
     entropy = -jnp.mean(jnp.sum(p * log_t, axis=-1))
     return Terms(loss, entropy, loss - entropy, p.mean((0, 1)))

@@ -228,8 +228,9 @@ class Monitor:
             rows = {k: v[: self._config.monitor.view_pairs] for k, v in batch.items()}
             crops = inputs.with_views(self._feed, step - 1, rows)
             views = jax.device_get(self._augment_views(key, crops))
-            first, second, local = *views["global"][:2], views.get("local")
-            plots.view_pairs(self._path("view_pairs"), first, second, local, step=step)
+            first, second = views["global"][:2]
+            path, local = self._path("view_pairs"), views.get("local")
+            plots.view_pairs(path, first, second, local, step=step)
         self._draw_map(snapshot)
         self._draw_neighbours(snapshot)
 
