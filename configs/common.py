@@ -215,6 +215,7 @@ def head(**changes) -> ConfigDict:
         "linear_init": "haiku",  # BYOL's code; `torch`: MoCo's; `normal`: SimCLR's
         "hidden_bias": True,
         "hidden_norm": True,
+        "activation": "relu",  # or `gelu`
         "output_bias": False,
         "output_norm": "none",  # or `affine`, `scale` (no offset), `plain` (neither)
     }
@@ -260,6 +261,11 @@ def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
         "excluded_rate": 1.0,  # factor on the learning rate of these
         "constant_rate": (),  # patterns of parameters with a constant learning rate
         "clip_norm": 0.0,  # maximum norm of the gradient; 0: no clipping
+        "clip_each": False,  # it is the maximum of each tensor's norm, as in DINO's code
+        "freeze": (),  # patterns of parameters that do not change at first, for the first of these
+        "freeze_steps": config_dict.placeholder(int),  # that is given
+        "freeze_examples": config_dict.placeholder(int),
+        "freeze_epochs": config_dict.placeholder(float),
         "beta_2": 0.999,  # of AdamW and LAMB; their first beta is `momentum`
         "adam_epsilon": 1e-8,
     }
@@ -297,7 +303,8 @@ def views(
     """Two views of each image, normalised with ImageNet's mean and standard deviation.
 
     The views of a group have the same crop size. The group is `global`; methods with more views
-    also have `local`. The last `view_N` section of a group is used for all further views.
+    also have `local` (`local_views`). The last `view_N` section of a group is used for all further
+    views.
 
     Args:
         config: its `data.image_size` is the default size of the crops.
@@ -314,6 +321,23 @@ def views(
     section.mean = (0.485, 0.456, 0.406)
     section.std = (0.229, 0.224, 0.225)
     return section
+
+
+def local_views(
+    config: ConfigDict, view: ConfigDict, *, count: int, size: int, area: tuple[float, ...]
+) -> None:
+    """Adds the group `local` to a config's views: multi-crop (SwAV, arXiv 2006.09882, section 3.2).
+
+    Args:
+        config: it has views.
+        view: the augmentation of each.
+        count: of the small crops of an image; 0: none.
+        size: in pixels.
+        area: as a share of the image's area.
+    """
+    group = ConfigDict({"view_1": view})
+    group.update(count=count, size=size, area=area, aspect=(3 / 4, 4 / 3))
+    config.views.local = group
 
 
 def sections_of_views(config: ConfigDict) -> list[ConfigDict]:

@@ -41,7 +41,7 @@ def parts_from_config(
     num_classes: int | None,
     total_steps: int,
     warmup_steps: int,
-    views: Mapping[str, int] | None = None,
+    views: Mapping[str, int | None] | None = None,
 ) -> Parts:
     """Builds encoder, heads, online probe, optimizer and augmentation from a validated config.
 
@@ -49,7 +49,8 @@ def parts_from_config(
         config: a pretraining config.
         num_classes: classes of the online probe; None for no probe.
         total_steps, warmup_steps: length of the run and of its warm-up.
-        views: view group -> number of views that the method takes; None for two global views.
+        views: view group -> number of views that the method takes, or None for any; None for two
+            global views.
 
     Raises:
         UserError: the config has another number of views.
@@ -65,11 +66,9 @@ def parts_from_config(
     given = {name: len(group) for name, group in augment.groups.items()}
     wanted = dict(views or {"global": 2})
     for name in wanted | given:
-        count = given.get(name, 0)
-        if count != wanted.get(name, 0):
-            raise bad_field(
-                f"views.{name}.count", count, f"must be {wanted.get(name, 0)} for {config.method}"
-            )
+        count, needed = given.get(name, 0), wanted.get(name, 0)
+        if needed is not None and count != needed:
+            raise bad_field(f"views.{name}.count", count, f"must be {needed} for {config.method}")
     image_shape = (config.views["global"].size, config.views["global"].size, 3)
     shared = {
         "start": functools.partial(_start_without_target, image_shape=image_shape),

@@ -188,7 +188,8 @@ def check_patterns(config: ConfigDict, build: Build) -> None:
     Raises:
         UserError: one matches none, also not of the online probe, which runs without labels lack.
     """
-    if config.optimizer.exclude or config.optimizer.constant_rate:
+    optimizer = config.optimizer
+    if optimizer.exclude or optimizer.constant_rate or optimizer.freeze:
         method = build(config, 2, 1, 0)
         jax.eval_shape(lambda: method.init_state(jax.random.PRNGKey(0)))
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from selfsup_jax.errors import UserError, bad_field
 
+_WARMUP = "optimizer.warmup_"
+
 
 def to_steps(
     section: Any,
@@ -89,6 +91,30 @@ def _warmup(config: Any, num_examples: int) -> int:
     """The steps of the warm-up as the config has them."""
     path, whole = "optimizer.", config.whole_epochs
     return to_steps(config.optimizer, num_examples, config.batch_size, "warmup_", path, whole)
+
+
+def fill_in(config: Any, num_examples: int) -> None:
+    """Gives the steps of a config's other durations, such as `optimizer.freeze_epochs`.
+
+    Where a section has `X_steps`, `X_examples` and `X_epochs` and one of them is given, `X_steps`
+    becomes the first that is. The warm-up of the learning rate is left to `total_and_warmup`.
+    """
+    batch, whole = config.batch_size, config.whole_epochs
+
+    def visit(section: Any, path: str) -> None:
+        for name in list(section):
+            if hasattr(section[name], "keys"):
+                visit(section[name], f"{path}{name}.")
+            prefix = name.removesuffix("epochs")
+            units = [prefix + unit for unit in ("steps", "examples", "epochs")]
+            if not prefix.endswith("_") or prefix == name or f"{path}{prefix}" == _WARMUP:
+                continue
+            if all(unit in section for unit in units) and any(
+                section[u] is not None for u in units
+            ):
+                section[units[0]] = to_steps(section, num_examples, batch, prefix, path, whole)
+
+    visit(config, "")
 
 
 def described(config: Any, num_examples: int, total_steps: int) -> str:

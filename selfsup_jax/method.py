@@ -1,8 +1,7 @@
 """What a method is, and the training step that all methods share.
 
 A method is a record (`Method`) of a network, a pure loss and plain values; its package's `build`
-makes it from a config, with the help of `build.py`. `train_step` is the same for all methods:
-views, gradients, means over devices, optimizer, moving average of the target, metrics.
+makes it from a config, with the help of `build.py`. `train_step` is the same for all methods.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.devices import collectives
 from selfsup_jax.devices.collectives import BatchLayout, RowNoise
 from selfsup_jax.models import online_probe
-from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState, all_finite
+from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, Sign, TrainState, all_finite
 
 Views = dict[str, jax.Array]  # group of views -> `[V, b, H, W, 3]` in the encoder's dtype
 
@@ -97,9 +96,9 @@ class Method:
         carry: `(state, carried, after) -> state`, updates further state, such as MoCo's queue.
             `after` is a scalar that depends on everything that read the old state.
         pairs: (i, j): the loss compares prediction i with target j of the outputs.
-        bn_groups: batch-norm groups of the global batch.
-        accumulate_steps: microbatches per update.
+        bn_groups, accumulate_steps: batch-norm groups and microbatches of the global batch.
         notes: lines that are logged at the start of a run, such as warnings.
+        signs: of collapse, besides those that all methods share.
     """
 
     network: nn.Module
@@ -115,6 +114,7 @@ class Method:
     bn_groups: int = 1
     accumulate_steps: int = 1
     notes: tuple[str, ...] = ()
+    signs: tuple[Sign, ...] = ()
 
     def init_state(self, rng: jax.Array) -> TrainState:
         """The state before the first step."""

@@ -36,6 +36,11 @@ _RULES: checks.Table = {
     "adam_epsilon": checks.positive,
     "exclude": checks.patterns,
     "constant_rate": checks.patterns,
+    "freeze": checks.patterns,
+    "freeze_steps": checks.optional(checks.whole(0)),
+    "freeze_examples": checks.optional(checks.whole(0)),
+    "freeze_epochs": checks.optional(checks.not_negative),
+    "clip_each": checks.flag,
     "nesterov": checks.flag,
     "rate_inside_momentum": checks.flag,
     "warmup_steps": checks.optional(checks.whole(0)),
@@ -135,6 +140,9 @@ def make_optimizer(
     nesterov: bool = False,
     adam: tuple[float, float] | None = None,
     clip_norm: float = 0.0,
+    clip_each: bool = False,
+    freeze: Sequence[str] = (),
+    freeze_steps: int = 0,
     excluded_rate: float = 1.0,
     constant_rate: Sequence[str] = (),
     peak: float = 0.0,
@@ -157,25 +165,50 @@ def make_optimizer(
         nesterov: Nesterov momentum.
         adam: (second beta, epsilon) of AdamW and LAMB; None for SGD or LARS.
         clip_norm: maximum norm of the whole gradient; a larger one is scaled down. 0: no clipping.
+        clip_each: it is the maximum of each tensor's norm.
+        freeze: path patterns of parameters that stay as they are for the first `freeze_steps`
+            steps, as if they had no gradient: Adam's moments and their debiasing start after them.
         excluded_rate: factor on the learning rate of the parameters in `exclude`.
         constant_rate: path patterns of parameters whose learning rate is always `peak`.
         peak: the peak learning rate of the schedule.
     """
 
     mask = functools.partial(path_mask, exclude=exclude)
-    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    after = functools.partial(_after_steps, patterns=freeze, steps=freeze_steps)
+    clip = clip_each_by_norm if clip_each else optax.clip_by_global_norm
+    parts = [clip(clip_norm)] if clip_norm else []
     if adam is not None:
-        parts.append(optax.scale_by_adam(b1=momentum, b2=adam[0], eps=adam[1]))
+        parts.append(after(optax.scale_by_adam(b1=momentum, b2=adam[0], eps=adam[1])))
     parts.append(optax.masked(optax.add_decayed_weights(weight_decay), mask))
     if trust_coefficient is not None:
         ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
         adapted = functools.partial(path_mask, exclude=(*exclude, *no_ratio))
         parts.append(optax.masked(ratio, adapted))
+    if freeze:
+        parts.append(after(optax.identity()))
     rates = _rates(schedule, exclude, excluded_rate, constant_rate, peak)
     if adam is not None:
         return optax.chain(*parts, *rates)
     trace = optax.trace(decay=momentum, nesterov=nesterov)
     return optax.chain(*parts, *((*rates, trace) if rate_inside_momentum else (trace, *rates)))
+
+
+def clip_each_by_norm(limit: float) -> optax.GradientTransformation:
+    """Scales each tensor down whose norm is above `limit`, as DINO's code (`clip_gradients`)."""
+    return optax.stateless_with_tree_map(
+        lambda g, _: g * jnp.minimum(1.0, limit / (jnp.linalg.norm(g) + 1e-6))
+    )
+
+
+def _after_steps(
+    transform: optax.GradientTransformation, patterns: Sequence[str], steps: int
+) -> optax.GradientTransformation:
+    """The transform; for the parameters of `patterns` it starts after `steps` steps of zeros."""
+    if not patterns:
+        return transform
+    others = functools.partial(path_mask, exclude=patterns, field="freeze")
+    late = optax.conditionally_mask(transform, lambda step: step >= steps)
+    return optax.chain(optax.masked(transform, others), optax.masked(late, _opposite(others)))
 
 
 def _rates(
@@ -259,6 +292,9 @@ def from_config(
         nesterov=config.nesterov,
         adam=(config.beta_2, config.adam_epsilon) if config.name in ("adamw", "lamb") else None,
         clip_norm=config.clip_norm,
+        clip_each=config.clip_each,
+        freeze=config.freeze,
+        freeze_steps=config.freeze_steps or 0,
         excluded_rate=config.excluded_rate,
         constant_rate=config.constant_rate,
         peak=peak,

@@ -51,6 +51,20 @@ class Outputs(NamedTuple):
     target: jax.Array
 
 
+class Sign(NamedTuple):
+    """A sign of collapse that a method has of its own: a metric of its steps above a limit.
+
+    Attributes:
+        metric: its name.
+        limit: the largest value of a healthy run.
+        meaning: of a higher value: what has happened and what to do about it.
+    """
+
+    metric: str
+    limit: float
+    meaning: str
+
+
 def fresh_state(
     params: PyTree,
     stats: PyTree,

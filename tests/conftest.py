@@ -48,6 +48,7 @@ from selfsup_jax.models.heads import LinearClassifier, MLPHead
 from selfsup_jax.models.network import SiameseWithPredictor
 from selfsup_jax.models.norm import BatchNorm
 from selfsup_jax.models.resnet import Conv
+from selfsup_jax.state import Sign
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -201,6 +202,7 @@ class StandIn:
     augment: Augmentation = PLAIN_VIEWS
     pairs: tuple[tuple[int, int], ...] = ((0, 1), (1, 0))
     notes: tuple[str, ...] = ()
+    signs: tuple[Sign, ...] = ()
 
 
 def total_loss(made: Method, state, views, labels, **context):

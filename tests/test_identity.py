@@ -105,8 +105,10 @@ def earlier(config: dict) -> dict:
         old[name] = {"hidden_size": hidden, "output_size": old[name]["output_size"]}
     for name in ("end_fraction", "weight_decay_end", "excluded_rate", "constant_rate"):
         del old["optimizer"][name]
-    for name in ("clip_norm", "beta_2", "adam_epsilon"):
+    for name in ("clip_norm", "clip_each", "beta_2", "adam_epsilon", "freeze"):
         del old["optimizer"][name]
+    for unit in ("steps", "examples", "epochs"):
+        del old["optimizer"][f"freeze_{unit}"]
     computed = ("remat", "pool_first", "product_norm_stages")
     for name in ("stage1_projection", "zero_init_basic", *computed, "name", "vit"):
         del old["encoder"][name]

@@ -17,6 +17,7 @@ from selfsup_jax.models.norm import BatchNorm
 
 # Batch norm after the last layer: none; with scale and offset, with scale only, with neither.
 OUTPUT_NORMS = ("none", "affine", "scale", "plain")
+ACTIVATIONS = ("relu", "gelu")
 _SIZE = checks.whole(1, largest=2**20)
 _RULES: checks.Table = {
     "hidden_sizes": checks.each(_SIZE, "whole numbers, each at least 1, as '(512,)'"),
@@ -24,6 +25,7 @@ _RULES: checks.Table = {
     "linear_init": checks.one_of(KERNEL_INITS),
     "hidden_bias": checks.flag,
     "hidden_norm": checks.flag,
+    "activation": checks.one_of(ACTIVATIONS),
     "output_bias": checks.flag,
     "output_norm": checks.one_of(OUTPUT_NORMS),
 }
@@ -39,7 +41,7 @@ FIELDS |= {
 
 
 class MLPHead(nn.Module):
-    """A projector g or predictor q: linear layers; all but the last have (batch norm and) ReLU.
+    """A projector g or predictor q: linear layers, with (batch norm and) an activation between.
 
     The defaults are BYOL's: section 3.3 and the authors' code.
 
@@ -49,6 +51,7 @@ class MLPHead(nn.Module):
         linear_init: initialisation of the linear layers, a key of `KERNEL_INITS`;
             biases start at 0, with `torch` like the kernel.
         hidden_bias, hidden_norm: whether hidden layers have a bias, and a batch norm.
+        activation: of hidden layers: `relu` or `gelu` (exact, with the error function).
         output_bias: whether the last layer has a bias.
         output_norm: batch norm after the last layer, one of `OUTPUT_NORMS`.
         bn_decay, bn_epsilon, bn_unbiased_average: see `BatchNorm`.
@@ -60,6 +63,7 @@ class MLPHead(nn.Module):
     linear_init: str = "haiku"
     hidden_bias: bool = True
     hidden_norm: bool = True
+    activation: str = "relu"
     output_bias: bool = False
     output_norm: str = "none"
     bn_decay: float = 0.9
@@ -76,7 +80,12 @@ class MLPHead(nn.Module):
         for i, size in enumerate(self.hidden_sizes):
             suffix = f"_{i + 1}" if i else ""
             x = self._linear(x, f"hidden{suffix}", size, self.hidden_bias)
-            x = norm(relu=True, name=f"bn{suffix}")(x, layout) if self.hidden_norm else nn.relu(x)
+            gelu = self.activation == "gelu"
+            if self.hidden_norm:
+                x = norm(relu=not gelu, name=f"bn{suffix}")(x, layout)
+            elif not gelu:
+                x = nn.relu(x)
+            x = nn.gelu(x, approximate=False) if gelu else x
         x = self._linear(x, "output", self.output_size, self.output_bias)
         if self.output_norm != "none":
             affine = {"affine": (True, True), "scale": (True, False), "plain": (False, False)}
@@ -109,6 +118,34 @@ def from_config(head: Any, encoder: Any, dtype: jnp.dtype) -> MLPHead:
     return MLPHead(**head, **norm, dtype=dtype)
 
 
+class Prototypes(nn.Module):
+    """A linear layer without bias, weight-normalised (arXiv 1602.07868): DINO's last layer.
+
+    A column of the kernel counts by its direction only. Its length is 1, or a parameter `gain` that
+    starts at 1.
+
+    Attributes:
+        count: K.
+        unit: the length is always 1.
+        dtype: of the matmul's factors; its sums are float32.
+    """
+
+    count: int
+    unit: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, D]` to `[B, K]` float32."""
+        shape = (x.shape[-1], self.count)
+        kernel = self.param("kernel", KERNEL_INITS["torch"], shape, jnp.float32)
+        kernel = l2_normalize(kernel, axis=0)
+        if not self.unit:
+            kernel *= self.param("gain", nn.initializers.ones, (self.count,), jnp.float32)
+        factors = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jnp.matmul(*factors, preferred_element_type=jnp.float32)
+
+
 class LinearClassifier(nn.Module):
     """The linear layer of the online probe.
 
@@ -130,6 +167,6 @@ class LinearClassifier(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=init, name="output")(x)
 
 
-def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+def l2_normalize(x: jax.Array, epsilon: float = 1e-12, axis: int = -1) -> jax.Array:
     """Scales rows of `[..., D]` to unit length; a zero row stays zero, with a finite gradient."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), epsilon**2))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis, keepdims=True), epsilon**2))

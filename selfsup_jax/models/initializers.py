@@ -20,6 +20,8 @@ KERNEL_INITS: dict[str, Callable] = {
     "kaiming_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
     # PyTorch's Conv2d and Linear: uniform within +-1 / sqrt(fan in); a linear layer's bias too.
     "torch": nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),
+    # timm's and DINO's linear layers: they truncate it at +-2, which is a hundred deviations.
+    "timm": nn.initializers.normal(0.02),
     # SimCLR's linear layers.
     "normal": nn.initializers.normal(0.01),
 }

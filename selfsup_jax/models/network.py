@@ -1,8 +1,8 @@
 """Networks of several parts: the modules that most methods share, and their initialisation.
 
 A network is one module whose fields are its parts: `encoder`, `projector` and, in some networks,
-`predictor` and `classifier` (the online probe; None if there are no labels). Parameters and batch
-statistics are dictionaries with these names as keys; a target network has only some of the parts.
+`predictor`, `prototypes` and `classifier` (the online probe; None if there are no labels).
+Parameters and statistics have these names as keys; a target network has only some of the parts.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def init(rng: jax.Array, network: Any, image_shape: tuple[int, ...]) -> tuple[di
         "encoder": image_shape,
         "projector": (network.encoder.num_features,),
         "predictor": (network.projector.output_size,),
+        "prototypes": (network.projector.output_size,),
         "classifier": (network.encoder.num_features,),
     }
     params: dict[str, Any] = {}

@@ -158,6 +158,9 @@ _ADDED: dict[str, Flat] = {
         "optimizer.excluded_rate": 1.0,
         "optimizer.constant_rate": [],
         "optimizer.clip_norm": 0.0,
+        "optimizer.clip_each": False,
+        "optimizer.freeze": [],
+        **dict.fromkeys(f"optimizer.freeze_{unit}" for unit in ("steps", "examples", "epochs")),
         "optimizer.beta_2": 0.999,
         "optimizer.adam_epsilon": 1e-8,
         "whole_epochs": True,
@@ -179,6 +182,8 @@ _ADDED: dict[str, Flat] = {
         **{"encoder.vit.features": "class", "encoder.vit.layer_norm_epsilon": 1e-6},
         **{"encoder.vit.init": "normal", "encoder.vit.attention_kernel": "auto"},
     },
+    "projector.output_size": {"projector.activation": "relu"},
+    "predictor.output_size": {"predictor.activation": "relu"},
     "monitor.max_rows": {
         "init_from": "",
         "online_probe.kernel_init": "lecun",

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from threadpoolctl import ThreadpoolController
 
-from selfsup_jax.state import Outputs
+from selfsup_jax.state import Outputs, Sign
 
 # Name -> (steps, values), as in `metrics.Recorder.history`.
 History = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -105,12 +105,15 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def collapsed_at(history: History, *, min_std: float, min_rank: float) -> int | None:
+def collapsed_at(
+    history: History, *, min_std: float, min_rank: float, signs: Sequence[Sign] = ()
+) -> int | None:
     """The step at which a run collapsed, or None.
 
-    A measurement is low if all projections are nearly equal (`projection_std` below `min_std`) or
-    all representations are (`effective_rank` below `min_rank`). A run has collapsed if its last
-    measurements, at least two, are low; the result is the step of the second one.
+    A measurement is low if all projections are nearly equal (`projection_std` below `min_std`), or
+    all representations are (`effective_rank` below `min_rank`), or there is one of the method's
+    own signs. A run has collapsed if its last measurements, at least two, are low; the result is
+    the step of the second one.
     """
     collapsed = None
     series = {name: history.get(name, ((), ())) for name in ("projection_std", "effective_rank")}
@@ -123,8 +126,9 @@ def collapsed_at(history: History, *, min_std: float, min_rank: float) -> int | 
         )
     )
     low_before = False
+    seen = _steps_of(history, signs)
     for step, std, rank in measurements:
-        low = std < min_std or rank < min_rank
+        low = std < min_std or rank < min_rank or step in seen
         if not low:
             collapsed = None
         elif low_before and collapsed is None:
@@ -133,9 +137,30 @@ def collapsed_at(history: History, *, min_std: float, min_rank: float) -> int | 
     return collapsed
 
 
-def collapse_warning(step: int, history: History, *, min_std: float) -> str:
+def _steps_of(history: History, signs: Sequence[Sign]) -> set[int]:
+    """The steps at which a method's own signs of collapse were there."""
+    pairs = [(sign, history.get(sign.metric, ((), ()))) for sign in signs]
+    return {
+        step
+        for sign, series in pairs
+        for step, value in zip(*series, strict=True)
+        if value > sign.limit
+    }
+
+
+def collapse_warning(
+    step: int, history: History, *, min_std: float, signs: Sequence[Sign] = ()
+) -> str:
     """The warning of a collapse: the measured values and the likely causes."""
     std, rank = (history[name][1][-1] for name in ("projection_std", "effective_rank"))
+    latest = {sign: history.get(sign.metric, ((), (0.0,)))[1][-1] for sign in signs}
+    for sign, value in latest.items():
+        if value > sign.limit:
+            return (
+                f"WARNING: the run has collapsed by step {step:,}: {sign.meaning} ({sign.metric} "
+                f"{value:.3f}, above {sign.limit:.3f}; projection_std {std:.3f}, effective_rank "
+                f"{rank:.1f})"
+            )
     which = "projections" if std < min_std else "representations"
     return (
         f"WARNING: the run has collapsed by step {step:,}: the {which} of all images are nearly "

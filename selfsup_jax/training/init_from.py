@@ -18,7 +18,7 @@ from selfsup_jax.run import checkpoint_files
 from selfsup_jax.state import TrainState
 
 _NETWORKS = ("online_params", "online_stats", "target_params", "target_stats")
-_DERIVED = ("queue", "queue_index")  # of the projector's outputs
+_DERIVED = ("queue", "queue_index", "centre")  # of the heads' outputs
 
 Arrays = dict[str, np.ndarray]  # by names such as `online_params/encoder/stem/kernel`
 
@@ -29,7 +29,7 @@ class Source(NamedTuple):
     Attributes:
         path: as given in the config.
         config: of the run, or of the import.
-        arrays: the networks' parameters and statistics, and a queue if there is one.
+        arrays: the networks' parameters and statistics, and a queue or a centre.
         about: their origin, in words.
     """
 
@@ -164,12 +164,12 @@ def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
         taken.append(f"target {part}" + ("" if own else " (a copy of the online one)"))
     rest = {name: getattr(state, name) for name in _DERIVED if hasattr(state, name)}
     if rest:
-        fits = not online.get("projector") and all(
+        fits = not (online.get("projector") or online.get("prototypes")) and all(
             name in source.arrays and source.arrays[name].shape == x.shape
             for name, x in rest.items()
         )
         rest = {k: np.asarray(source.arrays[k], x.dtype) if fits else x for k, x in rest.items()}
-        (taken if fits else new).append("queue")
+        (taken if fits else new).append(next(iter(rest)))
     left = {name.split("/")[1] for name in source.arrays if name.startswith("online_params/")}
     networks = {name: unflatten_dict(values, sep="/") for name, values in fields.items()}
     told = Taken(*(", ".join(x) for x in (taken, [*new, "optimizer"], sorted(left - set(taken)))))

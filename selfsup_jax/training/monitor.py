@@ -75,7 +75,7 @@ class Monitor:
         self._augment_views = jax.jit(
             functools.partial(augment_views, groups=method.augment.groups)
         )
-        self._pairs = method.pairs
+        self._pairs, self._signs = method.pairs, method.signs
         self._extract = extract
         self._history = recorder.history
         self._progress = progress
@@ -155,6 +155,7 @@ class Monitor:
             self._history,
             min_std=self._config.monitor.collapse_std,
             min_rank=self._config.monitor.collapse_rank,
+            signs=self._signs,
         )
 
     def judge(self) -> None:
@@ -166,7 +167,10 @@ class Monitor:
             self._announced.add("collapse")
             self._progress.announce(
                 diagnostics.collapse_warning(
-                    collapsed, self._history, min_std=self._config.monitor.collapse_std
+                    collapsed,
+                    self._history,
+                    min_std=self._config.monitor.collapse_std,
+                    signs=self._signs,
                 )
             )
         elif collapsed is None and "collapse" in self._announced:
@@ -191,7 +195,8 @@ class Monitor:
         values: dict[str, Any] = {"collapsed": collapsed is not None}
         if collapsed is not None:
             values["collapsed_at_step"] = collapsed
-        for name in ("projection_std", "effective_rank", "loss"):
+        own = (sign.metric for sign in self._signs)
+        for name in ("projection_std", "effective_rank", "loss", *own):
             if name in self._history:
                 values[name] = self._history[name][1][-1]
         return values
@@ -222,8 +227,10 @@ class Monitor:
             key = jax.random.fold_in(parallel.unreplicate(state.rng), step - 1)  # the step's key
             rows = {k: v[: self._config.monitor.view_pairs] for k, v in batch.items()}
             crops = inputs.with_views(self._feed, step - 1, rows)
-            views = np.asarray(self._augment_views(key, crops)["global"])
-            plots.view_pairs(self._path("view_pairs"), views[0], views[1], step=step)
+            views = jax.device_get(self._augment_views(key, crops))
+            first, second = views["global"][:2]
+            path, local = self._path("view_pairs"), views.get("local")
+            plots.view_pairs(path, first, second, local, step=step)
         self._draw_map(snapshot)
         self._draw_neighbours(snapshot)
 

@@ -81,6 +81,7 @@ def pretrain(
     check_patterns(config, build)
     data = inputs.load_data(config)
     total, warmup = durations.total_and_warmup(config, data.train.num_examples)
+    durations.fill_in(config, data.train.num_examples)
     _check_lengths(config, data, total, directory)
     feed = inputs.feed(config, data.train)
     method = build(config, data.train.num_classes, total, warmup)

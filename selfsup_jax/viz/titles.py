@@ -33,6 +33,10 @@ QUANTITIES = {
     "learning_rate": Quantity("learning rate"),
     "probe_loss": Quantity("loss of the online probe"),
     "contrast_top1": Quantity("own view found first, %"),
+    "teacher_entropy": Quantity("teacher's output, nats", "teacher's output, nats", "entropy"),
+    "teacher_uniform_kl": Quantity("KL to uniform", "teacher's output, nats", "KL to uniform"),
+    "student_kl": Quantity("KL of teacher and student, nats"),
+    "teacher_temperature": Quantity("teacher's temperature"),
     "prediction_target_cosine": Quantity("cosine of prediction and target"),
     "alignment": Quantity("alignment"),
     "uniformity": Quantity("uniformity"),
@@ -80,7 +84,7 @@ CLOSING = ("linear_probe_top1", "linear_probe_top5", "fewshot_top1", "knn_top1",
 METRICS = (
     *CLOSING,
     *(prefix + name for prefix in BASELINES for name in CLOSING),
-    *("effective_rank", "projection_std", "loss"),
+    *("effective_rank", "projection_std", "loss", "teacher_entropy", "teacher_uniform_kl"),
 )
 
 

@@ -26,21 +26,54 @@ def _tiles(images: np.ndarray, low: int = 90, high: int = 160) -> np.ndarray:
     return np.round(blocks.mean(axis=(-4, -2))).astype(np.uint8)
 
 
-def view_pairs(path: str, view_1: np.ndarray, view_2: np.ndarray, *, step: int) -> None:
-    """Draws augmented pairs `[N, H, W, 3]` in [0, 1], the network's input, four pairs in a row."""
+def view_pairs(
+    path: str,
+    view_1: np.ndarray,
+    view_2: np.ndarray,
+    local: np.ndarray | None = None,
+    *,
+    step: int,
+) -> None:
+    """Draws augmented pairs, the network's input, four pairs in a row.
+
+    Args:
+        path: of the PNG file.
+        view_1, view_2: `[N, H, W, 3]` in [0, 1].
+        local: `[V, N, h, w, 3]` in [0, 1], further views, drawn below the pairs; or None.
+        step: of the title.
+    """
     left, right = _tiles(view_1), _tiles(view_2)
     line = np.empty_like(left[:, :, :2])
     line[:] = FRAME
     pairs = np.concatenate([left, line, right], axis=2)  # [N, H, 2W + 2, 3]
+    note = "each frame: two augmented views of one image, as they go into the network"
+    if local is not None and len(local):
+        pairs = np.concatenate([pairs, _rows_of(local, pairs.shape[2])], axis=1)
+        note += "; below, its small crops"
     columns, gap = min(4, len(pairs)), 14
     pitch_y, pitch_x = pairs.shape[1] + gap, pairs.shape[2] + gap
     width = 2 * MARGIN + columns * pitch_x - gap
     height = TOP + math.ceil(len(pairs) / columns) * pitch_y - gap + MARGIN
-    note = "each frame: two augmented views of one image, as they go into the network"
     with open_page(path, width, height, f"View pairs at step {step:,}", note) as page:
         for i, pair in enumerate(pairs):
             row, column = divmod(i, columns)
             page.paste(MARGIN + column * pitch_x, TOP + row * pitch_y, pair, FRAME, border=2)
+
+
+def _rows_of(views: np.ndarray, width: int, columns: int = 4) -> np.ndarray:
+    """`[V, N, h, w, 3]` to `[N, H, width, 3]`: the views of each image in rows, at one scale."""
+    side = width // min(columns, len(views)) - 2
+    whole = max(1, side // views.shape[-2]) * views.shape[-2]
+    tiles = _tiles(views, low=whole, high=max(side, 1))
+    height = tiles.shape[2] + 2
+    rows = math.ceil(len(tiles) / columns)
+    page = np.empty((tiles.shape[1], rows * height, width, 3), np.uint8)
+    page[:] = FRAME
+    for i, view in enumerate(tiles):
+        row, column = divmod(i, columns)
+        y, x = row * height + 2, column * (side + 2)
+        page[:, y : y + view.shape[1], x : x + view.shape[2]] = view
+    return page
 
 
 def nearest_neighbours(

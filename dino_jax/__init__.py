@@ -1,0 +1,1 @@
+"""DINO: Emerging Properties in Self-Supervised Vision Transformers, Caron et al. 2021."""
