@@ -49,9 +49,7 @@ def loss(
     return Loss(loss_1 + loss_2, rows, online_stats, target_stats, metrics)
 
 
-def start(
-    rng: jax.Array, net: SiameseWithPredictor, *, image_shape: tuple[int, ...]
-) -> TrainState:
+def start(rng: jax.Array, net: SiameseWithPredictor, *, image_shape: tuple[int, ...]) -> TrainState:
     """The initial state: the momentum encoder starts as a copy."""
     online_rng, step_rng = jax.random.split(rng)
     return fresh_state(*network.init(online_rng, net, image_shape), step_rng, KEY_PARTS)
