@@ -172,6 +172,8 @@ _ADDED: dict[str, Flat] = {
         **{"encoder.remat": "none", "encoder.pool_first": "auto"},
         "encoder.product_norm_stages": -1,
     },
+    "feature_batch_size": {"features": ""},
+    "label_share": {"layer_decay": 1.0},
     "monitor.max_rows": {
         "init_from": "",
         "online_probe.kernel_init": "lecun",
