@@ -24,7 +24,7 @@ def loss(
     off_diagonal_weight: float,
 ) -> Loss:
     """The cross-correlation of both views' projections against the identity; see `Method.loss`."""
-    images, layout = stack_views(views["global"]), context.layout(num_views=2)
+    images, layout = stack_views(views["global"]), context.layout(num_views=2, noise=True)
     outputs, stats = apply(net, online, images, layout)
     representation, z = (split_views(x) for x in outputs)  # [2, b, D]
     value, diagonal = losses.barlow_twins_loss(z[0], z[1], off_diagonal_weight, context.mean)

@@ -39,6 +39,7 @@ from selfsup_jax.build import find
 from selfsup_jax.data import inputs, sources
 from selfsup_jax.devices import collectives, parallel, process
 from selfsup_jax.method import apply, stack_views
+from selfsup_jax.models import encoders
 from selfsup_jax.models.resnet import Conv
 from selfsup_jax.state import encoder_variables
 
@@ -257,7 +258,7 @@ def main(argv: list[str]) -> None:
         ),
     ]
     title = (
-        f"step: {config.method}, ResNet-{config.encoder.depth} x{config.encoder.width:g}, "
+        f"step: {config.method}, {encoders.describe(config.encoder)}, "
         f"{config.data.image_size} px, batch {config.batch_size}, {dtype}, views {_VIEWS.value}"
     )
     report.show(title, rows, _JSON.value)

@@ -37,10 +37,11 @@ def loss(
     Without target parameters the online projection is also the target, and gradients flow through
     both sides, as in SimCLR. `negatives_weight` and `temperature` are section 5's beta and alpha.
     """
-    images, layout = stack_views(views["global"]), context.layout(num_views=2)
-    outputs, online_stats = apply(net, online, images, layout)
+    images = stack_views(views["global"])
+    outputs, online_stats = apply(net, online, images, context.layout(num_views=2, noise=True))
     representation, projection, q = (split_views(x) for x in outputs)  # [2, b, D]
     if target["params"]:
+        layout = context.layout(num_views=2)
         projections, target_stats = apply(net, target, images, layout, method=net.project)
         z = lax.stop_gradient(split_views(projections))
         value = losses.byol_loss(q[0], q[1], z[0], z[1])

@@ -137,6 +137,10 @@ def sweep(title: str, variants: dict[str, ConfigDict], seeds: tuple[int, ...]) -
 def encoder(**changes) -> ConfigDict:
     """The encoder; the defaults are BYOL's (`selfsup_jax/models/resnet.py:ResNet`)."""
     fields = {
+        # Or `vit_ti16`, `vit_s16`, `vit_b16`, also with patches of 8 and (ti, s) 4 pixels: a Vision
+        # Transformer has the fields in `vit` and `remat`, and a ResNet the others.
+        "name": "resnet",
+        "vit": vit(),
         "depth": 50,
         "width": 1.0,  # multiplies every stage's channels
         "stem": "imagenet",  # or `cifar`
@@ -156,6 +160,29 @@ def encoder(**changes) -> ConfigDict:
         "product_norm_stages": -1,
     }
     return _changed("an encoder", fields, changes)
+
+
+def vit(**changes) -> ConfigDict:
+    """What only Vision Transformers have; the defaults are DINO's, without its drop path of 0.1.
+
+    `selfsup_jax/models/vit.py:ViT` documents the fields.
+    """
+    fields = {
+        "width": 0,  # 0: as the encoder's name says, here and in the next three
+        "depth": 0,
+        "heads": 0,
+        "patch": 0,  # pixels
+        "mlp_ratio": 4,
+        "positions": "learnt",  # or `sincos`, which are fixed: MoCo v3
+        "frozen_patches": False,  # the patches' projection stays as it is drawn: MoCo v3
+        "drop_path": 0.0,  # probability at the last block, linear over the depth
+        "features": "class",  # the class token is the representation; or `mean`, of the patches
+        "layer_norm_epsilon": 1e-6,
+        "init": "normal",  # or `xavier`: MoCo v3
+        # How it is computed: `auto` is cuDNN's flash attention on GPUs that have it, else `xla`.
+        "attention_kernel": "auto",
+    }
+    return _changed("a Vision Transformer", fields, changes)
 
 
 def torchvision_encoder(**changes) -> ConfigDict:

@@ -62,10 +62,10 @@ def loss(
     The keys are the same, and `target_params` of a state are those that encoded its last keys.
     """
     pair = views["global"]
-    queries_of, keys_of = (pair, pair[::-1]) if symmetric else (pair[:1], pair[1:])
-    num_views = len(queries_of)
+    queries, keys_of = (pair, pair[::-1]) if symmetric else (pair[:1], pair[1:])
+    num_views = len(queries)
     keys, key_stats = encode_keys(net, target, keys_of, context)  # [V, b, D]
-    outputs, stats = apply(net, online, stack_views(queries_of), context.layout(num_views))
+    outputs, stats = apply(net, online, stack_views(queries), context.layout(num_views, noise=True))
     representation, query = (split_views(x, num_views) for x in outputs)
     results = [
         losses.info_nce(q, k, state.queue, temperature) for q, k in zip(query, keys, strict=True)

@@ -35,9 +35,10 @@ def loss(
     The momentum encoder is updated before the loss, as in the authors' code: `target_params` of a
     state are those that encoded its last keys.
     """
-    images, layout = stack_views(views["global"]), context.layout(num_views=2)
-    outputs, online_stats = apply(net, online, images, layout)
+    images = stack_views(views["global"])
+    outputs, online_stats = apply(net, online, images, context.layout(num_views=2, noise=True))
     representation, projection, prediction = (split_views(x) for x in outputs)  # [2, b, D]
+    layout = context.layout(num_views=2)
     projected, target_stats = apply(net, target, images, layout, method=net.project)
     q, k = l2_normalize(prediction), l2_normalize(split_views(projected))
     all_keys = context.gather(jax.lax.stop_gradient(k), axis=1)  # [2, B, D], of all devices

@@ -57,8 +57,9 @@ def parts_from_config(
     dtype = jnp.dtype(process.compute_dtype(config.compute_dtype))
     probe = config.online_probe
     no_ratio = ("^classifier/",) if num_classes and not probe.lars_ratio else ()
+    frozen = tuple(f"^encoder/{part}(/|$)" for part in encoders.frozen(config.encoder))
     schedule, optimizer = optim.from_config(
-        config.optimizer, config.batch_size, total_steps, warmup_steps, no_ratio
+        config.optimizer, config.batch_size, total_steps, warmup_steps, no_ratio, frozen
     )
     augment = Augmentation.from_config(config.views)
     given = {name: len(group) for name, group in augment.groups.items()}

@@ -214,3 +214,5 @@ def _check_together(config: ConfigDict) -> None:
         optim.check(config)
     if "views" in config:
         views.check(config)
+    if "encoder" in config:
+        encoders.check(config.encoder, [("data.image_size", size), *views.sizes(config)])

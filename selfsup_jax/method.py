@@ -19,7 +19,7 @@ import optax
 from selfsup_jax import optim
 from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.devices import collectives
-from selfsup_jax.devices.collectives import BatchLayout
+from selfsup_jax.devices.collectives import BatchLayout, RowNoise
 from selfsup_jax.models import online_probe
 from selfsup_jax.state import Batch, Metrics, Outputs, PyTree, TrainState, all_finite
 
@@ -42,9 +42,10 @@ class Context:
     groups: int
     axis_name: str | None
 
-    def layout(self, num_views: int) -> BatchLayout:
-        """How the rows of `num_views` stacked views are divided into batch-norm groups."""
-        return collectives.batch_layout(self.groups, num_views, self.axis_name)
+    def layout(self, num_views: int, *, noise: bool = False, first_view: int = 0) -> BatchLayout:
+        """The rows of `num_views` stacked views in groups; `noise`: with drop path's draws."""
+        draws = RowNoise(self.rng, self.index, first_view) if noise else None
+        return collectives.batch_layout(self.groups, num_views, self.axis_name, draws)
 
     def mean(self, tree: Any) -> Any:
         """The mean over all devices."""
@@ -208,9 +209,8 @@ def total_loss(
     state: TrainState,
     context: Context,
 ) -> tuple[jax.Array, Loss]:
-    """The method's loss, plus the online probe's loss if there are labels `[b]` int32.
-
-    Returns the scalar to minimise, and the method's `Loss` with the probe's metrics.
+    """The scalar to minimise, with the online probe's loss if there are `labels` `[b]` int32; and
+    the method's `Loss`, with the probe's metrics.
     """
     out = method.loss(method.network, online, target, views, state, context)
     features = out.outputs.representation

@@ -227,10 +227,12 @@ def from_config(
     total_steps: int,
     warmup_steps: int,
     no_ratio: Sequence[str] = (),
+    frozen: Sequence[str] = (),
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """The schedule and the optimizer of a section `config.optimizer` (see `configs/common.py`).
 
-    `no_ratio`: see `make_optimizer`.
+    `no_ratio`: see `make_optimizer`. `frozen`: path patterns of parameters without gradient, which
+    stay as they are: nothing else would change them but weight decay.
     """
     peak = scaled_learning_rate(config.learning_rate, batch_size, config.scaling)
     schedule = learning_rate_schedule(
@@ -250,7 +252,7 @@ def from_config(
         schedule,
         momentum=config.momentum,
         weight_decay=weight_decay,
-        exclude=config.exclude,
+        exclude=(*config.exclude, *frozen),
         trust_coefficient=trust.get(config.name),
         no_ratio=no_ratio,
         rate_inside_momentum=config.rate_inside_momentum,

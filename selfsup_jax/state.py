@@ -82,7 +82,7 @@ def encoder_variables(state: TrainState) -> PyTree:
     """The online encoder's variables, which are evaluated and exported."""
     return {
         "params": state.online_params["encoder"],
-        "batch_stats": state.online_stats["encoder"],
+        "batch_stats": state.online_stats.get("encoder", {}),
     }
 
 

@@ -27,7 +27,8 @@ def loss(
     """NT-Xent of this device's images among the global batch's; see `Method.loss`."""
     # Both views are one batch of 2 B and share batch statistics, as in the authors' code.
     images = stack_views(views["global"])
-    (representation, projection), stats = apply(net, online, images, context.layout(num_views=1))
+    layout = context.layout(num_views=1, noise=True)
+    (representation, projection), stats = apply(net, online, images, layout)
     z = split_views(l2_normalize(projection))  # [2, b, D]
     offset = context.batch_offset(z.shape[1])
     value, top1 = losses.nt_xent(z[0], z[1], temperature, context.gather, offset)

@@ -21,7 +21,7 @@ def loss(
     context: Context,
 ) -> Loss:
     """Each view's prediction against the other's projection; see `Method.loss`."""
-    images, layout = stack_views(views["global"]), context.layout(num_views=2)
+    images, layout = stack_views(views["global"]), context.layout(num_views=2, noise=True)
     outputs, stats = apply(net, online, images, layout)
     representation, z, p = (split_views(x) for x in outputs)  # [2, b, D]
     value = losses.simsiam_loss(p[0], p[1], z[0], z[1])

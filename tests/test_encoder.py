@@ -14,6 +14,7 @@ import pytest
 from conftest import assert_same, flatten
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from configs import common
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
@@ -34,7 +35,9 @@ CONFIG = {
     "seed": 3,
     "compute_dtype": "bfloat16",
     "batch_size": 16,
-    "encoder": ENCODER | {"remat": "none", "pool_first": "auto", "product_norm_stages": -1},
+    "encoder": ENCODER
+    | {"remat": "none", "pool_first": "auto", "product_norm_stages": -1}
+    | {"name": "resnet", "vit": common.vit().to_dict()},
     "data": {"name": "folder", "image_size": 8} | READING,
     "views": {"mean": MEAN, "std": STD},
 }

@@ -108,7 +108,7 @@ def earlier(config: dict) -> dict:
     for name in ("clip_norm", "beta_2", "adam_epsilon"):
         del old["optimizer"][name]
     computed = ("remat", "pool_first", "product_norm_stages")
-    for name in ("stage1_projection", "zero_init_basic", *computed):
+    for name in ("stage1_projection", "zero_init_basic", *computed, "name", "vit"):
         del old["encoder"][name]
     del old["whole_epochs"], old["online_probe"], old["init_from"]
     del old["eval"]["linear"], old["steps_per_call"]
@@ -302,6 +302,7 @@ def test_of_two_views_those_fields_are_named_that_differ():
 PLACES = {"data.dir", "data.download", "data.max_undecodable"}
 PLACES |= {"data.placement", "data.device_share", "steps_per_call"}
 PLACES |= {"encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"}
+PLACES |= {"encoder.vit.attention_kernel"}
 INTERVALS = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.first_step"}
 INTERVALS |= {"profile.num_steps", "monitor.knn_every_steps", "monitor.plots_every_steps"}
 KEEP = {"keep_every_steps"}

@@ -25,7 +25,7 @@ def loss(
     weights: losses.Terms,
 ) -> Loss:
     """Equation 6, lambda s + mu v + nu c; see `Method.loss`."""
-    images, layout = stack_views(views["global"]), context.layout(num_views=2)
+    images, layout = stack_views(views["global"]), context.layout(num_views=2, noise=True)
     outputs, stats = apply(net, online, images, layout)
     representation, z = (split_views(x) for x in outputs)  # [2, b, D]
     global_batch = z.shape[1] * collectives.num_devices(context.axis_name)

@@ -44,6 +44,12 @@ def views_of(group: Any) -> list[Any]:
     return sections + sections[-1:] * (group.count - len(sections))
 
 
+def sizes(config: Any) -> list[tuple[str, int]]:
+    """(field, pixels) of each group's crops, of a config that may have no groups."""
+    groups = groups_of(config.views) if "views" in config else []
+    return [(f"views.{name}.size", group.size) for name, group in groups]
+
+
 def check(config: Any) -> None:
     """Checks the section `views` of a pretraining config.
 

@@ -18,6 +18,32 @@ from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
+class RowNoise:
+    """Random draws of the layers for each row: they don't depend on the device that it is on.
+
+    Attributes:
+        rng: the key of a step.
+        index: `[b]` int32, the positions of the device's images in the global batch.
+        first_view: the number of the first of the stacked views. Calls of one step that differ in
+            it have different draws.
+    """
+
+    rng: jax.Array
+    index: jax.Array
+    first_view: int = 0
+
+    def uniform(self, rows: int, count: int) -> jax.Array:
+        """`[rows, count]` float32 in [0, 1), for the rows of `rows / b` stacked views."""
+        fold_in = jax.random.fold_in
+        rng = fold_in(self.rng, 0x64726F70)  # the views' augmentation has 1, 2, ...
+        views = self.first_view + jnp.arange(rows // len(self.index))
+        of_views = jax.vmap(fold_in, (None, 0))(rng, views)
+        keys = jax.vmap(lambda key: jax.vmap(fold_in, (None, 0))(key, self.index))(of_views)
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (count,))))
+        return draw(keys).reshape(rows, count)
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchLayout:
     """How the rows of a device are divided into views and batch-norm groups.
 
@@ -26,12 +52,14 @@ class BatchLayout:
         groups: batch-norm groups (or parts of one) of each view on this device.
         axis_name: the mapped axis, or None on a single device without pmap.
         index_groups: the devices that share each group; None if all devices share one.
+        noise: the rows' draws, for drop path; None: nothing is drawn.
     """
 
     num_views: int = 1
     groups: int = 1
     axis_name: str | None = None
     index_groups: tuple[tuple[int, ...], ...] | None = None
+    noise: RowNoise | None = None
 
     @property
     def sharing(self) -> int:
@@ -57,18 +85,20 @@ def groups_of_microbatch(bn_groups: int, accumulate_steps: int) -> int:
     return max(1, bn_groups // max(1, accumulate_steps))
 
 
-def batch_layout(bn_groups: int, num_views: int, axis_name: str | None) -> BatchLayout:
+def batch_layout(
+    bn_groups: int, num_views: int, axis_name: str | None, noise: RowNoise | None = None
+) -> BatchLayout:
     """The layout of `bn_groups` groups of each view's global batch over the mapped devices.
 
     With fewer devices than groups, a device holds several whole groups; with more, a group spans
-    neighbouring devices.
+    neighbouring devices. `noise`: for the branches that learn.
     """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     if bn_groups == 1:
-        return BatchLayout(num_views, 1, axis_name)
+        return BatchLayout(num_views, 1, axis_name, noise=noise)
     span = max(1, devices // bn_groups)
     index_groups = tuple(tuple(range(i, i + span)) for i in range(0, devices, span))
-    return BatchLayout(num_views, max(1, bn_groups // devices), axis_name, index_groups)
+    return BatchLayout(num_views, max(1, bn_groups // devices), axis_name, index_groups, noise)
 
 
 def mean(tree: Any, axis_name: str | None) -> Any:

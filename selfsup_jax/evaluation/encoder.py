@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from selfsup_jax import paths, stored
 from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.models.encoders import make_encoder
+from selfsup_jax.models import encoders
 from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
 from selfsup_jax.run.identity import upgraded_tree
@@ -166,7 +166,8 @@ def check(frozen: FrozenEncoder) -> None:
         if section not in frozen.config:
             raise UserError(f"{frozen.path}: its config has no section {section!r}")
     try:
-        expected = jax.eval_shape(lambda: untrained(frozen.config, seed=0))
+        side = encoders.image_side(frozen.config["encoder"], frozen.variables["params"])
+        expected = jax.eval_shape(lambda: untrained(frozen.config, seed=0, side=side))
     except (TypeError, KeyError, ValueError) as e:
         raise UserError(f"{frozen.path}: unknown architecture: {e}") from e
     expected_shapes, actual = (
@@ -188,7 +189,7 @@ def module(config: dict[str, Any], compute_dtype: str = "") -> nn.Module:
     """The network of a run's config; a given `compute_dtype` replaces the run's."""
     name = compute_dtype or config.get("compute_dtype", "float32")
     dtype = jnp.dtype(process.compute_dtype(name))
-    return make_encoder(config["encoder"], dtype)
+    return encoders.make_encoder(config["encoder"], dtype, trainable=True)
 
 
 def represent(config: dict[str, Any], compute_dtype: str = "") -> Callable[[Any, jax.Array], Any]:
@@ -196,12 +197,16 @@ def represent(config: dict[str, Any], compute_dtype: str = "") -> Callable[[Any,
     return module(config, compute_dtype).apply
 
 
-def untrained(config: dict[str, Any], seed: int) -> Any:
-    """Random initial variables of an encoder with this architecture, drawn from the seed."""
-    size = config["data"]["image_size"]
-    images = jnp.zeros((1, size, size, 3))
+def untrained(config: dict[str, Any], seed: int, side: int | None = None) -> Any:
+    """Random initial variables of an encoder with this architecture, drawn from the seed.
+
+    `side`: pixels of the images that it starts on, by default those of the global views.
+    """
+    views = config["views"].get("global", {})
+    side = side or views.get("size") or config["data"]["image_size"]
+    images = jnp.zeros((1, side, side, 3))
     variables = jax.jit(module(config, "float32").init)(jax.random.PRNGKey(seed), images)
-    return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
 # ------------------------------------------------------------------------------- exporting

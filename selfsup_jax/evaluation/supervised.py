@@ -174,7 +174,7 @@ def classify(
         representation: Any = encoder.apply(variables, images)
     else:
         representation, new = encoder.apply(variables, images, layout, mutable=["batch_stats"])
-        stats = {"encoder": new["batch_stats"]}
+        stats = {"encoder": new.get("batch_stats", {})}
     classifier = LinearClassifier(num_classes)
     logits: Any = classifier.apply({"params": params["classifier"]}, representation)
     return logits, stats

@@ -7,6 +7,7 @@ from typing import Any
 
 from selfsup_jax import __version__
 from selfsup_jax.evaluation.encoder import FrozenEncoder
+from selfsup_jax.models import encoders
 from selfsup_jax.models.resnet import STAGES
 from selfsup_jax.viz.titles import measures
 
@@ -70,19 +71,20 @@ def text(
     """The card, in Markdown with the header that the Hugging Face hub reads."""
     config = frozen.config
     fields, images = config["encoder"], preprocessing(config)
+    architecture = encoders.used(fields).items()
     library = {"timm": "timm", "onnx": "onnx"}.get(to, "")
     header = ["tags:", "- image-feature-extraction", "- self-supervised"]
     header += [f"library_name: {library}"] if library else []
     method = f", {config['method']}" if config.get("method") else ""
     data = config["data"].get("name") or "unknown"
     started = config.get("data_info", {}).get("init_from")
-    lines = ["---", *header, "---", "", f"# ResNet-{fields['depth']}{method}", ""]
+    lines = ["---", *header, "---", "", f"# {encoders.describe(fields)}{method}", ""]
     lines += [
         f"- from: {frozen.described}; {frozen.step:,} steps",
         *([f"- started from: {started['origin']}"] if started else []),
         f"- training data: {data}",
         *_recipe(config),
-        f"- architecture: {', '.join(f'{k} {v}' for k, v in sorted(fields.items()))}",
+        f"- architecture: {', '.join(f'{k} {v}' for k, v in sorted(architecture))}",
         f"- written by selfsup-jax {__version__}, `--to={to}`",
         *([f"- {measured}"] if measured else []),
         "",
@@ -118,6 +120,8 @@ def _recipe(config: Mapping[str, Any]) -> list[str]:
 
 def _loading(to: str, file: str, config: Mapping[str, Any]) -> str:
     fields = config["encoder"]
+    if encoders.is_vit(fields):
+        return _LOADING[to].format(file=file)
     blocks, bottleneck = STAGES[fields["depth"]]
     scaled = {k: [round(255 * x, 3) for x in config["views"][k]] for k in ("mean", "std")}
     return _LOADING[to].format(

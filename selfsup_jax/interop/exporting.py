@@ -19,6 +19,7 @@ from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.interop import card, names, torch_files
 from selfsup_jax.interop.importing import PREPROCESSING
 from selfsup_jax.interop.weights import METADATA, about
+from selfsup_jax.models import encoders
 from selfsup_jax.models.resnet import STAGES
 from selfsup_jax.run.files import whole_file, write_json, writing_to
 
@@ -63,6 +64,10 @@ def check(config: Mapping[str, Any], to: str, measured: bool) -> None:
     fields, target = config["encoder"], TARGETS[to]
     if to == "onnx" and importlib.util.find_spec("onnx") is None:
         raise UserError("--to=onnx: needs the package onnx: pip install 'selfsup-jax[onnx]'")
+    if encoders.is_vit(fields) and (target.torch or to == "onnx"):
+        raise UserError(
+            f"--to={to}: holds ResNets; --to=npz or safetensors can hold {fields['name']}"
+        )
     if not target.torch:
         return
     bottleneck = STAGES[fields["depth"]][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,7 @@ class BatchNorm(nn.Module):
             y = jnp.maximum(y, 0) if self.relu else y
             return self.pool(y) if self.pool else y
 
+        layout = dataclasses.replace(layout, noise=None)  # arrays, and not of the norms
         if kernel is not None:
             y, mean, var = norm_of_product(x, kernel, scale, bias, layout, self.epsilon)
         elif self.pool is not None:

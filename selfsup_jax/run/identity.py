@@ -22,6 +22,7 @@ _DATA_ACCESS = (
     *("data.dir", "data.download", "data.max_undecodable", "data.placement", "data.device_share"),
     "steps_per_call",
     *("encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"),
+    "encoder.vit.attention_kernel",
 )
 _INTERVALS = (
     *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*"),
@@ -171,6 +172,12 @@ _ADDED: dict[str, Flat] = {
         **{"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
         **{"encoder.remat": "none", "encoder.pool_first": "auto"},
         "encoder.product_norm_stages": -1,
+        "encoder.name": "resnet",
+        **{f"encoder.vit.{size}": 0 for size in ("width", "depth", "heads", "patch")},
+        **{"encoder.vit.mlp_ratio": 4, "encoder.vit.positions": "learnt"},
+        **{"encoder.vit.frozen_patches": False, "encoder.vit.drop_path": 0.0},
+        **{"encoder.vit.features": "class", "encoder.vit.layer_norm_epsilon": 1e-6},
+        **{"encoder.vit.init": "normal", "encoder.vit.attention_kernel": "auto"},
     },
     "feature_batch_size": {"features": ""},
     "label_share": {"layer_decay": 1.0},

@@ -13,11 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from selfsup_jax import paths, stored
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import encoder
+from selfsup_jax.models import encoders
 from selfsup_jax.run import checkpoint_files
 from selfsup_jax.state import TrainState
 
-# Fields of an encoder that change what the same weights compute.
-_FUNCTION = ("depth", "width", "stem", "padding", "stage1_projection", "bn_epsilon")
 _NETWORKS = ("online_params", "online_stats", "target_params", "target_stats")
 _DERIVED = ("queue", "queue_index")  # of the projector's outputs
 
@@ -104,10 +103,11 @@ def _training(folder: str) -> Arrays:
 
 def _check_encoder(path: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Another padding, say, fits all shapes and computes something else."""
-    differ = [name for name in _FUNCTION if theirs[name] != ours[name]]
+    theirs, ours = encoders.function(theirs), encoders.function(ours)
+    differ = [name for name, value in theirs.items() if ours.get(name) != value]
     if differ:
         flags = " ".join(f"--config.encoder.{name}={theirs[name]}" for name in differ)
-        has = ", ".join(f"{name} {ours[name]}" for name in differ)
+        has = ", ".join(f"{name} {ours[name]}" for name in differ if name in ours)
         raise bad_field(
             "init_from", path, f"has another encoder than this run ({has}): add {flags}"
         )
