@@ -25,7 +25,8 @@ from selfsup_jax.run.progress import log
 def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     """Prepares the job of `configs/finetune.py`."""
     checks.equals(config, "views.global.count", 1, "the job trains on one view of each image")
-    checks.equals(config, "features", "", "the encoder is trained as it is")
+    if config.features:
+        raise bad_field("features", config.features, "must be '': the encoder is trained as it is")
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     wanted = _read_list(config.label_list) if config.label_list else None
     everything, test = training.splits(config)
