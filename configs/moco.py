@@ -32,8 +32,8 @@ v3 has no queue, a predictor, and the other images of a large batch as negatives
 - `v3_cifar10`: as `cifar10`, with v3's heads and augmentation. solo-learn reports 93.1 % of an
   online linear classifier after 1000 epochs at batch 256 with LARS. Not run by us.
 - `v3_imagenette`: ResNet-18, 128 px crops, batch 256, 1000 epochs. Neither published nor run by us.
-- `v3_demo`: the digits of `demo`, 2 to 3 minutes on two cores; 96.2 %, and 89.8 % with 10 labels per
-  class (three seeds).
+- `v3_demo`: the digits of `demo`, 2 to 3 minutes on two cores; 96.2 %, and 89.8 % with 10 labels
+  per class (three seeds).
 - `v3_folder`: your own images, as `folder`.
 """
 
