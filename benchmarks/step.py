@@ -7,8 +7,9 @@
 Each part is compiled alone, on the same shapes:
 
 - augmentation: both views, from uint8 to normalised float;
-- convolutions: the encoder's convolutions and 1x1 matmuls in order, without the layers between;
-- rest of the encoder: its forward pass minus its convolutions (norms, ReLUs, sums, pooling);
+- layers: the encoder's convolutions and 1x1 matmuls in order, or a ViT's linear layers, without
+  what is between them;
+- rest of the encoder: its forward pass minus these (norms, ReLUs, sums, pooling; attention, GELUs);
 - forward of all networks: online and target, each on its own views;
 - all networks alone: the same plus the online network's backward pass. The rest of a step is
   augmentation, loss, queue, optimizer and EMA;
@@ -74,10 +75,22 @@ def step_with_crops(config: Any, method: Any, batch: dict, repeats: int) -> tupl
     return step, (arrays, parallel.shard(rows)), seconds
 
 
+def without_fused_attention(config: Any) -> Any:
+    """The config without cuDNN's attention, whose FLOPs XLA does not count; None if it has none."""
+    if jax.default_backend() != "gpu" or not encoders.is_vit(config.encoder):
+        return None
+    plain = config.copy_and_resolve_references()
+    plain.encoder.vit.attention_kernel = "xla"
+    return plain
+
+
 def whole_step(
-    method: Any, train_step: Any, given: Any, images: int, repeats: int
+    method: Any, train_step: Any, given: Any, images: int, repeats: int, counted: Any = None
 ) -> tuple[list[report.Row], float, float, float]:
-    """Rows of the compiled step, as the training loop runs it; its seconds, FLOPs and bytes."""
+    """Rows of the compiled step, as the training loop runs it; its seconds, FLOPs and bytes.
+
+    `counted`: the step whose FLOPs count in place of its own.
+    """
     state = parallel.replicate(method.init_state, jax.random.PRNGKey(0))
     step = parallel.step_over_devices(train_step)
     start = time.perf_counter()
@@ -85,6 +98,9 @@ def whole_step(
     compile_seconds = time.perf_counter() - start
     cost = compiled.cost_analysis()
     flops, moved = float(cost["flops"]), float(cost.get("bytes accessed", 0))
+    if counted is not None:
+        cost = parallel.step_over_devices(counted).lower(state, given).cost_analysis()
+        flops = float(cost["flops"])
     memory = compiled.memory_analysis()
     times = []
     for _ in range(repeats + 1):
@@ -117,37 +133,35 @@ def ceilings(dtype: str, repeats: int) -> tuple[float, float]:
     return 2 * n**3 / matmul, 2 * flat.nbytes / copy
 
 
-def convolutions(encoder: nn.Module, variables: Any, images: jax.Array) -> Any:
-    """A jitted function of all convolutions of the encoder, its inputs and its kernels."""
-    seen: list[tuple[dict, tuple[int, ...]]] = []
+def layers(encoder: nn.Module, variables: Any, images: jax.Array) -> Any:
+    """A jitted function of all convolutions and linear layers, its inputs and its parameters."""
+    seen: list[tuple[nn.Module, tuple[int, ...]]] = []
 
     def record(next_fn, args, kwargs, context):
-        if isinstance(context.module, Conv) and context.method_name == "__call__":
-            fields = {
-                f: getattr(context.module, f)
-                for f in ("features", "size", "stride", "padding", "kernel_init")
-            }
-            seen.append((fields, args[0].shape))
+        if isinstance(context.module, Conv | nn.Dense) and context.method_name == "__call__":
+            seen.append((context.module.clone(parent=None), args[0].shape))
         return next_fn(*args, **kwargs)
 
     with nn.intercept_methods(record):
         jax.eval_shape(encoder.apply, variables, images)
-    layers = [(Conv(**fields, parent=None), shape) for fields, shape in seen]
     rng = jax.random.PRNGKey(1)
-    shapes = sorted({shape for _, shape in layers})
+    shapes = sorted({shape for _, shape in seen})
     inputs = {shape: jax.random.normal(rng, shape, encoder.dtype) for shape in shapes}
-    kernels = [
-        {"params": {"kernel": jnp.ones((m.size, m.size, shape[-1], m.features)) * 0.01}}
-        for m, shape in layers
+    params = [
+        jax.tree.map(
+            lambda x: jnp.full(x.shape, 0.01, x.dtype),
+            jax.eval_shape(module.init, rng, inputs[shape]),
+        )
+        for module, shape in seen
     ]
 
-    def run(inputs: dict, kernels: list) -> list:
+    def run(inputs: dict, params: list) -> list:
         return [
-            module.apply(kernel, inputs[shape])
-            for (module, shape), kernel in zip(layers, kernels, strict=True)
+            module.apply(own, inputs[shape])
+            for (module, shape), own in zip(seen, params, strict=True)
         ]
 
-    return jax.jit(run), inputs, kernels
+    return jax.jit(run), inputs, params
 
 
 def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
@@ -199,12 +213,11 @@ def parts(config: Any, method: Any, batch: dict, repeats: int) -> dict[str, floa
     images = stack_views(views)
 
     variables = encoder_variables(state)
-    convs, inputs, kernels = convolutions(encoder_module, variables, images)
-    seconds["convolutions"] = timed(convs, inputs, kernels)
+    seconds["layers"] = timed(*layers(encoder_module, variables, images))
     encode = jax.jit(lambda v, x: apply(encoder_module, v, x, layout))
     encoder = timed(encode, variables, images)
     seconds["encoder forward"] = encoder
-    seconds["rest of the encoder"] = max(0.0, encoder - seconds["convolutions"])
+    seconds["rest of the encoder"] = max(0.0, encoder - seconds["layers"])
 
     forward, gradient = networks_alone(config, method, state)
     seconds["forward of all networks"] = timed(forward, state.online_params, views)
@@ -232,7 +245,11 @@ def main(argv: list[str]) -> None:
     repeats, crops = _REPEATS.value, 0.0
     if _VIEWS.value == "device":
         train_step, given, crops = step_with_crops(config, method, batch, repeats)
-    rows, step, flops, moved = whole_step(method, train_step, given, config.batch_size, repeats)
+    plain = without_fused_attention(config)
+    counted = find(config.method)(plain, _CLASSES.value, 1000, 10).train_step if plain else None
+    rows, step, flops, moved = whole_step(
+        method, train_step, given, config.batch_size, repeats, counted
+    )
     dtype = process.compute_dtype(config.compute_dtype)
     peak, bandwidth = ceilings(dtype, repeats)
     # XLA counts the FLOPs and bytes of one device.

@@ -408,8 +408,9 @@ def byol_update():
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", parallel.ENGINES)
 def test_devices_do_not_change_what_is_dropped(byol_update, engine):
+    """One device, without an axis, against 2 and 4 by pmap and 8 by shard_map."""
     made, start, batch, (params, metrics) = byol_update
-    for devices in (1, 2, 4, 8) if engine == "pmap" else (8,):
+    for devices in (2, 4) if engine == "pmap" else (8,):
         if engine == "pmap":
             step = jax.pmap(
                 lambda s, b: made.train_step(s, b, axis_name="d"),
@@ -510,7 +511,7 @@ def run(tmp_path_factory):
         name.replace(".", "__"): value for name, value in (TINY | {"encoder.vit.patch": 4}).items()
     }
     with tiny_jobs.small_encoder():  # for its depth, which a ViT does not read
-        return tiny_jobs.make_run(data, folder / "run", **fields)
+        yield tiny_jobs.make_run(data, folder / "run", **fields)
 
 
 def test_a_runs_encoder_is_read_exported_and_used(run, tmp_path):
