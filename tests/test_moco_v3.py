@@ -302,7 +302,9 @@ def assert_fields(config, expected):
     assert {name: fields[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("preset", ["v3", "v3_cifar10", "v3_imagenette", "v3_demo", "v3_folder"])
+@pytest.mark.parametrize(
+    "preset", ["v3", "v3_vit", "v3_cifar10", "v3_imagenette", "v3_demo", "v3_folder"]
+)
 def test_every_preset_is_valid(preset):
     config = moco.get_config(preset)
     config_lib.validate(config, method.build)
@@ -348,6 +350,34 @@ def test_imagenet_is_the_papers_recipe():
         own = {"epochs": epochs, "optimizer.learning_rate": rate, "tau_base": tau}
         assert_fields(config, expected | own | {"optimizer.weight_decay": decay})
     assert moco.get_config("v3") == moco.get_config("v3,epochs=300")
+
+
+def test_the_recipe_for_vits():
+    """AdamW that decays everything that learns; the patches' projection and positions don't."""
+    config = moco.get_config("v3_vit")
+    expected = {
+        **{"encoder.name": "vit_s16", "encoder.vit.heads": 12, "encoder.vit.init": "xavier"},
+        **{"encoder.vit.positions": "sincos", "encoder.vit.frozen_patches": True},
+        **{"temperature": 0.2, "tau_base": 0.99, "epochs": 300, "batch_size": 4096},
+        **{"projector.hidden_sizes": (4096, 4096), "predictor.hidden_sizes": (4096,)},
+        **{"optimizer.name": "adamw", "optimizer.learning_rate": 1.5e-4},
+        **{"optimizer.weight_decay": 0.1, "optimizer.warmup_epochs": 40, "optimizer.exclude": ()},
+        "views.global.area": (0.08, 1.0),
+    }
+    assert_fields(config, expected)
+    small = {"width": 8, "depth": 1, "heads": 2, "patch": 4}
+    config.encoder.vit.update(small)
+    config.data.image_size = config.data.test_resize = 8
+    config.batch_size = 4
+    for head, hidden in (("projector", (4, 4)), ("predictor", (4,))):
+        config[head].update(hidden_sizes=hidden, output_size=4)
+    made = method.build(config, None, 10, 0)
+    state = jax.jit(made.init_state)(jax.random.PRNGKey(0))
+    batch = {f"view_{i}": np.full((4, 8, 8, 3), 40 * i, np.uint8) for i in (1, 2)}
+    after, _ = jax.jit(made.train_step)(state, batch | {"index": np.arange(4, dtype=np.int32)})
+    for path, x in flatten(after.online_params["encoder"]).items():
+        same = np.array_equal(x, flatten(state.online_params["encoder"])[path])
+        assert same == path.startswith(("patches/", "positions")), path
 
 
 def test_cifar10_is_lightlys_recipe():

@@ -8,11 +8,17 @@ import numpy as np
 import optax
 import pytest
 import tiny_jobs
-from conftest import flatten
+import tiny_runs
+from conftest import flatten, tiny_method, tiny_networks
 
 from configs import common, finetune, knn, linear_probe
+from selfsup_jax.data import inputs
+from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder, representations, supervised
+from selfsup_jax.state import TrainState
+from selfsup_jax.training import attention
+from selfsup_jax.viz import plots
 
 WIDTH, DEPTH = 8, 4
 SIZES = {"width": WIDTH, "depth": DEPTH, "heads": 2, "patch": 4}
@@ -126,3 +132,31 @@ def test_finetuning_has_no_other_features(run):
     workdir, root = run
     with pytest.raises(UserError, match=r"^config\.features='last4': must be '': the encoder is"):
         tiny_jobs.run_job("finetune", workdir, root / "no", features="last4")
+
+
+def test_the_picture_has_the_attention_to_held_out_images(run, variables, monkeypatch):
+    """Of every head, on images that are spread over the split; a ResNet has no such picture."""
+    _, root = run
+    config = tiny_runs.tiny_config(root / "data", eval__enabled=True).copy_and_resolve_references()
+    source = inputs.load_data(config).test
+    module = encoder.module(vit_config(), "float32")
+    networks = tiny_networks().clone(encoder=module)
+    params = {"encoder": variables["params"]}
+    state = TrainState(jnp.int32(9), jax.random.PRNGKey(0), params, {}, {}, {}, ())
+    state = parallel.replicate(lambda rng: state.replace(rng=rng), state.rng)
+    drawn = []
+    monkeypatch.setattr(
+        plots, "attention_maps", lambda *args, **kwargs: drawn.append((args, kwargs))
+    )
+    attention.AttentionMaps(tiny_method(tiny_networks()), config, source).draw("a", 9, state)
+    assert not drawn
+    attention.AttentionMaps(tiny_method(networks), config, source).draw("a", 9, state)
+    (((_, images, maps), told),) = drawn
+    assert told == {"step": 9} and images.shape == (8, 8, 8, 3) and images.dtype == np.uint8
+    assert maps.shape == (8, 2, 2, 2)
+    x = (images / np.float32(255) - np.float32(config.views.mean)) / np.float32(config.views.std)
+    expected = module.apply(variables, x, method="attention")
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-6)
+    whole = np.concatenate([b["image"] for b in inputs.eval_batches(config.data, source, 32)()])
+    rows = [np.flatnonzero((whole == image).all((1, 2, 3)))[0] for image in images]
+    assert len(set(rows)) == 8 and max(rows) > len(whole) // 2
