@@ -12,13 +12,13 @@ import pytest
 import safetensors.numpy
 from test_interop import accounted, refused, write
 
-from configs import moco
+from configs import common, moco
 from moco_jax import method
 from selfsup_jax import Encoder, export
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.interop import exporting, importing, torch_files
-from selfsup_jax.models import positions
+from selfsup_jax.models import encoders, positions
 
 WIDTH, DEPTH, PATCH = 24, 2, 4
 IMAGES = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -195,3 +195,13 @@ def test_what_a_library_lacks_is_refused(timm_file, tmp_path, capsys, monkeypatc
     frozen.config["encoder"]["vit"]["layer_norm_epsilon"] = 1e-5
     with pytest.raises(UserError, match="--to=timm: it has norms of epsilon 1e-06, not 1e-05"):
         exporting.check(frozen.config, "timm", measured=False)
+
+
+def test_a_run_starts_from_the_sizes_that_its_encoders_name_stands_for():
+    """An import says what a name means; a config has 0 there."""
+    named = common.encoder(name="vit_s16", vit=common.vit(heads=12)).to_dict()
+    sizes = {"width": 384, "depth": 12, "heads": 12, "patch": 16}
+    imported = {"name": "vit_s16", "vit": named["vit"] | sizes}
+    assert encoders.function(named) == encoders.function(imported)
+    other = named | {"vit": named["vit"] | {"heads": 6}}
+    assert encoders.function(named) != encoders.function(other)
