@@ -109,7 +109,7 @@ def _encoder(sizes: dict[str, int], table: np.ndarray, of_moco: bool) -> dict[st
     if width % heads:
         raise ValueError(f"has {width} features, no multiple of {heads} heads")
     same = [n for n, s in vit.SIZES.items() if all(s[k] == sizes[k] for k in ("width", "patch"))]
-    fields = {"positions": "sincos" if sincos else "learnt", "features": "class"}
+    fields: dict[str, Any] = {"positions": "sincos" if sincos else "learnt", "features": "class"}
     fields |= {"heads": heads, "layer_norm_epsilon": 1e-6}
     return {"name": same[0] if same else "vit_s16", "vit": sizes | fields}
 
