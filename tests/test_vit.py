@@ -257,7 +257,7 @@ def test_sincos_positions_are_moco_v3s():
     table = positions.sincos(3, 4, 8)
     assert table.shape == (13, 8) and not table[0].any()
     row, column = 2, 1
-    expected = [f(x / t) for x in (column, row) for f in (math.sin, math.cos) for t in (1.0, 100.0)]
+    expected = [f(x / t) for x in (row, column) for f in (math.sin, math.cos) for t in (1.0, 100.0)]
     np.testing.assert_allclose(table[1 + 4 * row + column], expected, rtol=1e-6)
 
 

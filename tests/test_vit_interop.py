@@ -122,13 +122,9 @@ def test_moco_v3(tmp_path):
     assert {name: x.shape for name, x in weights.arrays.items()} == expected
 
 
-@pytest.mark.parametrize("exchanged", [False, True])
-def test_moco_v3s_positions_tell_its_heads(tmp_path, exchanged):
+def test_moco_v3s_positions_tell_its_heads(tmp_path):
     """Of its encoder alone, as its `convert_to_deit.py` writes it."""
-    table = positions.sincos(2, 2, WIDTH)
-    if exchanged:  # as in its code
-        table[1:] = table[1:].reshape(2, 2, WIDTH).swapaxes(0, 1).reshape(4, WIDTH)
-    state = vit() | {"pos_embed": table[None]}
+    state = vit() | {"pos_embed": positions.sincos(2, 2, WIDTH)[None]}
     path = write(tmp_path / "deit.pth", foreign.torch_bytes({"model": state}))
     frozen, _ = importing.read(path)
     check_features(frozen, state, heads=12)

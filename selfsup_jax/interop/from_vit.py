@@ -115,13 +115,12 @@ def _encoder(sizes: dict[str, int], table: np.ndarray, of_moco: bool) -> dict[st
 
 
 def _is_sincos(table: np.ndarray) -> bool:
-    """Whether these are MoCo v3's positions, whose rows and columns are exchanged in its code."""
+    """Whether these are MoCo v3's fixed positions."""
     side = math.isqrt(len(table) - 1)
     if table.shape[1] % 4 or side < 2:
         return False
-    ours = positions.sincos(side, side, table.shape[1])
-    theirs = ours[1:].reshape(side, side, -1).swapaxes(0, 1).reshape(ours[1:].shape)
-    return any(np.allclose(table[1:], fixed, atol=1e-4) for fixed in (ours[1:], theirs))
+    fixed = positions.sincos(side, side, table.shape[1])
+    return np.allclose(table[1:], fixed[1:], atol=1e-4)
 
 
 def _arrays(tensors: Tensors, root: str, depth: int, network: str) -> Arrays:

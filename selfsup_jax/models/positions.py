@@ -12,8 +12,8 @@ import numpy as np
 def sincos(rows: int, columns: int, width: int) -> np.ndarray:
     """Fixed 2-D sine and cosine positions of MoCo v3 (Chen et al. 2021, arXiv 2104.02057).
 
-    A quarter of the width each has sin(column / t), cos(column / t), sin(row / t), cos(row / t),
-    with t from 1 to 10,000. The class token's are 0.
+    A quarter of the width each has sin(row / t), cos(row / t), sin(column / t), cos(column / t),
+    with t from 1 to 10,000: the order of its code. The class token's are 0.
 
     Args:
         rows, columns: of the grid.
@@ -22,9 +22,9 @@ def sincos(rows: int, columns: int, width: int) -> np.ndarray:
     Returns:
         `[1 + rows * columns, D]` float32.
     """
-    y, x = (a.reshape(-1, 1) for a in np.mgrid[:rows, :columns])
+    places = (a.reshape(-1, 1) for a in np.mgrid[:rows, :columns])
     omega = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-    waves = [wave(place * omega) for place in (x, y) for wave in (np.sin, np.cos)]
+    waves = [wave(place * omega) for place in places for wave in (np.sin, np.cos)]
     table = np.concatenate(waves, axis=1)
     return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
 
