@@ -1,4 +1,4 @@
-"""Seven methods on CIFAR-10 with one narrow encoder and one budget: the table in the README.
+"""Eight methods on CIFAR-10 with one narrow encoder and one budget: the table in the README.
 
     python run_experiment.py --config=configs/cifar10_methods.py --workdir=runs/cifar10_methods
     python run_experiment.py --config=configs/cifar10_methods.py:tune --workdir=runs/cifar10_tuning
@@ -8,16 +8,16 @@
 Every run: ResNet-18 with a 3x3 stem, a quarter as wide, the same initialisation for all; 24 px
 crops; batch 64; 3 epochs of the 50,000 training images (150,000 images, 2,343 steps); SGD with
 momentum 0.9. The methods differ in what defines them (loss, heads, target network, queue, v1's
-augmentation and schedule) and in the tuned values. MoCo has 2 batch-norm groups, so that a group
-has 32 images, as in the paper.
+augmentation and schedule) and in the tuned values. MoCo v1 and v2 have 2 batch-norm groups, so
+that a group has 32 images, as in the paper.
 
-- `table` (the default): 3 seeds, 21 runs; probes of the last step's encoder on the 10,000 test
+- `table` (the default): 3 seeds, 24 runs; probes of the last step's encoder on the 10,000 test
   images (linear probe and kNN with 20,000 labelled training images), and of the untrained encoder
   for comparison.
 - `tune`: the learning rate of each method and, if it has them, tau, temperature or the weight in
   the loss: four tries per method, each 1 epoch on train[:45000], compared by the linear probe on
   the 5,000 held-out images train[45000:]. The table uses the best try of each method; the results
-  of all tries are in `benchmarks/results/cifar10_tuning/`.
+  of all tries are in `benchmarks/results/cifar10_tuning/` (MoCo v3's: docs/moco_v3.md).
 
 Finished runs are not repeated: the same command continues an interrupted sweep.
 """
@@ -34,18 +34,22 @@ from configs import barlow_twins, byol, common, datasets, moco, parsing, simclr,
 _NAMES = {
     "moco_v1": "MoCo_v1",
     "moco_v2": "MoCo_v2",
+    "moco_v3": "MoCo_v3",
     "simclr": "SimCLR",
     "byol": "BYOL",
     "simsiam": "SimSiam",
     "barlow_twins": "Barlow_Twins",
     "vicreg": "VICReg",
 }
-_PRESETS = {
-    "simclr": simclr,
-    "byol": byol,
-    "simsiam": simsiam,
-    "barlow_twins": barlow_twins,
-    "vicreg": vicreg,
+_PRESETS = {  # of CIFAR-10
+    "moco_v1": (moco, "cifar10"),
+    "moco_v2": (moco, "cifar10"),
+    "moco_v3": (moco, "v3_cifar10"),
+    "simclr": (simclr, "cifar10_lars"),  # for the authors' head
+    "byol": (byol, "cifar10"),
+    "simsiam": (simsiam, "cifar10"),
+    "barlow_twins": (barlow_twins, "cifar10"),
+    "vicreg": (vicreg, "cifar10"),
 }
 
 
@@ -68,6 +72,9 @@ _TRIES = {
         tau_base=(0.99, 0.995, 0.99, 0.995),
         temperature=(0.1, 0.2, 0.2, 0.1),
     ),
+    "moco_v3": _tries(
+        optimizer__learning_rate=(0.4, 0.4, 1.0, 1.0), tau_base=(0.97, 0.99, 0.97, 0.99)
+    ),
     "simclr": _tries(
         optimizer__learning_rate=(0.2, 0.2, 0.5, 0.5), temperature=(0.2, 0.5, 0.2, 0.5)
     ),
@@ -86,6 +93,7 @@ _TRIES = {
 _BEST = {
     "moco_v1": 3,
     "moco_v2": 3,
+    "moco_v3": 2,
     "simclr": 0,
     "byol": 3,
     "simsiam": 3,
@@ -126,8 +134,8 @@ def tune() -> ConfigDict:
 
 def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
     """A run of one method: its own CIFAR-10 preset, with the settings that all methods share."""
-    preset = "cifar10_lars" if name == "simclr" else "cifar10"  # for the authors' head
-    config = _PRESETS.get(name, moco).get_config(preset)
+    module, preset = _PRESETS[name]
+    config = module.get_config(preset)
     config.epochs = 3.0
     config.batch_size = 64
     config.encoder = common.encoder(depth=18, width=0.25, stem="cifar")
@@ -166,10 +174,13 @@ def _small_heads(name: str, config: ConfigDict) -> ConfigDict:
         config.projector = common.head(hidden_sizes=(256,), output_size=64)
         config.predictor = common.head(hidden_sizes=(256,), output_size=64)
         config.tau_schedule = "cosine"
+    elif name == "moco_v3":
+        for head in (config.projector, config.predictor):
+            head.update(hidden_sizes=(256,), output_size=64)
     else:
         config.projector.hidden_sizes = (256,)
         config.projector.output_size = 64
-    if config.method == "moco":
+    if "queue_size" in config:
         config.queue_size = 4096
         config.symmetric = False
         config.bn_groups = 2

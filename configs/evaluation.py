@@ -19,6 +19,10 @@ def job_defaults(job: str) -> ConfigDict:
     config.seed = 0
     config.compute_dtype = ""  # of convolutions and matmuls; empty: the run's
     config.feature_batch_size = 256  # images per batch and host, for frozen encoders
+    # Of a frozen Vision Transformer: `last4`, the class tokens of its last 4 blocks, or
+    # `class_mean`, the last block's class token and its patches' mean: DINO's linear evaluation of
+    # ViT-S and of ViT-B. Empty: the encoder's own representation.
+    config.features = ""
 
     config.follow = False  # evaluate every checkpoint of an unfinished run, each once
     config.follow_poll_seconds = 30.0

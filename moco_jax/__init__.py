@@ -1,1 +1,1 @@
-"""MoCo: Momentum Contrast, He et al. 2019 (arXiv 1911.05722), and v2 (arXiv 2003.04297)."""
+"""MoCo: Momentum Contrast, He et al. 2019 (arXiv 1911.05722), v2 (2003.04297), v3 (2104.02057)."""

@@ -1,4 +1,4 @@
-"""MoCo: algorithm 1 of v1 (arXiv 1911.05722), and v2 (arXiv 2003.04297), on any devices."""
+"""MoCo: algorithm 1 of v1 (arXiv 1911.05722), and v2 (2003.04297), on any devices; v3: `v3.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moco_jax import losses, settings
+from moco_jax import losses, settings, v3
 from moco_jax.keys import encode_keys, enqueue, init_queue
 from selfsup_jax.build import parts_from_config
 from selfsup_jax.devices.collectives import BatchLayout
@@ -17,9 +17,6 @@ from selfsup_jax.method import Context, Loss, Method, Views, apply, split_views,
 from selfsup_jax.models import network
 from selfsup_jax.models.heads import l2_normalize
 from selfsup_jax.state import Outputs, PyTree, TrainState, fresh_state
-
-# The parts of the key encoder: a moving average of these parts of the query encoder.
-KEY_PARTS = ("encoder", "projector")
 
 
 class MoCo(nn.Module):
@@ -94,13 +91,16 @@ def carry(state: MoCoState, keys: jax.Array, after: jax.Array) -> MoCoState:
 def start(rng: jax.Array, net: MoCo, *, image_shape: tuple[int, ...], queue_size: int) -> MoCoState:
     """The initial state: both encoders are equal, the queue has random directions."""
     online_rng, queue_rng, step_rng = jax.random.split(rng, 3)
-    state = fresh_state(*network.init(online_rng, net, image_shape), step_rng, KEY_PARTS)
+    key_parts = ("encoder", "projector")  # a moving average of these parts of the query encoder
+    state = fresh_state(*network.init(online_rng, net, image_shape), step_rng, key_parts)
     queue = init_queue(queue_rng, queue_size, net.projector.output_size)
     return MoCoState(**vars(state), queue=queue, queue_index=jnp.zeros((), jnp.int32))
 
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
     """Builds MoCo from `configs/moco.py`; raises `UserError` for an invalid field."""
+    if "queue_size" not in config:
+        return v3.build(config, num_classes, total_steps, warmup_steps)
     settings.check(config)
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
     first = functools.partial(start, image_shape=parts.image_shape, queue_size=config.queue_size)

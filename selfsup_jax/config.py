@@ -26,6 +26,7 @@ from selfsup_jax.checks import (
 from selfsup_jax.data import inputs, intensity, views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.evaluation import representations
 from selfsup_jax.models import encoders, heads
 from selfsup_jax.training import reference
 
@@ -85,6 +86,8 @@ _JOBS: checks.Table = {
     "learning_rates": different(positive, "numbers above 0"),
     **{"label_share": checks.number(0, 1, above=True), "label_list": text},
     "head_learning_rate": not_negative,
+    "layer_decay": checks.number(0, 1, above=True),
+    "features": one_of(representations.CHOICES),
     "neighbours": different(_COUNT, "whole numbers above 0"),
     "temperatures": different(positive, "numbers above 0"),
     **{"bank_rows": _COUNT, "query_rows": _COUNT},

@@ -9,7 +9,7 @@ imported encoder. The command writes to FOLDER a model card, `preprocessing.json
   `selfsup_jax.Encoder.load` and the jobs' `config.checkpoint` read;
 - `safetensors`: the same arrays in one file;
 - `torchvision`: `model.pth`, torchvision's names;
-- `timm`: `model.safetensors` and `config.json`, as a model of the Hugging Face hub;
+- `timm`: `model.safetensors` and `config.json`, as a model of the Hugging Face hub, also of ViTs;
 - `detectron2`: `model.pth` for `MODEL.WEIGHTS`, see `docs/detection.md`;
 - `onnx`: `model.onnx`, opset 17, any batch and image size (needs the package onnx).
 
@@ -27,6 +27,7 @@ from selfsup_jax.command_line import Parser
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.interop import exporting, measuring
+from selfsup_jax.models import encoders
 from selfsup_jax.run.files import read_json
 
 
@@ -42,7 +43,8 @@ def main() -> None:
         frozen = encoder.load(args.checkpoint)
         exporting.check(frozen.config, args.to, measured=bool(args.measure))
         measured = ""
-        if args.measure and frozen.config["encoder"]["padding"] != "torch":
+        fields = frozen.config["encoder"]
+        if args.measure and not encoders.is_vit(fields) and fields["padding"] != "torch":
             measured = measuring.padding(frozen, args.measure)
             print(measured)
         results = os.path.join(frozen.run or "", "results.json")

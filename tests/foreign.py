@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import pickle
 import struct
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 # -------------------------------------------------------------- a ResNet, layer by layer
 
@@ -237,6 +239,73 @@ def torch_bytes(value: Any, legacy: bool = False) -> bytes:
             archive.writestr(f"checkpoint/data/{i}", array.tobytes())
         archive.writestr("checkpoint/version", "3\n")
     return packed.getvalue()
+
+
+# ------------------------------------------------------------------ Vision Transformers
+
+
+def vit_state(
+    width: int, depth: int, patch: int = 4, side: int = 2, prefix: str = "", seed: int = 0
+) -> OrderedDict[str, np.ndarray]:
+    """The state dictionary of timm's ViT without its last layer, for `side` x `side` patches."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)  # noqa: E731
+    state = OrderedDict({"cls_token": draw(1, 1, width), "pos_embed": draw(1, 1 + side**2, width)})
+    state |= {"patch_embed.proj.weight": draw(width, 3, patch, patch)}
+    state |= {"patch_embed.proj.bias": draw(width)}
+    for i in range(depth):
+        layers = {"norm1": 0, "attn.qkv": (3, 1), "attn.proj": (1, 1), "norm2": 0}
+        layers |= {"mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+        for name, sizes in layers.items():
+            shape = (sizes[0] * width, sizes[1] * width) if sizes else (width,)
+            state[f"blocks.{i}.{name}.weight"] = draw(*shape) + (0 if sizes else 1)
+            state[f"blocks.{i}.{name}.bias"] = draw(shape[0])
+    state |= {"norm.weight": 1 + draw(width), "norm.bias": draw(width)}
+    return OrderedDict((f"{prefix}{name}", array) for name, array in state.items())
+
+
+def vit_forward(state: Any, images: np.ndarray, heads: int) -> np.ndarray:
+    """`[N, H, W, 3]` to the class token after the last norm, `[N, D]` float64."""
+    state = {name: array.astype(np.float64) for name, array in state.items()}
+    kernel = state["patch_embed.proj.weight"]
+    width, patch = kernel.shape[0], kernel.shape[2]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    rows = []
+    for top in range(0, images.shape[1], patch):
+        for left in range(0, images.shape[2], patch):
+            cut = images[:, top : top + patch, left : left + patch]
+            rows.append(np.einsum("nijc,dcij->nd", cut, kernel) + state["patch_embed.proj.bias"])
+    token = np.broadcast_to(state["cls_token"][:, 0], (len(images), width))
+    x = np.stack([token, *rows], axis=1) + state["pos_embed"]
+    for i in range(sum(name.endswith(".norm1.weight") for name in state)):
+        qkv = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
+        q, k, v = qkv.reshape(*x.shape[:2], 3, heads, -1).transpose(2, 0, 3, 1, 4)
+        logits = q @ k.swapaxes(-1, -2) / np.sqrt(width / heads)
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        y = shares / shares.sum(-1, keepdims=True) @ v  # [N, heads, T, d]
+        x = x + linear(y.transpose(0, 2, 1, 3).reshape(x.shape), f"blocks.{i}.attn.proj")
+        y = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        x = x + linear(y * (1 + special.erf(y / np.sqrt(2))) / 2, f"blocks.{i}.mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+def mlp_state(root: str, sizes: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
+    """A head of MoCo v3: linear layers without bias, batch norms, the last without scale."""
+    rng, state = np.random.default_rng(seed), {}
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        state[f"{root}.{3 * i}.weight"] = rng.normal(size=(outputs, inputs)).astype(np.float32)
+        last = i == len(sizes) - 2
+        for part in ("weight", "bias", "running_mean", "running_var")[2 * last :]:
+            state[f"{root}.{3 * i + 1}.{part}"] = rng.uniform(1, 2, outputs).astype(np.float32)
+        state[f"{root}.{3 * i + 1}.num_batches_tracked"] = np.asarray(7, np.int64)
+    return state
 
 
 # -------------------------------------------------------------------------------- BYOL

@@ -423,3 +423,24 @@ def test_recipes_that_are_still_to_come_leave_room(path):
     panels = [plots.Panel("kNN, %", [[], [50.0]], [[], []])]
     plots.comparison(path, ["to come", "there"], panels, title="One is missing")
     assert read(path).shape[0] > 100
+
+
+def test_attention_stands_beside_its_image(path):
+    """A cell of a map is a square of the picture, as bright as its share of the map's maximum."""
+    maps = np.zeros((2, 3, 4, 4), np.float32)
+    maps[0, 0] = 0.02
+    maps[0, 1, :, 2] = 0.1
+    maps[1, 2, 3, 0] = 0.7
+    plots.attention_maps(path, np.stack([plain(RED), plain(BLUE)]), maps, step=1500)
+    picture = read(path)
+    yellow = (253, 231, 37)  # of viridis: the maximum
+    top, left, bottom, right = box(picture, RED)
+    assert (bottom - top, right - left) == (96, 96)
+    row = picture[top:bottom]
+    bright = np.unique(np.nonzero((row == yellow).all(-1))[1])
+    first = bright[bright < bright[0] + 96]
+    assert len(first) == 96 and first[0] > right  # a map that is even
+    assert len(bright) - 96 == 24  # a column of four, of the second head
+    below = picture[box(picture, BLUE)[0] :]
+    found = box(below, yellow)
+    assert (found[2] - found[0], found[3] - found[1]) == (24, 24)  # one cell, at the bottom

@@ -88,7 +88,7 @@ def probe(variables, rates=RATES, flip_prob=0.0, nesterov=True, **changes):
     )
     step = functools.partial(
         supervised.probe_step,
-        encoder=ENCODER,
+        represent=ENCODER.apply,
         optimizer=optimizer,
         schedule=SCHEDULE,
         learning_rates=rates,

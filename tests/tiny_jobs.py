@@ -65,6 +65,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "linear_probe": {"C": (0.01, 1.0), "random_init": False},
     "linear_probe:byol": {"batch_size": 16, "epochs": 2.0, "checkpoint_every_steps": 2},
     "linear_probe:moco": {"batch_size": 16, "epochs": 2.0},
+    "linear_probe:dino": {"batch_size": 16, "epochs": 2.0},
     "transfer": {"penalties": (0.01, 1.0)},
 }
 

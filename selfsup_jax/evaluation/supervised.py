@@ -6,6 +6,8 @@ a method's target network: in `target_params` and `target_stats`, which are neve
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -82,7 +84,7 @@ def probe_step(
     state: TrainState,
     batch: Batch,
     *,
-    encoder: nn.Module,
+    represent: Callable[[Any, jax.Array], jax.Array],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     learning_rates: tuple[float, ...],
@@ -102,7 +104,7 @@ def probe_step(
     grad_fn = jax.grad(probe_losses, has_aux=True)
 
     def microbatch_step(carry: Any, part: Batch) -> tuple[Any, Any, Any]:
-        representation: Any = encoder.apply(variables, _images(state, part, augment))
+        representation = represent(variables, _images(state, part, augment))
         return carry, grad_fn(state.online_params, representation, part["label"]), {}
 
     _, means, _ = collectives.accumulate(microbatch_step, (), batch, accumulate_steps)
@@ -228,8 +230,41 @@ def finetune_step(
 
 
 def finetune_optimizer(
-    encoder: optax.GradientTransformation, head: optax.GradientTransformation
+    encoder: optax.GradientTransformation,
+    head: optax.GradientTransformation,
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
-    """One optimizer for the encoder's parameters and another for the classifier's."""
+    """One optimizer for the encoder's parameters and another for the classifier's.
+
+    `layer_decay`: the learning rate of an encoder's layer is that of the layer after it, times this
+    (BEiT, arXiv 2106.08254, appendix H; MAE, arXiv 2111.06377, appendix A.2).
+    """
+    if layer_decay != 1.0:
+        encoder = optax.chain(encoder, optax.stateless(_decayed(layer_decay)))
     parts = {"encoder": encoder, "classifier": head}
     return optax.partition(parts, {name: name for name in parts})
+
+
+def _decayed(decay: float) -> Callable[[Any, Any], Any]:
+    def scaled(updates: Any, params: Any) -> Any:
+        del params
+        parts = updates["encoder"]
+        factors = {name: decay**distance for name, distance in head_distances(parts).items()}
+        scaled = {
+            name: jax.tree.map(lambda u, f=factors[name]: f * u, parts[name]) for name in parts
+        }
+        return updates | {"encoder": scaled}
+
+    return scaled
+
+
+def head_distances(encoder: Iterable[str]) -> dict[str, int]:
+    """How many layers each part of an encoder's parameters is from the classifier.
+
+    A layer is a stage of a ResNet or a block of a ViT. The stem, or the projection of the patches,
+    the class token and the positions are the first one; the norm after the last block is none.
+    """
+    found = {name: re.match(r"(?:stage|block)(\d+)", name) for name in encoder}
+    layer = {name: int(match[1]) if match else 0 for name, match in found.items()}
+    last = max(layer.values()) + 1
+    return {name: 0 if name == "norm" else last - number for name, number in layer.items()}

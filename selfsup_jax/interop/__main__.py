@@ -2,10 +2,11 @@
 
     python -m selfsup_jax.interop import SOURCE --out=DIR
 
-SOURCE is a file of torchvision, timm, MoCo (v1, v2, v3), DINO's ResNet-50 (`.pth`, `.pth.tar`,
-`.safetensors`), of BYOL's authors (`.pkl`) or of SimCLR's (a TensorFlow checkpoint). Nothing in it
-is run. DIR is then a checkpoint like a run's: every evaluation job takes it as `config.checkpoint`,
-pretraining as `config.init_from`. How its images are prepared is recorded in it.
+SOURCE is a file of torchvision, timm, MoCo (v1, v2, v3) or DINO (ResNets and plain ViTs; `.pth`,
+`.pth.tar`, `.safetensors`), of BYOL's authors (`.pkl`) or of SimCLR's (a TensorFlow checkpoint).
+Nothing in it is run. DIR is then a checkpoint like a run's: every evaluation job takes it as
+`config.checkpoint`, pretraining as `config.init_from`. How its images are prepared is recorded in
+it.
 """
 
 from __future__ import annotations

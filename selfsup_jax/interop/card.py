@@ -7,6 +7,7 @@ from typing import Any
 
 from selfsup_jax import __version__
 from selfsup_jax.evaluation.encoder import FrozenEncoder
+from selfsup_jax.interop import vit_timm
 from selfsup_jax.models import encoders
 from selfsup_jax.models.resnet import STAGES
 from selfsup_jax.viz.titles import measures
@@ -32,6 +33,13 @@ overlay = {{"file": "{file}", "num_classes": 0}}
 model = timm.create_model(
     "resnet{depth}", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay
 ){stem}
+features = model.eval()(images)  # images [N, 3, H, W] float32; features [N, D]""",
+    "timm_vit": """import timm
+overlay = {{"file": "{file}", "num_classes": 0}}
+model = timm.create_model(
+    {call},
+    pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay,
+)
 features = model.eval()(images)  # images [N, 3, H, W] float32; features [N, D]""",
     "detectron2": """# tools/train_net.py of Detectron2, see docs/detection.md
 MODEL.WEIGHTS {file} INPUT.FORMAT RGB MODEL.RESNETS.STRIDE_IN_1X1 False
@@ -98,7 +106,7 @@ def text(
         "## Loading",
         "",
         "```" if to == "detectron2" else "```python",
-        _loading(to, file, config),
+        _loading(to, file, frozen),
         "```",
     ]
     scores = measures(results)
@@ -118,10 +126,11 @@ def _recipe(config: Mapping[str, Any]) -> list[str]:
     return [f"- recipe: {', '.join(f'{k} {v}' for k, v in fields.items())}"]
 
 
-def _loading(to: str, file: str, config: Mapping[str, Any]) -> str:
-    fields = config["encoder"]
+def _loading(to: str, file: str, frozen: FrozenEncoder) -> str:
+    config, fields = frozen.config, frozen.config["encoder"]
     if encoders.is_vit(fields):
-        return _LOADING[to].format(file=file)
+        call = vit_timm.call(frozen) if to == "timm" else ""
+        return _LOADING["timm_vit" if call else to].format(file=file, call=call)
     blocks, bottleneck = STAGES[fields["depth"]]
     scaled = {k: [round(255 * x, 3) for x in config["views"][k]] for k in ("mean", "std")}
     return _LOADING[to].format(

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
-from selfsup_jax.interop import card, names, torch_files
+from selfsup_jax.interop import card, names, torch_files, vit_timm
 from selfsup_jax.interop.importing import PREPROCESSING
 from selfsup_jax.interop.weights import METADATA, about
 from selfsup_jax.models import encoders
@@ -33,19 +33,21 @@ class Target(NamedTuple):
         file: with the weights.
         depths: that it can express; empty for all.
         torch: whether it is PyTorch's ResNet, which pads symmetrically and has one width.
+        vit: whether it can express Vision Transformers.
     """
 
     file: str
     depths: tuple[int, ...] = ()
     torch: bool = True
+    vit: bool = False
 
 
 TARGETS = {
-    "npz": Target(encoder.VARIABLES, torch=False),
-    "safetensors": Target("model.safetensors", torch=False),
+    "npz": Target(encoder.VARIABLES, torch=False, vit=True),
+    "safetensors": Target("model.safetensors", torch=False, vit=True),
     "onnx": Target("model.onnx", torch=False),
     "torchvision": Target("model.pth"),
-    "timm": Target("model.safetensors", (*_NAMED, 200)),
+    "timm": Target("model.safetensors", (*_NAMED, 200), vit=True),
     "detectron2": Target("model.pth", (50, 101, 152)),
 }
 
@@ -64,12 +66,26 @@ def check(config: Mapping[str, Any], to: str, measured: bool) -> None:
     fields, target = config["encoder"], TARGETS[to]
     if to == "onnx" and importlib.util.find_spec("onnx") is None:
         raise UserError("--to=onnx: needs the package onnx: pip install 'selfsup-jax[onnx]'")
-    if encoders.is_vit(fields) and (target.torch or to == "onnx"):
+    if encoders.is_vit(fields):
+        _check_vit(fields, to)
+    elif target.torch:
+        _check_resnet(fields, to, measured)
+
+
+def _check_vit(fields: Mapping[str, Any], to: str) -> None:
+    able = ", ".join(name for name, target in TARGETS.items() if target.vit)
+    if not TARGETS[to].vit:
+        raise UserError(f"--to={to}: holds ResNets; {able} can hold {encoders.describe(fields)}")
+    epsilon = encoders.used(fields)["layer_norm_epsilon"]
+    if to == "timm" and epsilon != vit_timm.EPSILON:
         raise UserError(
-            f"--to={to}: holds ResNets; --to=npz or safetensors can hold {fields['name']}"
+            f"--to=timm: it has norms of epsilon {vit_timm.EPSILON:g}, not {epsilon:g} "
+            "(encoder.vit.layer_norm_epsilon); --to=safetensors or npz can hold it"
         )
-    if not target.torch:
-        return
+
+
+def _check_resnet(fields: Mapping[str, Any], to: str, measured: bool) -> None:
+    target = TARGETS[to]
     bottleneck = STAGES[fields["depth"]][1]
     reasons = {
         f"has no ResNet-{fields['depth']}": target.depths and fields["depth"] not in target.depths,
@@ -117,7 +133,7 @@ def export(
             with whole_file(os.path.join(folder, TARGETS[to].file), "wb") as f:
                 _WRITERS[to](f, frozen)
         if to == "timm":
-            write_json(os.path.join(folder, "config.json"), _timm_config(frozen.config))
+            write_json(os.path.join(folder, "config.json"), _timm_config(frozen))
         write_json(os.path.join(folder, PREPROCESSING), images)
         with whole_file(os.path.join(folder, "README.md"), encoding="utf-8") as f:
             f.write(card.text(frozen, to, TARGETS[to].file, results, measured))
@@ -162,7 +178,10 @@ def _write_detectron2(file: Any, frozen: FrozenEncoder) -> None:
 
 
 def _write_timm(file: Any, frozen: FrozenEncoder) -> None:
-    arrays = torch_arrays(frozen, names.of_torch)
+    if encoders.is_vit(frozen.config["encoder"]):
+        arrays = vit_timm.arrays(frozen)
+    else:
+        arrays = torch_arrays(frozen, names.of_torch)
     file.write(safetensors.numpy.save(arrays, {"format": "pt"}))
 
 
@@ -187,11 +206,10 @@ _WRITERS: dict[str, Callable[[Any, FrozenEncoder], None]] = {
 }
 
 
-def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _timm_config(frozen: FrozenEncoder) -> dict[str, Any]:
     """The `config.json` of a model on the Hugging Face hub, as timm reads it."""
-    images = card.preprocessing(config)
+    images, fields = card.preprocessing(frozen.config), frozen.config["encoder"]
     size = images["image_size"]
-    features = 2048 if STAGES[config["encoder"]["depth"]][1] else 512
     pretrained = {
         "num_classes": 0,
         "input_size": [3, size, size],
@@ -200,14 +218,14 @@ def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "interpolation": images["resize_method"],
         "mean": images["mean"],
         "std": images["std"],
-        "first_conv": "conv1",
-        "classifier": "fc",
     }
+    if encoders.is_vit(fields):
+        return vit_timm.config(frozen, pretrained)
     return {
-        "architecture": f"resnet{config['encoder']['depth']}",
+        "architecture": f"resnet{fields['depth']}",
         "num_classes": 0,
-        "num_features": features,
-        "pretrained_cfg": pretrained,
+        "num_features": 2048 if STAGES[fields["depth"]][1] else 512,
+        "pretrained_cfg": pretrained | {"first_conv": "conv1", "classifier": "fc"},
     }
 
 

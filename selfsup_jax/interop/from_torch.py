@@ -41,11 +41,11 @@ def weights(tensors: Mapping[str, np.ndarray], prefix: str | None = None) -> Wei
     options: dict[str, Any] = {}
     origin = f"ResNet-{encoder['depth']}"
     if family:
-        arrays |= _head(rest, f"{root}fc", "projector", "online")
+        arrays |= head(rest, f"{root}fc", "projector", "online")
         key_root = root.removesuffix(family) + _ONLINE[family]
         if any(name.startswith(key_root) for name in rest):
             arrays |= encoder_arrays(encoder, lambda conv: _layer(rest, key_root, conv), "target")
-            arrays |= _head(rest, f"{key_root}fc", "projector", "target")
+            arrays |= head(rest, f"{key_root}fc", "projector", "target")
     if family == "encoder_q.":
         layers = "v2" if "online_params/projector/hidden/kernel" in arrays else "v1"
         origin = f"MoCo {layers}, {origin}"
@@ -53,7 +53,7 @@ def weights(tensors: Mapping[str, np.ndarray], prefix: str | None = None) -> Wei
         arrays |= _queue(rest, root.removesuffix(family), tensors)
     elif family:
         origin = f"MoCo v3, {origin}"
-        arrays |= _head(rest, f"{root.removesuffix(family)}predictor", "predictor", "online")
+        arrays |= head(rest, f"{root.removesuffix(family)}predictor", "predictor", "online")
     elif "teacher." in root:
         origin = f"DINO, {origin}"
         rest.leave(r"^student\.", "the student: the teacher is what is evaluated")
@@ -127,7 +127,7 @@ def _norm(tensors: Tensors, name: str) -> dict[str, np.ndarray]:
     return {part: tensors.take(theirs) for part, theirs in parts.items()}
 
 
-def _head(tensors: Tensors, root: str, part: str, network: str) -> Arrays:
+def head(tensors: Tensors, root: str, part: str, network: str) -> Arrays:
     """A linear layer, or linear layers in a `Sequential`, perhaps with batch norm."""
     there = set(tensors)
     if f"{root}.weight" in there:

@@ -16,8 +16,9 @@ from selfsup_jax import stored
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
-from selfsup_jax.interop import from_byol, from_simclr, from_torch, torch_files
+from selfsup_jax.interop import from_byol, from_simclr, from_torch, from_vit, torch_files
 from selfsup_jax.interop.weights import METADATA, Weights
+from selfsup_jax.models import encoders
 from selfsup_jax.run.identity import upgraded_tree
 
 # Beside an export's weights: how to prepare images for it.
@@ -108,17 +109,22 @@ def _read(path: str, prefix: str | None) -> Weights:
     with open(path, "rb") as f:
         head = f.read(16)
     if torch_files.is_zip(path) or torch_files.is_legacy(path):
-        return from_torch.weights(torch_files.names_of(_mapping(torch_files.read(path))), prefix)
+        return _of_torch(torch_files.names_of(_mapping(torch_files.read(path))), prefix)
     if head[8:9] == b"{":
         tensors, metadata = _safetensors(path)
         if METADATA in metadata:
             return _ours(tensors, metadata[METADATA])
-        return from_torch.weights(tensors, prefix)
+        return _of_torch(tensors, prefix)
     if head[:1] == b"\x80":
         with open(path, "rb") as f:
             return from_byol.weights(from_byol.read(f))
     kinds = "PyTorch, safetensors, a pickle of BYOL's authors, TensorFlow"
     raise ValueError(f"is of no known kind ({kinds}), or its beginning is missing")
+
+
+def _of_torch(tensors: Mapping[str, np.ndarray], prefix: str | None) -> Weights:
+    kind = from_vit if from_vit.there(tensors) else from_torch
+    return kind.weights(tensors, prefix)
 
 
 def _mapping(tree: Any) -> Mapping[str, Any]:
@@ -134,7 +140,7 @@ def _ours(tensors: Mapping[str, np.ndarray], metadata: str) -> Weights:
         config = upgraded_tree(json.loads(metadata))
         named = {name.partition("/"): array for name, array in tensors.items()}
         arrays = {f"{parts[part + '/']}{rest}": array for (part, _, rest), array in named.items()}
-        return Weights(arrays, config, f"ResNet-{config['encoder']['depth']}", {})
+        return Weights(arrays, config, encoders.describe(config["encoder"]), {})
     except Exception as e:  # there is no end to what a stranger's file may hold
         raise ValueError(f"is no export: {(str(e).splitlines() or [''])[0][:100]}") from e
 
@@ -197,8 +203,10 @@ def described(frozen: FrozenEncoder, weights: Weights) -> list[str]:
         reasons.setdefault(why, []).append(name)
     count = sum(x.size for x in jax.tree.leaves(frozen.variables["params"]))
     taken = ", ".join(f"{part} ({number})" for part, number in parts.items())
+    fields = frozen.config["encoder"]
+    padding = "" if encoders.is_vit(fields) else f", padding {fields['padding']}"
     lines = [
-        f"{frozen.origin}: {count:,} parameters, padding {frozen.config['encoder']['padding']}",
+        f"{frozen.origin}: {count:,} parameters{padding}",
         f"images: {data['resize_method']} to {data['test_resize']} px, the centre "
         f"{data['image_size']} px, mean {tuple(views['mean'])}, deviation {tuple(views['std'])}",
         f"tensors taken: {taken}",

@@ -25,6 +25,8 @@ from selfsup_jax.run.progress import log
 def prepare(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
     """Prepares the job of `configs/finetune.py`."""
     checks.equals(config, "views.global.count", 1, "the job trains on one view of each image")
+    if config.features:
+        raise bad_field("features", config.features, "must be '': the encoder is trained as it is")
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     wanted = _read_list(config.label_list) if config.label_list else None
     everything, test = training.splits(config)
@@ -129,7 +131,7 @@ def _train(
     head_config.learning_rate = config.head_learning_rate
     head_config.exclude = ("bias$",) if config.optimizer.exclude else ()
     _, head = optim.from_config(head_config, config.batch_size, total, warmup)
-    optimizer = supervised.finetune_optimizer(body, head)
+    optimizer = supervised.finetune_optimizer(body, head, config.layer_decay)
     module = encoder.module(frozen.config, config.compute_dtype)
     init_state = functools.partial(
         supervised.init_finetune,

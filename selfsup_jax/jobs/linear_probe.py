@@ -15,7 +15,7 @@ from selfsup_jax.data.augment import Augmentation
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.evaluation import encoder, logistic, probes, scores, supervised
+from selfsup_jax.evaluation import logistic, probes, representations, scores, supervised
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor
 from selfsup_jax.jobs import frozen_features, runner, training
@@ -82,19 +82,19 @@ def _train_heads(
 ) -> dict[str, np.ndarray]:
     total, warmup = durations.total_and_warmup(config, train.num_examples)
     schedule, optimizer = optim.from_config(config.optimizer, config.batch_size, total, warmup)
-    module = encoder.module(frozen.config, config.compute_dtype)
+    of_job = representations.of(frozen.config, config.compute_dtype, config.features)
     rates = tuple(config.learning_rates)
     init_state = functools.partial(
         supervised.init_probes,
         variables=frozen.variables,
-        num_features=module.num_features,
+        num_features=of_job.num_features,
         num_classes=classes,
         num_heads=len(rates),
         optimizer=optimizer,
     )
     step = functools.partial(
         supervised.probe_step,
-        encoder=module,
+        represent=of_job.apply,
         optimizer=optimizer,
         schedule=schedule,
         learning_rates=rates,

@@ -16,7 +16,7 @@ from selfsup_jax.config import check_values
 from selfsup_jax.data import inputs, sources
 from selfsup_jax.devices import hosts, process
 from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.evaluation import encoder
+from selfsup_jax.evaluation import encoder, representations
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.evaluation.features import Extractor
 from selfsup_jax.run import identity, owner, workdir
@@ -273,9 +273,9 @@ def check_same(description: dict[str, Any], directory: str, free: tuple[str, ...
 
 
 def extractor(config: ConfigDict, frozen: FrozenEncoder) -> Extractor:
-    """Computes an encoder's representation of images, in the job's compute dtype."""
-    represent = encoder.represent(frozen.config, config.compute_dtype)
-    return Extractor(represent, *frozen.normalization)
+    """Computes the job's features of images, in its compute dtype."""
+    of_job = representations.of(frozen.config, config.compute_dtype, config.features)
+    return Extractor(of_job.apply, *frozen.normalization)
 
 
 def load_split(

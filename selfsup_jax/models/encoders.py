@@ -122,7 +122,8 @@ def function(config: Mapping[str, Any]) -> dict[str, Any]:
     name = {"name": config.get("name", "resnet")}
     if not is_vit(config):
         return name | {field: config[field] for field in _FUNCTION}
-    return name | {f"vit.{field}": config.get("vit", {}).get(field) for field in _VIT_FUNCTION}
+    fields = _vit_fields(config)
+    return name | {f"vit.{field}": fields.get(field) for field in _VIT_FUNCTION}
 
 
 def used(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -184,6 +184,8 @@ _ADDED: dict[str, Flat] = {
     },
     "projector.output_size": {"projector.activation": "relu"},
     "predictor.output_size": {"predictor.activation": "relu"},
+    "feature_batch_size": {"features": ""},
+    "label_share": {"layer_decay": 1.0},
     "monitor.max_rows": {
         "init_from": "",
         "online_probe.kernel_init": "lecun",

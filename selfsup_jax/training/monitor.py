@@ -26,6 +26,7 @@ from selfsup_jax.run.progress import Progress
 from selfsup_jax.run.workdir import config_json
 from selfsup_jax.state import Outputs, TrainState, encoder_variables
 from selfsup_jax.training import diagnostics, reference
+from selfsup_jax.training.attention import AttentionMaps
 from selfsup_jax.viz import plots
 
 
@@ -77,6 +78,7 @@ class Monitor:
         )
         self._pairs, self._signs = method.pairs, method.signs
         self._extract = extract
+        self._attention = AttentionMaps(method, config, data.test or data.train)
         self._history = recorder.history
         self._progress = progress
         self._folder = os.path.join(workdir, "plots")
@@ -233,6 +235,7 @@ class Monitor:
             plots.view_pairs(path, first, second, local, step=step)
         self._draw_map(snapshot)
         self._draw_neighbours(snapshot)
+        self._attention.draw(self._path("attention"), step, state)  # nothing, of a ResNet
 
     def draw_curves(self) -> None:
         """Updates only the learning curves."""

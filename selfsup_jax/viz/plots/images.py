@@ -1,4 +1,4 @@
-"""Plots made of images: view pairs, nearest neighbours."""
+"""Plots made of images: view pairs, nearest neighbours, attention."""
 
 from __future__ import annotations
 
@@ -121,3 +121,40 @@ def nearest_neighbours(
                 cosine = f"{float(similarities[i][j]):z.2f}"
                 page.write(x + tile / 2, below, cosine, tile, color=GREY)
                 page.write(x + tile / 2, below + 13, name, tile + 8)
+
+
+_HEADS = 16  # of each image, at most
+
+
+def attention_maps(path: str, images: np.ndarray, maps: np.ndarray, *, step: int) -> None:
+    """Draws a row per image: the image, then what each head of the class token attends to.
+
+    Args:
+        path: of the PNG file.
+        images: `[N, H, W, 3]` uint8.
+        maps: `[N, heads, h, w]`, the attention to the patches; each map is scaled to its maximum.
+        step: of the encoder.
+    """
+    from matplotlib import colormaps
+
+    tiles, maps = _tiles(images), maps[:, :_HEADS]
+    height, width = tiles.shape[1:3]
+    rows, columns = (
+        np.arange(n) * m // n for n, m in zip((height, width), maps.shape[2:], strict=True)
+    )
+    scaled = maps / np.maximum(maps.max(axis=(2, 3), keepdims=True), 1e-12)
+    drawn = np.round(255 * colormaps["viridis"](scaled)[..., :3]).astype(np.uint8)
+    drawn = drawn[:, :, rows][:, :, :, columns]
+    pitch_x, pitch_y, first, top = width + 8, height + 8, MARGIN + width + 24, TOP + 20
+    title = f"What the class token attends to in the last block, step {step:,}"
+    note = "bright: attended to most; each map by itself"
+    size = (first + maps.shape[1] * pitch_x - 8 + MARGIN, top + len(tiles) * pitch_y - 8 + MARGIN)
+    with open_page(path, *size, title, note) as page:
+        for head in range(maps.shape[1]):
+            x = first + head * pitch_x + width / 2
+            page.write(x, TOP - 3, f"head {head + 1}", width, color=GREY)
+        for i, tile in enumerate(tiles):
+            y = top + i * pitch_y
+            page.paste(MARGIN, y, tile, FRAME, border=2)
+            for head, image in enumerate(drawn[i]):
+                page.paste(first + head * pitch_x, y, image, FRAME, border=1)

@@ -32,6 +32,7 @@ _PICTURES = {
     "view_pairs": "What the network sees: pairs of views",
     "representation_map": "Held-out images in two dimensions",
     "nearest_neighbours": "Nearest neighbours",
+    "attention": "What the class token attends to",
 }
 
 
