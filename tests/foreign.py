@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 import struct
 import sys
@@ -237,6 +238,19 @@ def torch_bytes(value: Any, legacy: bool = False) -> bytes:
             archive.writestr(f"checkpoint/data/{i}", array.tobytes())
         archive.writestr("checkpoint/version", "3\n")
     return packed.getvalue()
+
+
+def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
+    """The format as its description has it: a header in JSON, then the numbers."""
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        kind = kinds[array.dtype.name]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + b"".join(x.tobytes() for x in tensors.values())
 
 
 # -------------------------------------------------------------------------------- BYOL

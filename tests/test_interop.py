@@ -11,6 +11,7 @@ import zipfile
 
 import foreign
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -18,11 +19,12 @@ from conftest import flatten
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
+from configs import byol, simclr
 from selfsup_jax import export
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.interop import __main__ as interop
-from selfsup_jax.interop import exporting, importing, torch_files, unpickle
+from selfsup_jax.interop import exporting, importing, names, torch_files, unpickle
 from selfsup_jax.models import resnet
 
 FLIPS = int(os.environ.get("FLIPS", "10"))  # damaged files of each kind
@@ -181,6 +183,21 @@ def test_what_is_no_plain_resnet_is_refused(tmp_path):
     for i, (named, state) in enumerate(cases.items()):
         named = "(1, 2, 0, 0) bottlenecks" if named == "2 bottlenecks" else named
         assert named in refused(write(tmp_path / f"{i}.pth", foreign.torch_bytes(state)))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_halves_in_safetensors(tmp_path, kind):
+    """Each is the float32 number that it is."""
+    dtype = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[kind]
+    state = {k: v for k, v in foreign.torch_state(foreign.make_resnet(*BASIC)).items() if v.ndim}
+    halves = {name: array.astype(dtype) for name, array in state.items()}
+    frozen, _ = importing.read(write(tmp_path / "a.safetensors", foreign.safetensors_bytes(halves)))
+    stem = frozen.variables["params"]["stem"]["kernel"]
+    expected = halves["conv1.weight"].astype(np.float32).transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(stem, expected)
+    assert stem.dtype == np.float32 and not np.array_equal(
+        expected, state["conv1.weight"].transpose(2, 3, 1, 0)
+    )
 
 
 # ----------------------------------------------------------------------- BYOL and SimCLR
@@ -367,6 +384,26 @@ def imported(tmp_path, **changes):
     return frozen._replace(config=frozen.config | {"encoder": fields}), weights, layers
 
 
+@pytest.mark.parametrize(("recipe", "depth"), [(byol, 50), (simclr, 18)])
+def test_presets_to_export_from(recipe, depth):
+    """Their encoders are torchvision's, array by array; those of the recipes are not."""
+    preset = {50: "imagenet", 18: "folder"}[depth]
+    config, plain = (recipe.get_config(f"{preset}{end}").to_dict() for end in ("_torch", ""))
+    for to in ("torchvision", "timm", *["detectron2"] * (depth == 50)):
+        exporting.check(config, to, measured=False)
+        with pytest.raises(UserError, match=f"--to={to}"):
+            exporting.check(plain, to, measured=False)
+    differ = {k for k, v in config["encoder"].items() if v != plain["encoder"][k]}
+    assert {"padding"} <= differ <= {"padding", "stage1_projection"}
+    shapes = jax.eval_shape(lambda: encoder.untrained(config, 0))
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    frozen = encoder.FrozenEncoder(zeros, config, "", None, 0)
+    found = exporting.torch_arrays(frozen, names.of_torch)
+    kind = {50: ((3, 4, 6, 3), True), 18: ((2, 2, 2, 2), False)}[depth]
+    expected = foreign.torch_state(foreign.make_resnet(*kind, channels=64))
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+
+
 @pytest.mark.parametrize("to", ["torchvision", "safetensors", "timm", "npz"])
 def test_out_and_in_again_is_the_same(tmp_path, monkeypatch, to):
     """Bit by bit; with the images prepared as before."""
@@ -474,13 +511,13 @@ def test_detectron2_has_its_own_names(tmp_path):
     exporting._write_detectron2(file, frozen)
     tree = torch_files.read(write(tmp_path / "d2.pth", file.getvalue()))
     assert tree["matching_heuristics"] is True
-    names = tree["model"]
-    assert len(names) == 5 * len(layers)
+    tensors = tree["model"]
+    assert len(tensors) == 5 * len(layers)
     shortcut = layers[1, 0, "shortcut"]
-    np.testing.assert_array_equal(names["res3.0.shortcut.norm.running_mean"], shortcut.norm[2])
+    np.testing.assert_array_equal(tensors["res3.0.shortcut.norm.running_mean"], shortcut.norm[2])
     kernel = layers[0, 0, "conv3"].kernel.transpose(3, 2, 0, 1)
-    np.testing.assert_array_equal(names["res2.0.conv3.weight"], kernel)
-    assert names["stem.conv1.norm.weight"].shape == (2,)
+    np.testing.assert_array_equal(tensors["res2.0.conv3.weight"], kernel)
+    assert tensors["stem.conv1.norm.weight"].shape == (2,)
 
 
 @pytest.mark.parametrize("padding", ["torch", "same", "fixed"])
@@ -532,8 +569,6 @@ def test_torch_itself(tmp_path):
 
 def test_every_layer_is_named_once():
     """Of the real depths, in every project's names."""
-    from selfsup_jax.interop import names
-
     for depth in (18, 50):
         fields = {"depth": depth, "stage1_projection": False}
         convolutions = list(names.convolutions(fields))

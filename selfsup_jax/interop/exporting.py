@@ -81,8 +81,9 @@ def check(config: Mapping[str, Any], to: str, measured: bool) -> None:
         raise UserError(
             f"--to={to}: this encoder pads like {fields['padding']!r}, PyTorch's convolutions pad "
             "symmetrically, so its features would differ (BYOL's ResNet-50 lost 4 points); train "
-            "with --config.encoder.padding=torch, or use --to=onnx, or add --measure=IMAGES to "
-            "export it nonetheless, with the difference on these images"
+            "with --config.encoder.padding=torch (as configs/byol.py:imagenet_torch), or use "
+            "--to=onnx, or add --measure=IMAGES to export it nonetheless, with the difference on "
+            "these images"
         )
 
 

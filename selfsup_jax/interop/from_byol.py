@@ -98,7 +98,7 @@ def weights(tensors: Mapping[str, np.ndarray]) -> Weights:
         for part in ("projector", "predictor") if network == "online" else ("projector",):
             arrays |= _head(rest, part, network)
     for theirs, ours in (("w", "kernel"), ("b", "bias")):
-        if (name := f"online_params:classifier:{theirs}") in set(rest):
+        if (name := f"online_params:classifier:{theirs}") in rest:
             arrays[f"online_params/classifier/output/{ours}"] = rest.take(name)
     rest.leave("^target_(params|state):(predictor|classifier)", "the target network needs none")
     rest.leave("_ema:(hidden|counter)$", "the running average is stored once more, debiased")
@@ -119,39 +119,31 @@ class _Layers:
     def __call__(self, conv: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         module, norm = names.of_haiku(conv, self._root)
         kernel = self._tensors.take(f"{self._network}_params:{module}:w")
-        return kernel, _norm(self._tensors, norm, self._network)
-
-
-def _norm(tensors: Tensors, norm: str, network: str) -> dict[str, np.ndarray]:
-    found = {part: names.haiku_norm(norm, part) for part in names.NORM}
-    return {
-        part: tensors.take(f"{network}_{section}:{module}:{name}").reshape(-1)
-        for part, (section, module, name) in found.items()
-    }
+        return kernel, self._tensors.norm(names.norm_in_haiku(norm, self._network))
 
 
 def _head(tensors: Tensors, part: str, network: str) -> Arrays:
     params = f"{network}_params"
-    arrays = norm_arrays(_norm(tensors, f"{part}/batch_norm", network), f"{part}/bn", network)
+    norm = tensors.norm(names.norm_in_haiku(f"{part}/batch_norm", network))
+    arrays = norm_arrays(norm, f"{part}/bn", network)
     for theirs, ours in _LINEAR.items():
         name = f"{params}:{part}/{theirs}"
         arrays[f"{params}/{part}/{ours}/kernel"] = tensors.take(f"{name}:w")
-        if f"{name}:b" in set(tensors):
+        if f"{name}:b" in tensors:
             arrays[f"{params}/{part}/{ours}/bias"] = tensors.take(f"{name}:b")
     return arrays
 
 
 def _encoder(tensors: Tensors, root: str) -> dict[str, Any]:
-    there = list(tensors)
-    counts = names.counts_in(there, r"online_params:.*block_group_(\d)/~/block_(\d+)/")
+    counts = names.counts_in(list(tensors), r"online_params:.*block_group_(\d)/~/block_(\d+)/")
     block = f"online_params:{root}/~/block_group_0/~/block_0/~"
-    bottleneck = f"{block}/conv_2:w" in there
+    bottleneck = f"{block}/conv_2:w" in tensors
     shape = tensors.shape(f"online_params:{root}/~/initial_conv:w")
     return {
         "depth": names.depth_of({stage + 1: n for stage, n in counts.items()}, bottleneck),
         "width": shape[-1] / 64,
         "padding": "same",
-        "stage1_projection": not bottleneck and f"{block}/shortcut_conv:w" in there,
+        "stage1_projection": not bottleneck and f"{block}/shortcut_conv:w" in tensors,
         "zero_init_gamma": True,
         "zero_init_basic": False,
         "kernel_init": "haiku",

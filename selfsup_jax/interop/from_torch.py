@@ -73,12 +73,12 @@ def _root(tensors: Tensors, prefix: str | None) -> str:
     """What the names of the encoder's tensors begin with."""
     firsts = [name for name in tensors if name.endswith("conv1.weight")]
     roots = [name.removesuffix("conv1.weight") for name in firsts]
-    names_there = set(tensors)
-    roots = [r for r in roots if {f"{r}bn1.weight", f"{r}layer1.0.conv1.weight"} <= names_there]
+    also = ("bn1.weight", "layer1.0.conv1.weight")
+    roots = [root for root in roots if all(f"{root}{name}" in tensors for name in also)]
     if not roots:
         raise ValueError(
             "has no ResNet: no tensors conv1.weight, bn1.weight and layer1.0.conv1.weight"
-            + (f"; its first is {next(iter(tensors))}" if names_there else "")
+            + (f"; its first is {first}" if (first := next(iter(tensors), "")) else "")
         )
     if prefix is not None:
         if prefix not in roots:
@@ -95,8 +95,7 @@ def _encoder(tensors: Tensors, root: str) -> dict[str, Any]:
     """The fields of the config that the shapes tell."""
     escaped = re.escape(root)
     counts = names.counts_in(list(tensors), rf"^{escaped}layer(\d)\.(\d+)\.conv1\.weight$")
-    there = set(tensors)
-    bottleneck = f"{root}layer1.0.conv3.weight" in there
+    bottleneck = f"{root}layer1.0.conv3.weight" in tensors
     features, _, size, _ = _four(tensors, f"{root}conv1.weight")
     if size not in (3, 7):
         raise ValueError(f"{root}conv1.weight has {size}x{size} pixels, which is no known stem")
@@ -104,7 +103,7 @@ def _encoder(tensors: Tensors, root: str) -> dict[str, Any]:
         "depth": names.depth_of(counts, bottleneck),
         "width": features / 64,
         "stem": "imagenet" if size == 7 else "cifar",
-        "stage1_projection": not bottleneck and f"{root}layer1.0.downsample.0.weight" in there,
+        "stage1_projection": not bottleneck and f"{root}layer1.0.downsample.0.weight" in tensors,
     }
 
 
@@ -119,38 +118,31 @@ def _layer(tensors: Tensors, root: str, conv: str) -> tuple[np.ndarray, dict[str
     weight, norm = names.of_torch(conv)
     _four(tensors, f"{root}{weight}.weight")
     kernel = tensors.take(f"{root}{weight}.weight").transpose(2, 3, 1, 0)
-    return kernel, _norm(tensors, f"{root}{norm}")
-
-
-def _norm(tensors: Tensors, name: str) -> dict[str, np.ndarray]:
-    parts = {part: f"{name}.{theirs}" for part, (_, theirs, _) in names.NORM.items()}
-    return {part: tensors.take(theirs) for part, theirs in parts.items()}
+    return kernel, tensors.norm(names.norm_in_torch(f"{root}{norm}"))
 
 
 def _head(tensors: Tensors, root: str, part: str, network: str) -> Arrays:
     """A linear layer, or linear layers in a `Sequential`, perhaps with batch norm."""
-    there = set(tensors)
-    if f"{root}.weight" in there:
-        linear = [root]
-    else:
-        numbers = [
-            m for m in (re.fullmatch(rf"{re.escape(root)}\.(\d+)\.weight", n) for n in there) if m
-        ]
-        indices = sorted(int(m[1]) for m in numbers if len(tensors.shape(m[0])) == 2)
-        linear = [f"{root}.{i}" for i in indices]
+    linear = [root] if f"{root}.weight" in tensors else _linear_layers(tensors, root)
     arrays: Arrays = {}
     for layer, (ours, norm) in zip(linear, head_names(len(linear)), strict=True):
         kernel = np.ascontiguousarray(tensors.take(f"{layer}.weight").T)
         arrays[f"{network}_params/{part}/{ours}/kernel"] = kernel
-        if f"{layer}.bias" in there:
+        if f"{layer}.bias" in tensors:
             arrays[f"{network}_params/{part}/{ours}/bias"] = tensors.take(f"{layer}.bias")
         head, _, index = layer.rpartition(".")
         after = f"{head}.{int(index) + 1}" if index.isdigit() else ""
-        if f"{after}.running_mean" in there:
-            found = {k: f"{after}.{theirs}" for k, (_, theirs, _) in names.NORM.items()}
-            values = {k: tensors.take(name) for k, name in found.items() if name in there}
+        if f"{after}.running_mean" in tensors:
+            values = tensors.norm(names.norm_in_torch(after), optional=True)
             arrays |= norm_arrays(values, f"{part}/{norm}", network)
     return arrays
+
+
+def _linear_layers(tensors: Tensors, root: str) -> list[str]:
+    """Those of a `Sequential`, in their order."""
+    found = (re.fullmatch(rf"{re.escape(root)}\.(\d+)\.weight", name) for name in tensors)
+    indices = sorted(int(m[1]) for m in found if m and len(tensors.shape(m[0])) == 2)
+    return [f"{root}.{i}" for i in indices]
 
 
 def _queue(tensors: Tensors, root: str, given: Mapping[str, np.ndarray]) -> Arrays:
