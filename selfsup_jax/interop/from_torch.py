@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from selfsup_jax.interop.weights import (
     norm_arrays,
 )
 
+_MOMENTUM = "momentum."  # what the names of MoCo's momentum are made to begin with
 # Of two encoders in a file, the one that is taken, and the other's place in the names.
 _ONLINE = {"encoder_q.": "encoder_k.", "base_encoder.": "momentum_encoder."}
 
@@ -33,10 +35,10 @@ def weights(tensors: Mapping[str, np.ndarray], prefix: str | None = None) -> Wei
     Raises:
         ValueError: there is no ResNet, or one of another kind; tensors are missing.
     """
-    rest = Tensors(tensors)
-    root = _root(rest, prefix)
+    root = _root(Tensors(tensors), prefix)
+    rest = Tensors(_with_momentum(tensors, root))
     encoder = _encoder(rest, root)
-    arrays = encoder_arrays(encoder, lambda conv: _layer(rest, root, conv))
+    arrays = encoder_arrays(encoder, functools.partial(_layer, rest, root))
     family = next((name for name in _ONLINE if root.endswith(name)), "")
     options: dict[str, Any] = {}
     origin = f"ResNet-{encoder['depth']}"
@@ -44,9 +46,13 @@ def weights(tensors: Mapping[str, np.ndarray], prefix: str | None = None) -> Wei
         arrays |= _head(rest, f"{root}fc", "projector", "online")
         key_root = root.removesuffix(family) + _ONLINE[family]
         if any(name.startswith(key_root) for name in rest):
-            arrays |= encoder_arrays(encoder, lambda conv: _layer(rest, key_root, conv), "target")
+            arrays |= encoder_arrays(encoder, functools.partial(_layer, rest, key_root), "target")
             arrays |= _head(rest, f"{key_root}fc", "projector", "target")
     if family == "encoder_q.":
+        if f"{_MOMENTUM}conv1.weight" in rest:
+            layer = functools.partial(_layer, rest, _MOMENTUM)
+            arrays |= encoder_arrays(encoder, layer, "momentum")
+            arrays |= _head(rest, f"{_MOMENTUM}fc", "projector", "momentum")
         layers = "v2" if "online_params/projector/hidden/kernel" in arrays else "v1"
         origin = f"MoCo {layers}, {origin}"
         options = {"method": "moco", "area": (0.2, 1.0)}
@@ -118,7 +124,24 @@ def _layer(tensors: Tensors, root: str, conv: str) -> tuple[np.ndarray, dict[str
     weight, norm = names.of_torch(conv)
     _four(tensors, f"{root}{weight}.weight")
     kernel = tensors.take(f"{root}{weight}.weight").transpose(2, 3, 1, 0)
-    return kernel, tensors.norm(names.norm_in_torch(f"{root}{norm}"))
+    parts = names.norm_in_torch(f"{root}{norm}")
+    return kernel, tensors.norm(parts, optional=root == _MOMENTUM)
+
+
+def _with_momentum(tensors: Mapping[str, np.ndarray], root: str) -> dict[str, np.ndarray]:
+    """Names the buffers of PyTorch's SGD by the parameters that they are of, if root is MoCo's.
+
+    The buffers have numbers for names, but come in the order of the parameters.
+    """
+    if not root.endswith("encoder_q."):
+        return dict(tensors)
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    params = [n for n in tensors if n.startswith(root) and not n.endswith(statistics)]
+    buffers = [n for n in tensors if re.search(r"^optimizer\.state\.\d+\.momentum_buffer$", n)]
+    shapes = [[np.shape(tensors[name]) for name in names] for names in (params, buffers)]
+    of = dict(zip(buffers, params, strict=True)) if shapes[0] == shapes[1] else {}
+    renamed = {name: f"{_MOMENTUM}{param.removeprefix(root)}" for name, param in of.items()}
+    return {renamed.get(name, name): array for name, array in tensors.items()}
 
 
 def _head(tensors: Tensors, root: str, part: str, network: str) -> Arrays:

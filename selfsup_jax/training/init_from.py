@@ -7,7 +7,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selfsup_jax import paths, stored
@@ -19,6 +21,8 @@ from selfsup_jax.state import TrainState
 # Fields of an encoder that change what the same weights compute.
 _FUNCTION = ("depth", "width", "stem", "padding", "stage1_projection", "bn_epsilon")
 _NETWORKS = ("online_params", "online_stats", "target_params", "target_stats")
+# Momentum that an import has, of the optimizers of these methods' authors; it is taken by the same.
+_MOMENTUM, _OPTIMIZERS = "momentum_params", {"byol": "lars", "moco": "sgd"}
 _DERIVED = ("queue", "queue_index")  # of the projector's outputs
 
 Arrays = dict[str, np.ndarray]  # by names such as `online_params/encoder/stem/kernel`
@@ -83,11 +87,16 @@ def load(path: str, config: Mapping[str, Any]) -> Source:
         _, arrays = checkpoint_files.read(frozen.path, _is_wanted)
         about = f"run {os.path.basename(root)}, step {step}"
     _check_encoder(path, frozen.config["encoder"], config["encoder"])
+    optimizer = config["optimizer"]
+    of_the_same = _OPTIMIZERS.get(frozen.config.get("method", "")) == optimizer["name"]
+    if not of_the_same or optimizer["rate_inside_momentum"]:
+        arrays = {k: v for k, v in arrays.items() if not k.startswith(_MOMENTUM)}
     return Source(path, frozen.config, arrays, about)
 
 
 def _is_wanted(name: str) -> bool:
-    return name.startswith(tuple(f"{part}/" for part in _NETWORKS)) or name in _DERIVED
+    parts = (*_NETWORKS, _MOMENTUM)
+    return name.startswith(tuple(f"{part}/" for part in parts)) or name in _DERIVED
 
 
 def _training(folder: str) -> Arrays:
@@ -133,7 +142,8 @@ def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
 
     A part (encoder, projector, ...) is taken as a whole if all of its arrays are there with the
     same shapes, else it stays new. A part of the target network that the source lacks is a copy of
-    the online network's. The optimizer, the step and the random keys are always new.
+    the online network's. The optimizer is new, but for the momentum of the parts that are taken if
+    the source has it; the step and the random keys are always new.
 
     Args:
         state: before the first step; host arrays.
@@ -162,18 +172,46 @@ def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
         own = not _misfit(fields, source.arrays, part, "target", "target")
         _put(fields, source.arrays, part, "target", "target" if own else "online")
         taken.append(f"target {part}" + ("" if own else " (a copy of the online one)"))
-    rest = {name: getattr(state, name) for name in _DERIVED if hasattr(state, name)}
-    if rest:
-        fits = not online.get("projector") and all(
-            name in source.arrays and source.arrays[name].shape == x.shape
-            for name, x in rest.items()
-        )
-        rest = {k: np.asarray(source.arrays[k], x.dtype) if fits else x for k, x in rest.items()}
+    queue, fits = _queue(state, {} if online.get("projector") else source.arrays)
+    if queue:
         (taken if fits else new).append("queue")
+    opt_state, moving = _with_momentum(state, source.arrays, [x for x in online if not online[x]])
+    if moving:
+        taken.append("momentum" + ("" if moving == [*online] else f" of {' and '.join(moving)}"))
     left = {name.split("/")[1] for name in source.arrays if name.startswith("online_params/")}
     networks = {name: unflatten_dict(values, sep="/") for name, values in fields.items()}
-    told = Taken(*(", ".join(x) for x in (taken, [*new, "optimizer"], sorted(left - set(taken)))))
-    return state.replace(**networks, **rest), told
+    new += [] if moving else ["optimizer"]
+    told = Taken(", ".join(taken), ", ".join(new), ", ".join(sorted(left - set(taken))))
+    return state.replace(**networks, **queue, opt_state=opt_state), told
+
+
+def _queue(state: TrainState, arrays: Arrays) -> tuple[dict[str, Any], bool]:
+    """The queue's fields of a state that has one, and whether they are the source's."""
+    own = {name: getattr(state, name) for name in _DERIVED if hasattr(state, name)}
+    if any(name not in arrays or arrays[name].shape != x.shape for name, x in own.items()):
+        return own, False
+    return {name: np.asarray(arrays[name], x.dtype) for name, x in own.items()}, True
+
+
+def _with_momentum(state: TrainState, arrays: Arrays, parts: list[str]) -> tuple[Any, list[str]]:
+    """The optimizer's state with the source's momentum; of which of these parts it has it."""
+    params = flatten_dict(state.online_params, sep="/")
+    found: dict[str, np.ndarray] = {}
+    for part in parts:
+        own = {name: x.shape for name, x in params.items() if name.startswith(f"{part}/")}
+        theirs = {name: arrays.get(f"{_MOMENTUM}/{name}") for name in own}
+        if all(x is not None and x.shape == own[name] for name, x in theirs.items()):
+            found |= {name: np.asarray(x, params[name].dtype) for name, x in theirs.items()}
+
+    def put(node: Any) -> Any:
+        if not isinstance(node, optax.TraceState):
+            return node
+        trace = flatten_dict(node.trace, sep="/") | found
+        return node._replace(trace=unflatten_dict(trace, sep="/"))
+
+    is_trace = lambda node: isinstance(node, optax.TraceState)  # noqa: E731
+    moving = [part for part in parts if any(name.startswith(f"{part}/") for name in found)]
+    return jax.tree.map(put, state.opt_state, is_leaf=is_trace), moving
 
 
 def _names(
