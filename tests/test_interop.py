@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import byol, simclr
-from selfsup_jax import export
+from selfsup_jax import Encoder, export
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.interop import __main__ as interop
@@ -359,6 +359,30 @@ def test_files_that_are_not_what_they_seem(tmp_path):
             tensor.of(np.zeros(2, np.float32))
 
 
+def test_the_line_says_what_is_wrong(tmp_path):
+    """With a file, a folder, or an option about the images."""
+    content = foreign.torch_bytes(foreign.torch_state(foreign.make_resnet(*BASIC)))
+    path = write(tmp_path / "a.pth", content)
+    assert refused(write(tmp_path / "b.pth", b"")).endswith("is empty")
+    assert refused(write(tmp_path / "b.pth", content[: len(content) // 2])).endswith("is truncated")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("x.npy", b"")
+    assert "none of PyTorch's" in refused(tmp_path / "b.npz")
+    assert "copy it to this machine" in refused("https://example.com/a.pth")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "use it as config.checkpoint" in refused(tmp_path / "run")
+    assert "'foo'; there is ''" in refused(path, prefix="foo")
+    for name, value in (
+        ("image_size", 0),
+        ("image_size", 10**9),
+        ("test_resize", -1),
+        ("mean", (np.nan, 0, 0)),
+        ("std", (0, 1, 1)),
+    ):
+        with pytest.raises(UserError, match=f"^--{name.removeprefix('test_')}=.*: must be"):
+            importing.read(path, **{name: value})
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", "byol", "safetensors"])
 def test_damaged_bytes_are_one_line(tmp_path, kind):
     """Or do no harm: a number in the middle of an array may be any."""
@@ -447,6 +471,11 @@ def test_out_and_in_again_is_the_same(tmp_path, monkeypatch, to):
     assert again.normalization == frozen.normalization
     for field in ("image_size", "test_resize", "resize_method"):
         assert again.config["data"][field] == frozen.config["data"][field]
+    exporting.export(frozen, str(folder), to, {})  # again
+    other = "safetensors" if to == "npz" else "npz"
+    with pytest.raises(UserError, match="of another export; choose another folder"):
+        exporting.export(frozen, str(folder), other, {})
+    assert Encoder.load(folder).config["data"]["test_resize"] == 47
     text = (folder / "README.md").read_text()
     assert "shorter side to 47 px" in text and "ResNet-3" in text
 

@@ -102,10 +102,9 @@ def export(
     Raises:
         UserError: the folder cannot be written to.
     """
+    _check_folder(folder, to)
     if to == "npz":
         encoder.export(frozen, folder)
-    else:
-        _check_folder(folder)
     images = card.preprocessing(frozen.config)
     with writing_to(folder):
         os.makedirs(folder, exist_ok=True)
@@ -119,13 +118,26 @@ def export(
             f.write(card.text(frozen, to, TARGETS[to].file, results, measured))
 
 
-def _check_folder(folder: str) -> None:
+def _check_folder(folder: str, to: str) -> None:
+    """An export may replace one of the same kind; two in one folder would be taken for each other.
+
+    (What other files a folder must not have for `npz`, `encoder.export` knows.)
+    """
+
+    def is_there(name: str) -> bool:
+        return os.path.exists(os.path.join(folder, name))
+
+    is_export = is_there(PREPROCESSING)
     for name in ("config.json", "runs.json", "checkpoints", encoder.ABOUT):
-        taken = os.path.exists(os.path.join(folder, name))
-        if taken and not os.path.exists(os.path.join(folder, PREPROCESSING)):
+        if to != "npz" and is_there(name) and not is_export:
             raise UserError(
                 f"{folder}: has a {name} that is not of an export; choose another folder"
             )
+    own = {TARGETS[to].file, *(["config.json"] if to == "timm" else [])}
+    files = {"config.json", *(target.file for target in TARGETS.values())}
+    for name in sorted(files - own):
+        if is_export and is_there(name):
+            raise UserError(f"{folder}: has the {name} of another export; choose another folder")
 
 
 def torch_arrays(

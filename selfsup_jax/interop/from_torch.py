@@ -88,7 +88,8 @@ def _root(tensors: Tensors, prefix: str | None) -> str:
         )
     if prefix is not None:
         if prefix not in roots:
-            raise ValueError(f"has no encoder with the prefix {prefix!r}: {', '.join(roots)}")
+            there = ", ".join(map(repr, roots))
+            raise ValueError(f"has no encoder with the prefix {prefix!r}; there is {there}")
         return prefix
     known = [r for r in roots if r.endswith(tuple(_ONLINE)) or re.search(r"^teacher\.", r)]
     chosen = known or roots
