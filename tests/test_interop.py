@@ -123,10 +123,10 @@ def test_moco(tmp_path):
     accounted(torch_files.names_of(tree), weights, ours=1)  # queue_ptr is kept under another name
     buffers = [x["momentum_buffer"] for x in tree["optimizer"]["state"].values()]
     np.testing.assert_array_equal(
-        theirs["momentum_params/encoder/stem/kernel"], buffers[0].transpose(2, 3, 1, 0)
+        theirs["sgd_momentum_params/encoder/stem/kernel"], buffers[0].transpose(2, 3, 1, 0)
     )
-    np.testing.assert_array_equal(theirs["momentum_params/projector/output/bias"], buffers[-1])
-    assert len([name for name in theirs if name.startswith("momentum_")]) == len(buffers)
+    np.testing.assert_array_equal(theirs["sgd_momentum_params/projector/output/bias"], buffers[-1])
+    assert len([name for name in theirs if "_momentum_" in name]) == len(buffers)
     buffers[3] = buffers[3][:1]  # of another network: it is left out
     tree["optimizer"]["state"] = {i: {"momentum_buffer": x} for i, x in enumerate(buffers)}
     _, weights = importing.read(write(tmp_path / "other.pth.tar", foreign.torch_bytes(tree)))
@@ -228,9 +228,9 @@ def test_byol_of_the_authors(tmp_path):
     average = state["projector/batch_norm/~/var_ema"]["average"].reshape(-1)
     np.testing.assert_array_equal(arrays["target_stats/projector/bn/var"], average)
     online_params = networks[0][0]
-    momentum = arrays["momentum_params/predictor/output/kernel"]
+    momentum = arrays["lars_momentum_params/predictor/output/kernel"]
     np.testing.assert_array_equal(momentum, 0.01 * online_params["predictor/linear_1"]["w"][::-1])
-    assert "momentum_params/classifier/output/bias" in arrays
+    assert "lars_momentum_params/classifier/output/bias" in arrays
     trees = [online_params, *(tree for network in networks for tree in network)]
     count = sum(len(v) for tree in trees for v in tree.values())
     accounted([*weights.left_out, *range(count - len(weights.left_out))], weights)

@@ -121,7 +121,7 @@ def export(
 def _check_folder(folder: str, to: str) -> None:
     """An export may replace one of the same kind; two in one folder would be taken for each other.
 
-    (What other files a folder must not have for `npz`, `encoder.export` knows.)
+    For `npz`, `encoder.export` refuses the files that are of no export.
     """
 
     def is_there(name: str) -> bool:

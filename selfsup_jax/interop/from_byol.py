@@ -36,6 +36,7 @@ TABLE: unpickle.Table = {
     **{(module, "_create_namedtuple"): unpickle.named_tuple for module in _DILL},
     **{(module, "_create_array"): unpickle.array for module in _DILL},
 }
+_MOMENTUM = "lars_momentum"  # named as if it were a network
 _NEEDED = ("online_params", "online_state")
 _FIELDS = ("online_params", "target_params", "online_state", "target_state", "opt_state")
 # Layers of the projector and the predictor: theirs -> ours.
@@ -89,7 +90,7 @@ def weights(tensors: Mapping[str, np.ndarray]) -> Weights:
     rest.refuse("final_batchnorm", "ResNets of version 2 are not known here")
     encoder = _encoder(rest, root)
     arrays: Arrays = {}
-    for network in ("online", "target", "momentum"):
+    for network in ("online", "target", _MOMENTUM):
         if not any(name.startswith(f"{network}_params:{root}/") for name in rest):
             continue
         layer = _Layers(rest, root, network)
@@ -117,13 +118,13 @@ def _with_momentum(tensors: Mapping[str, np.ndarray], root: str) -> dict[str, np
     found = [match[1] for name in tensors if (match := stem.match(name))]
     of = f"{found[0]}:" if len(found) == 1 else "no momentum"
     return {
-        f"momentum_params:{name.removeprefix(of)}" if name.startswith(of) else name: array
+        f"{_MOMENTUM}_params:{name.removeprefix(of)}" if name.startswith(of) else name: array
         for name, array in tensors.items()
     }
 
 
 def _norm(tensors: Tensors, norm: str, network: str) -> dict[str, np.ndarray]:
-    return tensors.norm(names.norm_in_haiku(norm, network), optional=network == "momentum")
+    return tensors.norm(names.norm_in_haiku(norm, network), optional=network == _MOMENTUM)
 
 
 class _Layers:

@@ -51,8 +51,8 @@ def weights(tensors: Mapping[str, np.ndarray], prefix: str | None = None) -> Wei
     if family == "encoder_q.":
         if f"{_MOMENTUM}conv1.weight" in rest:
             layer = functools.partial(_layer, rest, _MOMENTUM)
-            arrays |= encoder_arrays(encoder, layer, "momentum")
-            arrays |= _head(rest, f"{_MOMENTUM}fc", "projector", "momentum")
+            arrays |= encoder_arrays(encoder, layer, "sgd_momentum")
+            arrays |= _head(rest, f"{_MOMENTUM}fc", "projector", "sgd_momentum")
         layers = "v2" if "online_params/projector/hidden/kernel" in arrays else "v1"
         origin = f"MoCo {layers}, {origin}"
         options = {"method": "moco", "area": (0.2, 1.0)}
@@ -139,7 +139,7 @@ def _with_momentum(tensors: Mapping[str, np.ndarray], root: str) -> dict[str, np
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     params = [n for n in tensors if n.startswith(root) and not n.endswith(statistics)]
     buffers = [n for n in tensors if re.search(r"^optimizer\.state\.\d+\.momentum_buffer$", n)]
-    shapes = [[np.shape(tensors[name]) for name in names] for names in (params, buffers)]
+    shapes = [[np.shape(tensors[name]) for name in group] for group in (params, buffers)]
     of = dict(zip(buffers, params, strict=True)) if shapes[0] == shapes[1] else {}
     renamed = {name: f"{_MOMENTUM}{param.removeprefix(root)}" for name, param in of.items()}
     return {renamed.get(name, name): array for name, array in tensors.items()}

@@ -21,8 +21,7 @@ from selfsup_jax.state import TrainState
 # Fields of an encoder that change what the same weights compute.
 _FUNCTION = ("depth", "width", "stem", "padding", "stage1_projection", "bn_epsilon")
 _NETWORKS = ("online_params", "online_stats", "target_params", "target_stats")
-# Momentum that an import has, of the optimizers of these methods' authors; it is taken by the same.
-_MOMENTUM, _OPTIMIZERS = "momentum_params", {"byol": "lars", "moco": "sgd"}
+_MOMENTUM = "_momentum_params/"  # that an import has, after the name of the optimizer
 _DERIVED = ("queue", "queue_index")  # of the projector's outputs
 
 Arrays = dict[str, np.ndarray]  # by names such as `online_params/encoder/stem/kernel`
@@ -88,15 +87,15 @@ def load(path: str, config: Mapping[str, Any]) -> Source:
         about = f"run {os.path.basename(root)}, step {step}"
     _check_encoder(path, frozen.config["encoder"], config["encoder"])
     optimizer = config["optimizer"]
-    of_the_same = _OPTIMIZERS.get(frozen.config.get("method", "")) == optimizer["name"]
-    if not of_the_same or optimizer["rate_inside_momentum"]:
-        arrays = {k: v for k, v in arrays.items() if not k.startswith(_MOMENTUM)}
+    kind = "none" if optimizer["rate_inside_momentum"] else optimizer["name"]
+    own = f"{kind}{_MOMENTUM}"  # in another optimizer it would mean something else
+    arrays = {k: v for k, v in arrays.items() if _MOMENTUM not in k or k.startswith(own)}
     return Source(path, frozen.config, arrays, about)
 
 
 def _is_wanted(name: str) -> bool:
-    parts = (*_NETWORKS, _MOMENTUM)
-    return name.startswith(tuple(f"{part}/" for part in parts)) or name in _DERIVED
+    of_a_network = name.startswith(tuple(f"{part}/" for part in _NETWORKS))
+    return of_a_network or _MOMENTUM in name or name in _DERIVED
 
 
 def _training(folder: str) -> Arrays:
@@ -196,10 +195,11 @@ def _queue(state: TrainState, arrays: Arrays) -> tuple[dict[str, Any], bool]:
 def _with_momentum(state: TrainState, arrays: Arrays, parts: list[str]) -> tuple[Any, list[str]]:
     """The optimizer's state with the source's momentum; of which of these parts it has it."""
     params = flatten_dict(state.online_params, sep="/")
+    momentum = {k.split(_MOMENTUM)[1]: x for k, x in arrays.items() if _MOMENTUM in k}
     found: dict[str, np.ndarray] = {}
     for part in parts:
         own = {name: x.shape for name, x in params.items() if name.startswith(f"{part}/")}
-        theirs = {name: arrays.get(f"{_MOMENTUM}/{name}") for name in own}
+        theirs = {name: momentum.get(name) for name in own}
         if all(x is not None and x.shape == own[name] for name, x in theirs.items()):
             found |= {name: np.asarray(x, params[name].dtype) for name, x in theirs.items()}
 
