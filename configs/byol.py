@@ -21,6 +21,8 @@ of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train
 - `demo`: 5,000 embedded handwritten digits, 1 to 2 minutes on two CPU cores; 95.5 %, and
   89.8 % with 10 labels per class (three seeds).
 - `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
+- `imagenet_torch`, `folder_torch`: `imagenet` and `folder` with PyTorch's padding, for encoders to
+  export to torchvision, timm and Detectron2 (docs/weights.md). Not run by us.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ _BY_LENGTH = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return parsing.parse(arg, imagenet, cifar10, cifar10_fast, imagenette, demo, folder)
+    presets = (imagenet, cifar10, cifar10_fast, imagenette, demo, folder)
+    return parsing.parse(arg, *presets, imagenet_torch, folder_torch)
 
 
 def imagenet(epochs: float = 1000) -> ConfigDict:
@@ -117,6 +120,16 @@ def folder() -> ConfigDict:
     config.projector.hidden_sizes = (1024,)
     config.predictor.hidden_sizes = (1024,)
     return config
+
+
+def imagenet_torch(epochs: float = 1000) -> ConfigDict:
+    """ImageNet, for an encoder that can be exported to PyTorch."""
+    return common.with_torchvision_encoder(imagenet(epochs))
+
+
+def folder_torch() -> ConfigDict:
+    """Your own images, for an encoder that can be exported to PyTorch."""
+    return common.with_torchvision_encoder(folder())
 
 
 def demo() -> ConfigDict:

@@ -197,6 +197,16 @@ def torchvision_encoder(**changes) -> ConfigDict:
     return encoder(**(fields | changes))
 
 
+def with_torchvision_encoder(config: ConfigDict) -> ConfigDict:
+    """A recipe with a ResNet whose weights torchvision, timm and Detectron2 can hold.
+
+    The layers of the recipe's own encoder, but for what these libraries lack: TensorFlow's padding,
+    and the projection in stage 1 of ResNet-18 and 34. See docs/weights.md.
+    """
+    config.encoder.update(padding="torch", stage1_projection=False)
+    return config
+
+
 def online_probe(**changes) -> ConfigDict:
     """The linear classifier that is trained with the encoder, on features without gradient."""
     fields = {

@@ -16,6 +16,7 @@ def job_defaults(job: str) -> ConfigDict:
     config.job = job
     # A run's workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, or an exported encoder.
     config.checkpoint = ""
+    config.init_from = ""  # the same by the name that pretraining has for it; one of the two
     config.seed = 0
     config.compute_dtype = ""  # of convolutions and matmuls; empty: the run's
     config.feature_batch_size = 256  # images per batch and host, for frozen encoders

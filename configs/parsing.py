@@ -32,6 +32,10 @@ RENAMED = {
     "predictor.hidden_size": "predictor.hidden_sizes, such as (4096,)",
     "projector.style": "projector.linear_init, .hidden_norm, .output_bias and .output_norm",
 }
+# Fields of other jobs -> what this one has.
+_OF_OTHER_JOBS = {
+    "checkpoint": "evaluation jobs have it; pretraining starts from weights by config.init_from",
+}
 RENAMED_PRESETS = {"hundredth": "1pct", "tenth": "10pct", "all": "100pct"}
 
 
@@ -137,6 +141,8 @@ def _alike(key: str, names: list[str]) -> list[str]:
 
 
 def _check_renamed(key: str) -> None:
+    if key in _OF_OTHER_JOBS:
+        raise ConfigError(f"unknown field config.{key}: {_OF_OTHER_JOBS[key]}")
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             name, space, hint = new.partition(" ")

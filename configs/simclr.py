@@ -18,6 +18,8 @@ of the training set; a run's own `linear_probe_top1` uses `config.eval.max_train
 - `demo`: 5,000 embedded handwritten digits, 1 to 2 minutes on two cores; 96.2 %, and 90.5 % with
   10 labels per class (three seeds).
 - `folder`: your own images: `--config.data.dir=/path/to/images`, with or without class sub-folders.
+- `imagenet_torch`, `folder_torch`: `imagenet` and `folder` with PyTorch's padding, for encoders to
+  export to torchvision, timm and Detectron2 (docs/weights.md). Not run by us.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ _BASE_RATES = {"linear": 0.3, "sqrt": 0.075}
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset,field=value,...`."""
-    return parsing.parse(arg, imagenet, cifar10, cifar10_lars, imagenette, demo, folder)
+    presets = (imagenet, cifar10, cifar10_lars, imagenette, demo, folder)
+    return parsing.parse(arg, *presets, imagenet_torch, folder_torch)
 
 
 def imagenet(scaling: str = "linear") -> ConfigDict:
@@ -125,6 +128,16 @@ def folder() -> ConfigDict:
     config.temperature = 0.2
     config.projector.hidden_sizes = (512,)
     return config
+
+
+def imagenet_torch(scaling: str = "linear") -> ConfigDict:
+    """ImageNet, for an encoder that can be exported to PyTorch."""
+    return common.with_torchvision_encoder(imagenet(scaling))
+
+
+def folder_torch() -> ConfigDict:
+    """Your own images, for an encoder that can be exported to PyTorch."""
+    return common.with_torchvision_encoder(folder())
 
 
 def demo() -> ConfigDict:

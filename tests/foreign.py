@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import pickle
 import struct
 import sys
@@ -148,7 +149,10 @@ def moco_file(layers: Any, keys: Any, *, features: int, mlp: bool = True, queue:
             state |= {f"{root}fc.2.weight": draw(4, features), f"{root}fc.2.bias": draw(4)}
         else:
             state |= {f"{root}fc.weight": draw(4, features), f"{root}fc.bias": draw(4)}
-    optimizer = {"state": {0: {"momentum_buffer": draw(3)}}, "param_groups": [{"lr": 0.03}]}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    params = [x for k, x in state.items() if "encoder_q" in k and not k.endswith(statistics)]
+    buffers = {i: {"momentum_buffer": draw(*x.shape)} for i, x in enumerate(params)}
+    optimizer = {"state": buffers, "param_groups": [{"lr": 0.03, "params": [*buffers]}]}
     return {
         "epoch": 200,
         "arch": "resnet",
@@ -239,6 +243,19 @@ def torch_bytes(value: Any, legacy: bool = False) -> bytes:
             archive.writestr(f"checkpoint/data/{i}", array.tobytes())
         archive.writestr("checkpoint/version", "3\n")
     return packed.getvalue()
+
+
+def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
+    """The format as its description has it: a header in JSON, then the numbers."""
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        kind = kinds[array.dtype.name]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + b"".join(x.tobytes() for x in tensors.values())
 
 
 # ------------------------------------------------------------------ Vision Transformers
@@ -355,7 +372,9 @@ class _Dill(pickle.Pickler):
         return NotImplemented
 
 
-def byol_bytes(online: tuple[dict, dict], target: tuple[dict, dict], step: int = 300) -> bytes:
+def byol_bytes(
+    online: tuple[dict, dict], target: tuple[dict, dict], name: str = "_ByolExperimentState"
+) -> bytes:
     """The file that BYOL's `Checkpointer` writes with dill: a pickle of protocol 2."""
 
     def create(*_: Any) -> None: ...
@@ -363,7 +382,7 @@ def byol_bytes(online: tuple[dict, dict], target: tuple[dict, dict], step: int =
     def create_array(*_: Any) -> None: ...
 
     fields = ("online_params", "target_params", "online_state", "target_state", "opt_state")
-    state_type = namedtuple("_ByolExperimentState", fields)
+    state_type = namedtuple(name, fields)
     lars = namedtuple("ScaleByLarsState", ("mu",))
     none = namedtuple("AddWeightDecayState", ())
 
@@ -376,7 +395,7 @@ def byol_bytes(online: tuple[dict, dict], target: tuple[dict, dict], step: int =
 
     with modules(
         byol={},
-        byol__byol_experiment={"_ByolExperimentState": state_type},
+        byol__byol_experiment={name: state_type},
         byol__utils={},
         byol__utils__optimizers={"ScaleByLarsState": lars, "AddWeightDecayState": none},
         dill={},
@@ -386,11 +405,15 @@ def byol_bytes(online: tuple[dict, dict], target: tuple[dict, dict], step: int =
         haiku___src__data_structures={"FlatMapping": FlatMapping},
     ):
         networks = [flat(online[0]), flat(target[0]), flat(online[1]), flat(target[1])]
-        optimizer = [none(), lars(flat({"classifier": {"w": np.zeros(3, np.float32)}}))]
+        momentum = {
+            module: {name: 0.01 * x[::-1] for name, x in values.items()}
+            for module, values in online[0].items()
+        }
+        optimizer = [none(), lars(flat(momentum)), none()]
         state = state_type(*networks, optimizer)
         rng = np.asarray([0, 1], np.uint32)
         file = io.BytesIO()
-        _Dill(file, protocol=2).dump({"experiment_state": state, "step": step, "rng": rng})
+        _Dill(file, protocol=2).dump({"experiment_state": state, "step": 300, "rng": rng})
         return file.getvalue()
 
 

@@ -186,15 +186,17 @@ def test_means_of_small_arrays_are_sent_as_one(monkeypatch):
     shapes = {"a": (8, 3), "b": (8,), "c": (8, 2, 5), "large": (8, 2**16)}
     tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     tree["count"] = np.arange(8)
-    sent, found, pmean = {False: [], True: []}, {}, jax.lax.pmean
+    sent, found = {False: [], True: []}, {}
+    originals = {name: getattr(jax.lax, name) for name in ("pmean", "psum")}
     for joined, sizes in sent.items():
         monkeypatch.setattr(collectives, "_sent_by_gloo", lambda joined=joined: joined)
 
-        def counted(x, *args, sizes=sizes, **options):
+        def counted(x, *args, original, sizes=sizes, **options):
             sizes += [[leaf.size for leaf in jax.tree.leaves(x)]]
-            return pmean(x, *args, **options)
+            return original(x, *args, **options)
 
-        monkeypatch.setattr(jax.lax, "pmean", counted)
+        for name, original in originals.items():
+            monkeypatch.setattr(jax.lax, name, functools.partial(counted, original=original))
         found[joined] = jax.vmap(lambda x: collectives.mean(x, "d"), axis_name="d")(tree)
     assert sent == {False: [[3, 1, 10, 1, 2**16]], True: [[3 + 1 + 10], [1], [2**16]]}
     jax.tree.map(np.testing.assert_array_equal, found[True], found[False])

@@ -274,6 +274,7 @@ def test_a_field_of_an_earlier_version_is_answered_with_its_name_of_today(arg, o
         (finetune, "all", "preset 'all': it is now 100pct"),
         (finetune, "flip_prob=0", "flip_prob: it is now views.global.view_1.flip_prob"),
         (finetune, "data.crop_area=(1,1)", "data.crop_area: it is now views.global.area"),
+        (byol, "demo,checkpoint=RUN", "pretraining starts from weights by config.init_from"),
         (linear_probe, "watch=True", "watch: it is now follow"),
         (linear_probe, "watch_poll_seconds=1", "it is now follow_poll_seconds"),
         (linear_probe, "watch_patience_hours=1", "it is now follow_patience_hours"),

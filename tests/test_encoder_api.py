@@ -91,9 +91,12 @@ def test_what_is_no_image_is_told(imported, tmp_path):
         ([], "no images"),
         ([np.zeros((8, 8, 3))], r"image 0 is float64 \[8, 8, 3\]"),
         (np.zeros((2, 8, 8), np.uint8), r"uint8 \[2, 8, 8\]|image 0 is uint8"),
+        (np.zeros((9, 8), np.uint8), r"image 0 is uint8 \[9, 8\]"),
     ):
         with pytest.raises(UserError, match=named):
             encoder.transform(given)
+    with pytest.raises(UserError, match="batch_size=0"):
+        encoder.transform(np.zeros((9, 8, 3), np.uint8), batch_size=0)
     with pytest.warns(UserWarning, match="1 of 2 images"):
         encoder.transform([np.zeros((3, 9, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)])
 

@@ -9,6 +9,7 @@ import shutil
 import foreign
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny_jobs
 import tiny_runs
@@ -100,15 +101,24 @@ def test_the_authors_checkpoints_are_trained_on(tmp_path, method):
     source = init_from.load(path, config)
     state, told = init_from.begin(initial, source)
     ours = arrays_of(state)
+    # The momentum is part by part that of the source, where its authors' optimizer is ours too.
+    names = [name for name in theirs if "_momentum_params/" in name]
+    momentum = {name.split("/", 1)[1]: theirs.pop(name) for name in names}
+    trace = flatten(optax.tree_utils.tree_get(state.opt_state, "trace"))
+    for name, array in trace.items():
+        np.testing.assert_array_equal(array, momentum.get(name, 0 * array))
+    assert bool(momentum) == (method != "simclr") and len(momentum) <= len(trace)
+    moving = {"byol": "momentum", "moco": "momentum of encoder and projector", "simclr": "queue"}
+    assert told.taken.endswith(moving[method]) == (method != "simclr")
     assert not init_from.normalization_note(source, config.views)
     if method == "moco":  # its file has no classifier of labels
-        assert told.new == "classifier (not in the source), optimizer"
+        assert told.new == "classifier (not in the source)"
         np.testing.assert_array_equal(state.queue, theirs["queue"])
         assert state.queue_index == 8
         ours = {name: x for name, x in ours.items() if "/classifier/" not in name}
         theirs = {name: x for name, x in theirs.items() if not name.startswith("queue")}
     else:
-        assert told.new == "optimizer"
+        assert told.new == ("optimizer" if method == "simclr" else "")
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array)
@@ -145,9 +155,9 @@ def test_what_does_not_fit_is_new_and_told(tmp_path):
     shapes = jax.eval_shape(build(config).init_state, jax.random.PRNGKey(0))
     initial = jax.tree.map(lambda x: np.full(x.shape, 7, x.dtype), shapes)
     state, told = init_from.begin(initial, init_from.load(path, config))
-    assert told.taken == "encoder, target encoder"
+    assert told.taken == "encoder, target encoder, momentum of encoder"
     assert "projector (output/bias is [4] in the source, [6] here)" in told.new
-    assert told.new.endswith("queue, optimizer") and told.left_out == "projector"
+    assert told.new.endswith(", queue") and told.left_out == "projector"
     for name, array in arrays_of(state).items():
         new = "/projector/" in name or "/classifier/" in name
         np.testing.assert_array_equal(array, np.full_like(array, 7) if new else theirs[name])

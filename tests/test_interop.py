@@ -7,10 +7,12 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import zipfile
 
 import foreign
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -18,11 +20,12 @@ from conftest import flatten
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from selfsup_jax import export
+from configs import byol, simclr
+from selfsup_jax import Encoder, export
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.interop import __main__ as interop
-from selfsup_jax.interop import exporting, importing, torch_files, unpickle
+from selfsup_jax.interop import exporting, importing, names, torch_files, unpickle
 from selfsup_jax.models import resnet
 
 FLIPS = int(os.environ.get("FLIPS", "10"))  # damaged files of each kind
@@ -118,7 +121,16 @@ def test_moco(tmp_path):
             kernel = state[f"module.{name}.fc.{index}.weight"].T
             np.testing.assert_array_equal(theirs[f"{head}/{ours}/kernel"], kernel)
     accounted(torch_files.names_of(tree), weights, ours=1)  # queue_ptr is kept under another name
-    assert "optimizer.state.0.momentum_buffer" in weights.left_out
+    buffers = [x["momentum_buffer"] for x in tree["optimizer"]["state"].values()]
+    np.testing.assert_array_equal(
+        theirs["sgd_momentum_params/encoder/stem/kernel"], buffers[0].transpose(2, 3, 1, 0)
+    )
+    np.testing.assert_array_equal(theirs["sgd_momentum_params/projector/output/bias"], buffers[-1])
+    assert len([name for name in theirs if "_momentum_" in name]) == len(buffers)
+    buffers[3] = buffers[3][:1]  # of another network: it is left out
+    tree["optimizer"]["state"] = {i: {"momentum_buffer": x} for i, x in enumerate(buffers)}
+    _, weights = importing.read(write(tmp_path / "other.pth.tar", foreign.torch_bytes(tree)))
+    assert weights.left_out["optimizer.state.0.momentum_buffer"] == "state of the optimizer"
     assert frozen.config["views"]["global"]["area"] == [0.2, 1.0]
 
 
@@ -183,6 +195,21 @@ def test_what_is_no_plain_resnet_is_refused(tmp_path):
         assert named in refused(write(tmp_path / f"{i}.pth", foreign.torch_bytes(state)))
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_halves_in_safetensors(tmp_path, kind):
+    """Each is the float32 number that it is."""
+    dtype = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[kind]
+    state = {k: v for k, v in foreign.torch_state(foreign.make_resnet(*BASIC)).items() if v.ndim}
+    halves = {name: array.astype(dtype) for name, array in state.items()}
+    frozen, _ = importing.read(write(tmp_path / "a.safetensors", foreign.safetensors_bytes(halves)))
+    stem = frozen.variables["params"]["stem"]["kernel"]
+    expected = halves["conv1.weight"].astype(np.float32).transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(stem, expected)
+    assert stem.dtype == np.float32 and not np.array_equal(
+        expected, state["conv1.weight"].transpose(2, 3, 1, 0)
+    )
+
+
 # ----------------------------------------------------------------------- BYOL and SimCLR
 
 
@@ -190,8 +217,9 @@ def test_byol_of_the_authors(tmp_path):
     """Both networks, with the averages of batch norm that are debiased."""
     online, target = (foreign.make_resnet(*DEEP, seed=seed) for seed in (0, 1))
     networks = [foreign.haiku_network(x, 16, seed) for seed, x in enumerate((online, target))]
-    path = write(tmp_path / "pretrain.pkl", foreign.byol_bytes(*networks))
-    frozen, weights = importing.read(path)
+    path = tmp_path / "pretrain.pkl"
+    write(path, foreign.byol_bytes(*networks))
+    frozen, weights = importing.read(str(path))
     check_features(frozen, online, "same")
     arrays, (params, state) = weights.arrays, networks[1]
     linear = params["projector/linear"]
@@ -199,10 +227,24 @@ def test_byol_of_the_authors(tmp_path):
     np.testing.assert_array_equal(arrays["target_params/projector/hidden/bias"], linear["b"])
     average = state["projector/batch_norm/~/var_ema"]["average"].reshape(-1)
     np.testing.assert_array_equal(arrays["target_stats/projector/bn/var"], average)
-    count = sum(len(v) for network in networks for tree in network for v in tree.values())
-    accounted([*weights.left_out, *range(count + 1 - len(weights.left_out))], weights)
+    online_params = networks[0][0]
+    momentum = arrays["lars_momentum_params/predictor/output/kernel"]
+    np.testing.assert_array_equal(momentum, 0.01 * online_params["predictor/linear_1"]["w"][::-1])
+    assert "lars_momentum_params/classifier/output/bias" in arrays
+    trees = [online_params, *(tree for network in networks for tree in network)]
+    count = sum(len(v) for tree in trees for v in tree.values())
+    accounted([*weights.left_out, *range(count - len(weights.left_out))], weights)
     assert frozen.config["encoder"]["padding"] == "same"
     assert frozen.config["data"]["resize_method"] == "bicubic"
+    # As some versions of Haiku name the stem, and a class of another name.
+    for network in networks:
+        for tree in network:
+            for name in [name for name in tree if "/initial_" in name]:
+                tree[re.sub(r"(initial_\w+?)(/|$)", r"\1_1\2", name)] = tree.pop(name)
+    write(path, foreign.byol_bytes(*networks, name="BYOLState"))
+    again, _ = importing.read(str(path))
+    assert "res_net50/~/initial_batchnorm_1/~/mean_ema" in networks[0][1]
+    check_features(again, online, "same")
 
 
 @pytest.mark.slow
@@ -261,8 +303,8 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, kind):
         "not of numbers": reconstruct_trick(),
         "getattr": b"\x80\x02cbuiltins\ngetattr\n(cnumpy\nndarray\nX\x06\x00\x00\x00dumps_tR.",
         "no array": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\ntR.",
-        "evil.Tuple": b"\x80\x02cdill._dill\n_create_namedtuple\n(X\x05\x00\x00\x00Tuple)"
-        b"X\x04\x00\x00\x00eviltR.",
+        "without fields": b"\x80\x02cdill._dill\n_create_namedtuple\n"
+        b"(X\x05\x00\x00\x00TupleK\x01tR.",
         "Dtype": b"\x80\x02cnumpy\ndtype\n(N}X\x05\x00\x00\x00dtypeK\x01stb.",  # sets an attribute
     }
     for named, content in attacks.items():
@@ -274,7 +316,7 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, kind):
         elif kind == "legacy":
             heads = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
             content = b"".join(pickle.dumps(head, 2) for head in heads) + content
-        if kind == "pkl" or not named.startswith("evil"):  # dill's names are BYOL's alone
+        if kind == "pkl" or named != "without fields":  # dill's names are BYOL's alone
             assert named in refused(write(tmp_path / "evil", content)), named
         assert os.listdir(tmp_path) == ["evil"]
 
@@ -315,6 +357,30 @@ def test_files_that_are_not_what_they_seem(tmp_path):
         tensor = torch_files.Tensor(storage, offset, shape, stride)
         with pytest.raises(ValueError):
             tensor.of(np.zeros(2, np.float32))
+
+
+def test_the_line_says_what_is_wrong(tmp_path):
+    """With a file, a folder, or an option about the images."""
+    content = foreign.torch_bytes(foreign.torch_state(foreign.make_resnet(*BASIC)))
+    path = write(tmp_path / "a.pth", content)
+    assert refused(write(tmp_path / "b.pth", b"")).endswith("is empty")
+    assert refused(write(tmp_path / "b.pth", content[: len(content) // 2])).endswith("is truncated")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("x.npy", b"")
+    assert "none of PyTorch's" in refused(tmp_path / "b.npz")
+    assert "copy it to this machine" in refused("https://example.com/a.pth")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "use it as config.checkpoint" in refused(tmp_path / "run")
+    assert "'foo'; there is ''" in refused(path, prefix="foo")
+    for name, value in (
+        ("image_size", 0),
+        ("image_size", 10**9),
+        ("test_resize", -1),
+        ("mean", (np.nan, 0, 0)),
+        ("std", (0, 1, 1)),
+    ):
+        with pytest.raises(UserError, match=f"^--{name.removeprefix('test_')}=.*: must be"):
+            importing.read(path, **{name: value})
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "byol", "safetensors"])
@@ -367,6 +433,26 @@ def imported(tmp_path, **changes):
     return frozen._replace(config=frozen.config | {"encoder": fields}), weights, layers
 
 
+@pytest.mark.parametrize(("recipe", "depth"), [(byol, 50), (simclr, 18)])
+def test_presets_to_export_from(recipe, depth):
+    """Their encoders are torchvision's, array by array; those of the recipes are not."""
+    preset = {50: "imagenet", 18: "folder"}[depth]
+    config, plain = (recipe.get_config(f"{preset}{end}").to_dict() for end in ("_torch", ""))
+    for to in ("torchvision", "timm", *["detectron2"] * (depth == 50)):
+        exporting.check(config, to, measured=False)
+        with pytest.raises(UserError, match=f"--to={to}"):
+            exporting.check(plain, to, measured=False)
+    differ = {k for k, v in config["encoder"].items() if v != plain["encoder"][k]}
+    assert {"padding"} <= differ <= {"padding", "stage1_projection"}
+    shapes = jax.eval_shape(lambda: encoder.untrained(config, 0))
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    frozen = encoder.FrozenEncoder(zeros, config, "", None, 0)
+    found = exporting.torch_arrays(frozen, names.of_torch)
+    kind = {50: ((3, 4, 6, 3), True), 18: ((2, 2, 2, 2), False)}[depth]
+    expected = foreign.torch_state(foreign.make_resnet(*kind, channels=64))
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+
+
 @pytest.mark.parametrize("to", ["torchvision", "safetensors", "timm", "npz"])
 def test_out_and_in_again_is_the_same(tmp_path, monkeypatch, to):
     """Bit by bit; with the images prepared as before."""
@@ -385,6 +471,11 @@ def test_out_and_in_again_is_the_same(tmp_path, monkeypatch, to):
     assert again.normalization == frozen.normalization
     for field in ("image_size", "test_resize", "resize_method"):
         assert again.config["data"][field] == frozen.config["data"][field]
+    exporting.export(frozen, str(folder), to, {})  # again
+    other = "safetensors" if to == "npz" else "npz"
+    with pytest.raises(UserError, match="of another export; choose another folder"):
+        exporting.export(frozen, str(folder), other, {})
+    assert Encoder.load(folder).config["data"]["test_resize"] == 47
     text = (folder / "README.md").read_text()
     assert "shorter side to 47 px" in text and "ResNet-3" in text
 
@@ -474,13 +565,13 @@ def test_detectron2_has_its_own_names(tmp_path):
     exporting._write_detectron2(file, frozen)
     tree = torch_files.read(write(tmp_path / "d2.pth", file.getvalue()))
     assert tree["matching_heuristics"] is True
-    names = tree["model"]
-    assert len(names) == 5 * len(layers)
+    tensors = tree["model"]
+    assert len(tensors) == 5 * len(layers)
     shortcut = layers[1, 0, "shortcut"]
-    np.testing.assert_array_equal(names["res3.0.shortcut.norm.running_mean"], shortcut.norm[2])
+    np.testing.assert_array_equal(tensors["res3.0.shortcut.norm.running_mean"], shortcut.norm[2])
     kernel = layers[0, 0, "conv3"].kernel.transpose(3, 2, 0, 1)
-    np.testing.assert_array_equal(names["res2.0.conv3.weight"], kernel)
-    assert names["stem.conv1.norm.weight"].shape == (2,)
+    np.testing.assert_array_equal(tensors["res2.0.conv3.weight"], kernel)
+    assert tensors["stem.conv1.norm.weight"].shape == (2,)
 
 
 @pytest.mark.parametrize("padding", ["torch", "same", "fixed"])
@@ -532,8 +623,6 @@ def test_torch_itself(tmp_path):
 
 def test_every_layer_is_named_once():
     """Of the real depths, in every project's names."""
-    from selfsup_jax.interop import names
-
     for depth in (18, 50):
         fields = {"depth": depth, "stage1_projection": False}
         convolutions = list(names.convolutions(fields))

@@ -37,7 +37,7 @@ from tiny_jobs import (
 )
 
 from configs import linear_probe
-from selfsup_jax import export
+from selfsup_jax import export, jobs
 from selfsup_jax.data import inputs
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.evaluation import encoder, features, probes, scores
@@ -393,6 +393,16 @@ def read_state(workdir: pathlib.Path, step: int | None = None) -> dict:
 
     folder = workdir / "checkpoints" / str(step) / "state"
     return flatten(ocp.PyTreeCheckpointer().restore(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["knn", "finetune"])
+def test_init_from_is_another_name_of_checkpoint(done, run, name):
+    """So the job that is done is the same one."""
+    config = make_config(name, "", init_from=str(run))
+    assert jobs.run(config, str(done(name))) == read(done(name) / "results.json")
+    assert "init_from" not in read(done(name) / "config.json")
+    with pytest.raises(UserError, match=r"config\.init_from=.*config\.checkpoint: give one"):
+        run_job(name, run, done(name), init_from=str(run))
 
 
 def test_a_finetuned_encoder_moved_and_can_be_evaluated_itself(done, run, tmp_path):

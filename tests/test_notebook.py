@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import zipfile
+from typing import ClassVar
 
 import pytest
 from conftest import REPOSITORY, process_env
@@ -21,6 +25,55 @@ def test_it_is_valid_and_holds_no_outputs(notebook):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+class Recorded:
+    """In place of `subprocess.Popen`: it ends well, and nothing was run."""
+
+    commands: ClassVar[list[list[str]]] = []
+    stdout = ()
+
+    def __init__(self, command, **_):
+        self.commands.append(command)
+
+    def wait(self):
+        return 0
+
+
+def begin(notebook, monkeypatch, source=""):
+    """Runs the cells before the training; returns their names, or the line that ended them."""
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    monkeypatch.setattr(Recorded, "commands", [])
+    names: dict = {}
+    first, second = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    try:
+        exec(first.replace('SOURCE = ""', f"SOURCE = {source!r}"), names)
+        exec(second, names)
+    except SystemExit as e:
+        assert len(str(e).splitlines()) == 1
+        return str(e)
+    return names
+
+
+def test_where_the_library_comes_from(notebook, tmp_path, monkeypatch):
+    """A clone around the notebook, a zip or a wheel; else one line says what is missing."""
+    monkeypatch.chdir(REPOSITORY / "notebooks")
+    assert begin(notebook, monkeypatch)["LIBRARY"] == str(REPOSITORY)
+    monkeypatch.chdir(tmp_path)
+    assert "SOURCE is empty" in begin(notebook, monkeypatch)
+    assert "cannot be read" in begin(notebook, monkeypatch, "missing.zip")
+    with zipfile.ZipFile("other.zip", "w") as archive:
+        archive.writestr("other-main/setup.py", "")
+    assert "another project's" in begin(notebook, monkeypatch)  # the one file that is there
+    with zipfile.ZipFile("ours.zip", "w") as archive:
+        archive.writestr("ours-main/run_experiment.py", "")
+    assert "one .zip or .whl: ['o" in begin(notebook, monkeypatch)
+    found = begin(notebook, monkeypatch, "ours.zip")
+    assert found["LIBRARY"] == str(tmp_path / "selfsup" / "ours-main")
+    shutil.rmtree("selfsup")
+    found = begin(notebook, monkeypatch, "ours.whl")
+    assert Recorded.commands[0][1:] == ["-m", "pip", "install", "--quiet", "ours.whl"]
+    assert found["LIBRARY"] == str(REPOSITORY)  # what is installed here
 
 
 @pytest.mark.slow

@@ -346,7 +346,7 @@ def start_run(workdir, name, process_id=None, port=None, devices=1):
         "--config.data.image_size=8",
         "--config.data.test_resize=8",
         "--config.batch_size=16",
-        "--config.steps=3",
+        "--config.steps=8",
         "--config.optimizer.warmup_steps=1",
         "--config.projector.hidden_sizes=(16,)",
         *["--config.predictor.hidden_sizes=(16,)"] * (name == "byol"),
@@ -404,23 +404,24 @@ def logged_losses(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["byol", "moco"])  # MoCo uses every collective
 def test_two_processes_are_one_run(name, tmp_path):
-    """Two processes of one device each do what one process does, from flags to checkpoint."""
+    """Two processes of one device each do what one with two does, from flags to checkpoint.
+
+    Bit for bit: what rounds otherwise in one of them would grow with the steps.
+    """
     port = free_port()
     two, other = wait_for([start_run(tmp_path / "two", name, i, port) for i in range(2)])
-    (one,) = wait_for([start_run(tmp_path / "one", name)])
+    (one,) = wait_for([start_run(tmp_path / "one", name, devices=2)])
 
     # Only one process speaks; the numbers are those of the run without another.
-    assert one.count("loss ") == two.count("loss ") == 3 and "loss " not in other
+    assert one.count("loss ") == two.count("loss ") == 8 and "loss " not in other
     alone, together = (logged_losses(tmp_path / run) for run in ("one", "two"))
-    assert sorted(alone) == sorted(together) == [1, 2, 3]
-    for step, loss in alone.items():
-        np.testing.assert_allclose(together[step], loss, rtol=1e-5)
+    assert sorted(alone) == list(range(1, 9)) and together == alone
 
     # So are all the others, and what was measured of the global batch on the host.
     alone, together = (read_history(tmp_path / run) for run in ("one", "two"))
     assert alone.keys() == together.keys() > {"grad_norm/encoder", "effective_rank", "uniformity"}
     for key, (steps, values) in alone.items():
-        assert together[key][0] == steps == [1, 2, 3]
+        assert together[key][0] == steps == list(range(1, 9))
         np.testing.assert_allclose(together[key][1], values, rtol=1e-4, atol=1e-6, err_msg=key)
     pictures = [sorted(p.name for p in tmp_path.glob(f"{n}/plots/*.png")) for n in ("one", "two")]
     assert pictures[0] == pictures[1] and "representation_map.png" in pictures[0]
@@ -429,28 +430,23 @@ def test_two_processes_are_one_run(name, tmp_path):
     config = ConfigDict(json.loads((tmp_path / "two" / "config.json").read_text()))
     method_of = importlib.import_module(f"{name}_jax.method")
     make = tiny_runs.build if name == "byol" else method_of.build
-    build = make(config, num_classes=10, total_steps=3, warmup_steps=1)
+    build = make(config, num_classes=10, total_steps=8, warmup_steps=1)
     init = build.init_state(jax.random.PRNGKey(config.seed))
     states = []
     for folder in ("one", "two"):
         checkpoints = Checkpoints(str(tmp_path / folder))
-        assert checkpoints.latest_step == 3
+        assert checkpoints.latest_step == 8
         states.append(checkpoints.restore(init))
         checkpoints.close()
     alone, together = states
-    assert together.step == 3
-    fields = ["online_params", "target_params", "online_stats", "target_stats"]
-    # Of contrastive losses on so few images rounding grows faster; they move by far more than this.
-    growth = 1 if name == "byol" else 10
-    for field in fields + ["queue"] * (name == "moco"):
-        assert_close(getattr(together, field), getattr(alone, field), growth * 1e-5, floor=0.1)
-    assert_close(together.opt_state, alone.opt_state, growth * 1e-3, floor=0.1)
+    assert together.step == 8
+    jax.tree.map(np.testing.assert_array_equal, together, alone)
     kernel = "encoder/conv/kernel" if name == "byol" else "encoder/stem/kernel"
     start, end = (flatten(state.online_params)[kernel] for state in (init, alone))
-    assert np.abs(end - start).max() > 1e-3  # far more than the tolerance
+    assert np.abs(end - start).max() > 1e-3
 
     results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert results["device_count"] == 2 and results["steps"] == 3
+    assert results["device_count"] == 2 and results["steps"] == 8
 
 
 @pytest.mark.slow

@@ -112,19 +112,22 @@ def _pmean(tree: Any, axis_name: str, index_groups: Any = None) -> Any:
     The compilers for accelerators join them by themselves. Gloo sends each in a call of its own,
     which took longer than the arithmetic: a step of BYOL has 285 of them.
     """
-    mean = functools.partial(lax.pmean, axis_name=axis_name, axis_index_groups=index_groups)
+    psum = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=index_groups)
     leaves, structure = jax.tree.flatten(tree)
     small = [i for i, x in enumerate(leaves) if x.size < 2**16 and x.dtype == jnp.float32]
     if not _sent_by_gloo() or len(small) < 2:
-        return mean(tree)
-    # Each is computed as it would be alone: fused with the joining, it would round otherwise.
+        return lax.pmean(tree, axis_name, axis_index_groups=index_groups)
+    # What is computed before and after is compiled as it would be around each array's own sum:
+    # fused with the joining and the splitting, it would round otherwise than in one process.
     leaves = lax.optimization_barrier(leaves)
     ends = list(itertools.accumulate(leaves[i].size for i in small))
-    packed = mean(jnp.concatenate([leaves[i].ravel() for i in small]))
-    means = [None if i in small else mean(x) for i, x in enumerate(leaves)]
+    packed = psum(jnp.concatenate([leaves[i].ravel() for i in small]))
+    sums = [None if i in small else psum(x) for i, x in enumerate(leaves)]
     for i, part in zip(small, jnp.split(packed, ends[:-1]), strict=True):
-        means[i] = part.reshape(leaves[i].shape)
-    return jax.tree.unflatten(structure, means)
+        sums[i] = part.reshape(leaves[i].shape)
+    sums = lax.optimization_barrier(sums)
+    devices = len(index_groups[0]) if index_groups else lax.axis_size(axis_name)
+    return jax.tree.unflatten(structure, [x / devices for x in sums])
 
 
 def _sent_by_gloo() -> bool:

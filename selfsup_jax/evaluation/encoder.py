@@ -25,6 +25,7 @@ from selfsup_jax.run.identity import upgraded_tree
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"
 # Beside them, of an import: the other parts of the state, to train on; see `training/init_from.py`.
 TRAINING = "training.npz"
+_IMPORT = "; other files are imported first: python -m selfsup_jax.interop import"
 _SECTIONS = ("encoder", "views", "data")
 # An encoder's variables -> their parts of a run's state.
 _OF_RUN = {"params": "online_params", "batch_stats": "online_stats"}
@@ -105,7 +106,7 @@ def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tup
     if os.path.basename(parent) == "checkpoints" and name.isdigit():
         root, step = os.path.dirname(parent), int(name)
     if not paths.isdir(root):
-        hint = "; import it first: python -m selfsup_jax.interop import" * paths.exists(root)
+        hint = _IMPORT * paths.exists(root)
         raise bad_field(field, path, f"is not a directory{hint}")
     if paths.exists(os.path.join(root, ABOUT)):
         return root, None
@@ -113,7 +114,9 @@ def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tup
         root = os.path.dirname(root)
     steps = checkpoint_steps(root)
     if not steps:
-        raise bad_field(field, path, "holds no checkpoint of a run, nor an exported encoder")
+        raise bad_field(
+            field, path, f"holds no checkpoint of a run, nor an exported encoder{_IMPORT}"
+        )
     if step is not None and step not in steps:
         available = ", ".join(map(str, steps))
         raise bad_field(field, path, f"there is no checkpoint of step {step}: {available}")

@@ -32,6 +32,8 @@ def main() -> int:
     for name in ("mean", "std"):
         options.add_argument(f"--{name}", type=float, nargs=3, help="of the normalisation")
     args = parser.parse_args()
+    if not args.out:
+        parser.error("--out: must name a folder")
     images = {k: getattr(args, k) for k in ("mean", "std", "image_size", "resize_method")}
     try:
         from selfsup_jax.interop import importing

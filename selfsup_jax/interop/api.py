@@ -62,7 +62,7 @@ class Encoder:
 
         Args:
             path: a run's workdir, a checkpoint in one, an exported or imported encoder, or a file
-                of another project (see `selfsup_jax.interop.importing.read`).
+                or a folder of another project (see `selfsup_jax.interop.importing.read`).
             step: of a workdir's checkpoint; None for the newest.
 
         Raises:
@@ -70,6 +70,9 @@ class Encoder:
         """
         path = os.path.expanduser(os.fspath(path))
         if os.path.isfile(path) or os.path.isfile(f"{path}.index"):
+            return cls(importing.read(path)[0])
+        ours = (os.path.join(path, name) for name in (encoder.ABOUT, "checkpoints"))
+        if importing.file_in(path) and not any(map(os.path.exists, ours)):
             return cls(importing.read(path)[0])
         return cls(encoder.load(path, step))
 
@@ -120,9 +123,11 @@ class Encoder:
         Raises:
             UserError: there is no image, or one cannot be decoded or is of another type.
         """
+        if batch_size < 1:
+            raise UserError(f"transform: batch_size={batch_size}: must be at least 1")
         if isinstance(images, str | os.PathLike | Image.Image):
             images = [images]
-        elif isinstance(images, np.ndarray) and images.ndim == 3:
+        elif isinstance(images, np.ndarray) and images.ndim <= 3:
             images = images[None]
         parts = [
             np.asarray(self._of_pixels(self.variables, views, dense))[:count]

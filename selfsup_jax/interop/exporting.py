@@ -102,8 +102,9 @@ def _check_resnet(fields: Mapping[str, Any], to: str, measured: bool) -> None:
         raise UserError(
             f"--to={to}: this encoder pads like {fields['padding']!r}, PyTorch's convolutions pad "
             "symmetrically, so its features would differ (BYOL's ResNet-50 lost 4 points); train "
-            "with --config.encoder.padding=torch, or use --to=onnx, or add --measure=IMAGES to "
-            "export it nonetheless, with the difference on these images"
+            "with --config.encoder.padding=torch (as configs/byol.py:imagenet_torch), or use "
+            "--to=onnx, or add --measure=IMAGES to export it nonetheless, with the difference on "
+            "these images"
         )
 
 
@@ -122,10 +123,9 @@ def export(
     Raises:
         UserError: the folder cannot be written to.
     """
+    _check_folder(folder, to)
     if to == "npz":
         encoder.export(frozen, folder)
-    else:
-        _check_folder(folder)
     images = card.preprocessing(frozen.config)
     with writing_to(folder):
         os.makedirs(folder, exist_ok=True)
@@ -139,13 +139,26 @@ def export(
             f.write(card.text(frozen, to, TARGETS[to].file, results, measured))
 
 
-def _check_folder(folder: str) -> None:
+def _check_folder(folder: str, to: str) -> None:
+    """An export may replace one of the same kind; two in one folder would be taken for each other.
+
+    For `npz`, `encoder.export` refuses the files that are of no export.
+    """
+
+    def is_there(name: str) -> bool:
+        return os.path.exists(os.path.join(folder, name))
+
+    is_export = is_there(PREPROCESSING)
     for name in ("config.json", "runs.json", "checkpoints", encoder.ABOUT):
-        taken = os.path.exists(os.path.join(folder, name))
-        if taken and not os.path.exists(os.path.join(folder, PREPROCESSING)):
+        if to != "npz" and is_there(name) and not is_export:
             raise UserError(
                 f"{folder}: has a {name} that is not of an export; choose another folder"
             )
+    own = {TARGETS[to].file, *(["config.json"] if to == "timm" else [])}
+    files = {"config.json", *(target.file for target in TARGETS.values())}
+    for name in sorted(files - own):
+        if is_export and is_there(name):
+            raise UserError(f"{folder}: has the {name} of another export; choose another folder")
 
 
 def torch_arrays(

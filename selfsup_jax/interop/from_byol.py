@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ from selfsup_jax.interop.weights import (
 )
 
 _HAIKU = "haiku._src.data_structures"
+_DILL = ("dill._dill", "dill.dill")  # with which the authors pickle
 _OPTIMIZERS = ("byol.utils.optimizers", "optax._src.transform", "optax._src.base")
 _STATES = ("AddWeightDecayState", "ScaleByLarsState", "ScaleState", "EmptyState")
 _RECORDS: unpickle.Table = {
@@ -27,20 +29,15 @@ _RECORDS: unpickle.Table = {
 }
 
 
-def _named_tuple(name: str, fields: Any, module: str, *_: Any) -> type:
-    """What dill, with which the authors pickle, calls to make a class of named tuples again."""
-    if (module, name) not in _RECORDS:
-        raise unpickle.Refused(f"names {module}.{name}, which is not read: it could be a program")
-    return unpickle.Record
-
-
 TABLE: unpickle.Table = {
     **unpickle.PLAIN,
     **{(_HAIKU, name): dict for name in ("FlatMapping", "FlatMap", "frozendict")},
     **_RECORDS,
-    **{(module, "_create_namedtuple"): _named_tuple for module in ("dill._dill", "dill.dill")},
-    **{(module, "_create_array"): unpickle.array for module in ("dill._dill", "dill.dill")},
+    **{(module, "_create_namedtuple"): unpickle.named_tuple for module in _DILL},
+    **{(module, "_create_array"): unpickle.array for module in _DILL},
 }
+_MOMENTUM = "lars_momentum"  # named as if it were a network
+_NEEDED = ("online_params", "online_state")
 _FIELDS = ("online_params", "target_params", "online_state", "target_state", "opt_state")
 # Layers of the projector and the predictor: theirs -> ours.
 _LINEAR = {"linear": "hidden", "linear_1": "output"}
@@ -55,12 +52,15 @@ def read(file: IO[bytes]) -> dict[str, np.ndarray]:
     tree = unpickle.load(file, TABLE)
     if isinstance(tree, Mapping):
         tree = tree.get("experiment_state", tree)
-    if not isinstance(tree, unpickle.Record) or len(tree.values) != len(_FIELDS):
+    values = tree.values if isinstance(tree, unpickle.Record) else ()
+    fields = (tree.fields if values else ()) or _FIELDS
+    if len(fields) != len(values) or not set(_NEEDED) <= set(fields):
         raise ValueError("is a pickle, but of no checkpoint of BYOL's authors")
     tensors: dict[str, np.ndarray] = {}
-    for field, value in zip(_FIELDS, tree.values, strict=True):
+    for field, value in zip(fields, values, strict=True):
         _collect(value, field, tensors)
-    return tensors
+    # Some versions of Haiku number the first two layers.
+    return {re.sub(r"(/initial_\w+)_1(?=[:/])", r"\1", name): x for name, x in tensors.items()}
 
 
 def _collect(node: Any, name: str, into: dict[str, np.ndarray]) -> None:
@@ -76,30 +76,32 @@ def _collect(node: Any, name: str, into: dict[str, np.ndarray]) -> None:
 
 
 def weights(tensors: Mapping[str, np.ndarray]) -> Weights:
-    """The online and the target network.
+    """The online and the target network, and the optimizer's momentum.
 
     Raises:
         ValueError: it is no ResNet of theirs, or tensors are missing.
     """
-    rest = Tensors(tensors)
-    roots = [name for name in rest if name.endswith("/~/initial_conv:w")]
-    roots = [name.split(":")[1].removesuffix("/~/initial_conv") for name in roots]
+    stem = re.compile(r"^online_params:(.*)/~/initial_conv:w$")
+    roots = [match[1] for name in tensors if (match := stem.match(name))]
     if not roots:
         raise ValueError("has no ResNet: no tensor /~/initial_conv:w")
     root = roots[0]
+    rest = Tensors(_with_momentum(tensors, root))
     rest.refuse("final_batchnorm", "ResNets of version 2 are not known here")
     encoder = _encoder(rest, root)
     arrays: Arrays = {}
-    for network in ("online", "target"):
+    for network in ("online", "target", _MOMENTUM):
         if not any(name.startswith(f"{network}_params:{root}/") for name in rest):
             continue
         layer = _Layers(rest, root, network)
         arrays |= encoder_arrays(encoder, layer, network)
-        for part in ("projector", "predictor") if network == "online" else ("projector",):
-            arrays |= _head(rest, part, network)
-    for theirs, ours in (("w", "kernel"), ("b", "bias")):
-        if (name := f"online_params:classifier:{theirs}") in set(rest):
-            arrays[f"online_params/classifier/output/{ours}"] = rest.take(name)
+        arrays |= _head(rest, "projector", network)
+        if network == "target":  # it needs no others
+            continue
+        arrays |= _head(rest, "predictor", network)
+        for theirs, ours in (("w", "kernel"), ("b", "bias")):
+            if (name := f"{network}_params:classifier:{theirs}") in rest:
+                arrays[f"{network}_params/classifier/output/{ours}"] = rest.take(name)
     rest.leave("^target_(params|state):(predictor|classifier)", "the target network needs none")
     rest.leave("_ema:(hidden|counter)$", "the running average is stored once more, debiased")
     rest.leave("^opt_state", "state of the optimizer")
@@ -108,6 +110,21 @@ def weights(tensors: Mapping[str, np.ndarray]) -> Weights:
     options: dict[str, Any] = {"method": "byol", "resize_method": "bicubic"}
     origin = f"BYOL's authors, ResNet-{encoder['depth']} x{encoder['width']:g}"
     return Weights(arrays, config(encoder, **options), origin, rest.left_out)
+
+
+def _with_momentum(tensors: Mapping[str, np.ndarray], root: str) -> dict[str, np.ndarray]:
+    """Names LARS's momentum, which has the structure of the parameters, as if it were a network."""
+    stem = re.compile(rf"^(opt_state(?::\d+)+):{re.escape(root)}/~/initial_conv:w$")
+    found = [match[1] for name in tensors if (match := stem.match(name))]
+    of = f"{found[0]}:" if len(found) == 1 else "no momentum"
+    return {
+        f"{_MOMENTUM}_params:{name.removeprefix(of)}" if name.startswith(of) else name: array
+        for name, array in tensors.items()
+    }
+
+
+def _norm(tensors: Tensors, norm: str, network: str) -> dict[str, np.ndarray]:
+    return tensors.norm(names.norm_in_haiku(norm, network), optional=network == _MOMENTUM)
 
 
 class _Layers:
@@ -122,36 +139,27 @@ class _Layers:
         return kernel, _norm(self._tensors, norm, self._network)
 
 
-def _norm(tensors: Tensors, norm: str, network: str) -> dict[str, np.ndarray]:
-    found = {part: names.haiku_norm(norm, part) for part in names.NORM}
-    return {
-        part: tensors.take(f"{network}_{section}:{module}:{name}").reshape(-1)
-        for part, (section, module, name) in found.items()
-    }
-
-
 def _head(tensors: Tensors, part: str, network: str) -> Arrays:
     params = f"{network}_params"
     arrays = norm_arrays(_norm(tensors, f"{part}/batch_norm", network), f"{part}/bn", network)
     for theirs, ours in _LINEAR.items():
         name = f"{params}:{part}/{theirs}"
         arrays[f"{params}/{part}/{ours}/kernel"] = tensors.take(f"{name}:w")
-        if f"{name}:b" in set(tensors):
+        if f"{name}:b" in tensors:
             arrays[f"{params}/{part}/{ours}/bias"] = tensors.take(f"{name}:b")
     return arrays
 
 
 def _encoder(tensors: Tensors, root: str) -> dict[str, Any]:
-    there = list(tensors)
-    counts = names.counts_in(there, r"online_params:.*block_group_(\d)/~/block_(\d+)/")
+    counts = names.counts_in(list(tensors), r"online_params:.*block_group_(\d)/~/block_(\d+)/")
     block = f"online_params:{root}/~/block_group_0/~/block_0/~"
-    bottleneck = f"{block}/conv_2:w" in there
+    bottleneck = f"{block}/conv_2:w" in tensors
     shape = tensors.shape(f"online_params:{root}/~/initial_conv:w")
     return {
         "depth": names.depth_of({stage + 1: n for stage, n in counts.items()}, bottleneck),
         "width": shape[-1] / 64,
         "padding": "same",
-        "stage1_projection": not bottleneck and f"{block}/shortcut_conv:w" in there,
+        "stage1_projection": not bottleneck and f"{block}/shortcut_conv:w" in tensors,
         "zero_init_gamma": True,
         "zero_init_basic": False,
         "kernel_init": "haiku",

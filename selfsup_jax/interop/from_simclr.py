@@ -47,7 +47,7 @@ def weights(tensors: Mapping[str, np.ndarray]) -> Weights:
     arrays = encoder_arrays(encoder, find.layer)
     arrays |= find.projector()
     head = find.classifier()
-    if f"{head}/kernel" in set(rest):
+    if f"{head}/kernel" in rest:
         for part in ("kernel", "bias"):
             arrays[f"online_params/classifier/output/{part}"] = rest.take(f"{head}/{part}")
     rest.leave(r"(^|/)optimizer/", "state of the optimizer")
@@ -107,9 +107,8 @@ class _Graph:
 
     def layer(self, conv: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weight, norm = names.of_simclr_tf1(self._order[conv])
-        return self._tensors.take(f"{self._root}{weight}/kernel"), _norm(
-            self._tensors, f"{self._root}{norm}"
-        )
+        found = self._tensors.norm(names.norm_in_tensorflow(f"{self._root}{norm}"))
+        return self._tensors.take(f"{self._root}{weight}/kernel"), found
 
     def projector(self) -> Arrays:
         root = f"{self._root}head_contrastive/nl_"
@@ -135,7 +134,8 @@ class _Keras:
     def layer(self, conv: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weight, norm = names.of_simclr_tf2(conv, self._bottleneck)
         root = f"{self._root}resnet_model/"
-        return self._tensors.take(f"{root}{weight}/kernel"), _norm(self._tensors, f"{root}{norm}")
+        found = self._tensors.norm(names.norm_in_tensorflow(f"{root}{norm}"))
+        return self._tensors.take(f"{root}{weight}/kernel"), found
 
     def projector(self) -> Arrays:
         root = f"{self._root}_projection_head/linear_layers/"
@@ -145,20 +145,13 @@ class _Keras:
         return f"{self._root}supervised_head/linear_layer/dense"
 
 
-def _norm(tensors: Tensors, name: str) -> dict[str, np.ndarray]:
-    """Those of its parts that there are: the last norm of a projector has no offset."""
-    there = set(tensors)
-    found = {part: f"{name}/{theirs}" for part, (_, _, theirs) in names.NORM.items()}
-    return {part: tensors.take(name) for part, name in found.items() if name in there}
-
-
 def _projector(tensors: Tensors, root: str, dense: str, norm: str) -> Arrays:
     pattern = rf"^{re.escape(root)}(\d+)/{dense}/kernel$"
     count = len([name for name in tensors if re.search(pattern, name)])
     arrays: Arrays = {}
     for i, (ours, ours_norm) in enumerate(head_names(count) if count else []):
         arrays[f"online_params/projector/{ours}/kernel"] = tensors.take(f"{root}{i}/{dense}/kernel")
-        arrays |= norm_arrays(
-            _norm(tensors, f"{root}{i}/{norm}"), f"projector/{ours_norm}", "online"
-        )
+        # The last norm has no offset.
+        found = tensors.norm(names.norm_in_tensorflow(f"{root}{i}/{norm}"), optional=True)
+        arrays |= norm_arrays(found, f"projector/{ours_norm}", "online")
     return arrays

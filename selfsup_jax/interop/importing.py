@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import safetensors
 from flax.traverse_util import unflatten_dict
 
 from selfsup_jax import stored
+from selfsup_jax.data.views import SIZE
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
@@ -44,10 +47,12 @@ def read(source: str, prefix: str | None = None, **images: Any) -> tuple[FrozenE
         UserError: the source is missing, is truncated or damaged, is of another kind or has
             another architecture, or names a class that is not read. Nothing in it was run.
     """
+    images = {name: value for name, value in images.items() if value is not None}
+    _check_images(images)
     path = _find(os.path.expanduser(source))
     try:
         weights = _read(path, prefix)
-        _set_images(weights.config, _beside(path) | {k: v for k, v in images.items() if v})
+        _set_images(weights.config, _beside(path) | images)
     except ValueError as e:
         raise UserError(f"{source}: {e}") from e
     except Exception as e:  # there is no end to what a stranger's file may hold
@@ -88,17 +93,36 @@ def _find(source: str) -> str:
     if os.path.isfile(source):
         return source.removesuffix(".index")
     if not os.path.isdir(source):
-        raise UserError(f"{source}: there is no such file")
-    if os.path.exists(os.path.join(source, encoder.ABOUT)):
+        hint = ": copy it to this machine first" * ("://" in source)
+        raise UserError(f"{source}: there is no such file{hint}")
+    if any(os.path.exists(os.path.join(source, name)) for name in (encoder.ABOUT, "checkpoints")):
         raise UserError(f"{source}: is a checkpoint already; use it as config.checkpoint")
-    for name in _FILES:
-        if os.path.isfile(os.path.join(source, name)):
-            return os.path.join(source, name)
+    if found := file_in(source):
+        return found
     indices = [name for name in sorted(os.listdir(source)) if name.endswith(".index")]
     if len(indices) == 1:
         return os.path.join(source, indices[0].removesuffix(".index"))
     several = f"; it has {', '.join(indices)}: name one" if indices else ""
     raise UserError(f"{source}: holds no {', '.join(_FILES)} nor one *.index{several}")
+
+
+def file_in(folder: str) -> str:
+    """The weights in a folder of timm's, of the Hugging Face hub or of an export; or ""."""
+    paths = (os.path.join(folder, name) for name in _FILES)
+    return next(filter(os.path.isfile, paths), "")
+
+
+def _check_images(images: Mapping[str, Any]) -> None:
+    """Checks what is given about the images; the message has the option's name."""
+    for name, value in images.items():
+        if name in ("mean", "std"):
+            numbers = len(value) == 3 and all(map(math.isfinite, value))
+            fits = numbers and (name == "mean" or min(value) > 0)
+            why = "" if fits else "must be three numbers" + " above 0" * (name == "std")
+        else:
+            why = "" if name == "resize_method" else SIZE(value)
+        if why:
+            raise UserError(f"--{name.removeprefix('test_')}={value}: {why}")
 
 
 def _read(path: str, prefix: str | None) -> Weights:
@@ -118,6 +142,11 @@ def _read(path: str, prefix: str | None) -> Weights:
     if head[:1] == b"\x80":
         with open(path, "rb") as f:
             return from_byol.weights(from_byol.read(f))
+    if not head:
+        raise ValueError("is empty")
+    if head[:4] == b"PK\x03\x04":
+        is_whole = zipfile.is_zipfile(path)
+        raise ValueError("is a zip, but none of PyTorch's" if is_whole else "is truncated")
     kinds = "PyTorch, safetensors, a pickle of BYOL's authors, TensorFlow"
     raise ValueError(f"is of no known kind ({kinds}), or its beginning is missing")
 

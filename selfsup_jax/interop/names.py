@@ -20,7 +20,6 @@ NORM = {
     "mean": ("batch_stats", "running_mean", "moving_mean"),
     "var": ("batch_stats", "running_var", "moving_variance"),
 }
-_HAIKU_STATE = {"mean": "mean_ema", "var": "var_ema"}
 
 
 def convolutions(encoder: Mapping[str, Any]) -> Iterator[str]:
@@ -103,11 +102,21 @@ def of_simclr_tf2(conv: str, bottleneck: bool) -> tuple[str, str]:
     return f"{root}/{at}/conv2d", f"{root}/{at + 1}/bn"
 
 
-def haiku_norm(norm: str, part: str) -> tuple[str, str, str]:
-    """(Section, module, name) of a part of a Haiku batch norm: of its parameters or its state."""
-    if part in _HAIKU_STATE:
-        return "state", f"{norm}/~/{_HAIKU_STATE[part]}", "average"
-    return "params", norm, {"scale": "scale", "bias": "offset"}[part]
+def norm_in_torch(norm: str) -> dict[str, str]:
+    """Part of a batch norm here -> its tensor in PyTorch, of the module `norm`."""
+    return {part: f"{norm}.{theirs}" for part, (_, theirs, _) in NORM.items()}
+
+
+def norm_in_tensorflow(norm: str) -> dict[str, str]:
+    """As `norm_in_torch`, in TensorFlow."""
+    return {part: f"{norm}/{theirs}" for part, (_, _, theirs) in NORM.items()}
+
+
+def norm_in_haiku(norm: str, network: str) -> dict[str, str]:
+    """As `norm_in_torch`, in a checkpoint of BYOL's authors: of its parameters and its state."""
+    params, state = f"{network}_params:{norm}", f"{network}_state:{norm}/~"
+    own = {"scale": f"{params}:scale", "bias": f"{params}:offset"}
+    return own | {"mean": f"{state}/mean_ema:average", "var": f"{state}/var_ema:average"}
 
 
 def counts_in(names: Collection[str], pattern: str) -> dict[int, int]:

@@ -60,9 +60,13 @@ class Array(metaclass=_Closed):
 
 
 class Record(metaclass=_Closed):
-    """In place of a named tuple, or of a namespace: its values, by position or by name."""
+    """In place of a named tuple, or of a namespace: its values, by position or by name.
+
+    `fields` are the names of a named tuple's values, where they are known.
+    """
 
     __slots__ = ("named", "values")
+    fields: tuple[str, ...] = ()
     values: tuple[Any, ...]
     named: dict[str, Any]
 
@@ -73,6 +77,13 @@ class Record(metaclass=_Closed):
 
     def __setstate__(self, state: Any) -> None:
         self.named = dict(state)
+
+
+def named_tuple(name: Any, fields: Any, *_: Any) -> type:
+    """What dill calls to make a class of named tuples, wherever it was defined."""
+    if not isinstance(fields, tuple | list) or not all(isinstance(f, str) for f in fields):
+        raise Refused(f"has a named tuple {name!r:.40} without fields")
+    return _Closed("Record", (Record,), {"__slots__": (), "fields": tuple(fields)})
 
 
 def _from_bytes(raw: Any, dtype: Any) -> np.ndarray:

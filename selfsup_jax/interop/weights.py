@@ -46,6 +46,9 @@ class Tensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._rest)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._rest
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that was not taken yet; raises `ValueError` if there is none."""
         if name not in self._rest:
@@ -62,6 +65,11 @@ class Tensors:
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds numbers that are not finite")
         return array
+
+    def norm(self, of: Mapping[str, str], *, optional: bool = False) -> dict[str, np.ndarray]:
+        """The parts of a batch norm, flat; those that there are, if they are `optional`."""
+        there = {part: name for part, name in of.items() if name in self or not optional}
+        return {part: self.take(name).reshape(-1) for part, name in there.items()}
 
     def leave(self, pattern: str, why: str) -> None:
         """Leaves out all tensors whose name contains the regular expression."""
@@ -95,8 +103,7 @@ def norm_arrays(norm: Mapping[str, np.ndarray], path: str, network: str) -> Arra
     """The parts of a batch norm, in the state's collections."""
     collections = {"params": f"{network}_params", "batch_stats": f"{network}_stats"}
     return {
-        f"{collections[names.NORM[part][0]]}/{path}/{part}": array.reshape(-1)
-        for part, array in norm.items()
+        f"{collections[names.NORM[part][0]]}/{path}/{part}": array for part, array in norm.items()
     }
 
 

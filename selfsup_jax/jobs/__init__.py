@@ -6,6 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from selfsup_jax.errors import bad_field
+
 NAMES = ("linear_probe", "knn", "finetune", "transfer", "fewshot", "embed")
 
 
@@ -30,4 +32,21 @@ def run(config: ConfigDict, directory: str) -> dict[str, Any]:
         "embed": embed.prepare,
     }[config.job]
     run_or_follow = follow.follow if config.follow else runner.run
-    return run_or_follow(config, directory, prepare)
+    return run_or_follow(with_checkpoint(config), directory, prepare)
+
+
+def with_checkpoint(config: ConfigDict) -> ConfigDict:
+    """The config with the encoder's path in `checkpoint`, also if `init_from` gave it.
+
+    Raises:
+        UserError: both are given.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        given = config.get("init_from", "")
+        if given and config.checkpoint:
+            raise bad_field("init_from", given, "is another name of config.checkpoint: give one")
+        config.checkpoint = config.checkpoint or given
+        if "init_from" in config:
+            del config["init_from"]
+    return config

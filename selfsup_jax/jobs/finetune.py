@@ -151,5 +151,9 @@ def _train(
         bn_groups=config.bn_groups,
         accumulate_steps=config.accumulate_steps,
     )
+    log(
+        f"taken: encoder; new: classifier ({module.num_features} features, {classes} classes), "
+        "optimizer; nothing else of the source is used"
+    )
     log(f"the classifier's learning rate: {config.head_learning_rate:g} in place of the encoder's")
     return training.train(config, train, init_state, step, folder)

@@ -184,7 +184,7 @@ def evaluate(
         log(f"{path} is there already; another --workdir evaluates again")
         return done
     with disk_errors(directory, lambda: None), begun(description, directory):
-        log(f"{config.job}: {frozen.path}")
+        log(f"{config.job}: {frozen.path}" + (f" ({frozen.origin})" if frozen.origin else ""))
         results = job.task(frozen, directory)
         if config.get("random_init"):
             folder = baseline or os.path.join(directory, "random_init")

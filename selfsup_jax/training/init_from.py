@@ -7,7 +7,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selfsup_jax import paths, stored
@@ -18,6 +20,7 @@ from selfsup_jax.run import checkpoint_files
 from selfsup_jax.state import TrainState
 
 _NETWORKS = ("online_params", "online_stats", "target_params", "target_stats")
+_MOMENTUM = "_momentum_params/"  # that an import has, after the name of the optimizer
 _DERIVED = ("queue", "queue_index", "centre")  # of the heads' outputs
 
 Arrays = dict[str, np.ndarray]  # by names such as `online_params/encoder/stem/kernel`
@@ -82,11 +85,16 @@ def load(path: str, config: Mapping[str, Any]) -> Source:
         _, arrays = checkpoint_files.read(frozen.path, _is_wanted)
         about = f"run {os.path.basename(root)}, step {step}"
     _check_encoder(path, frozen.config["encoder"], config["encoder"])
+    optimizer = config["optimizer"]
+    kind = "none" if optimizer["rate_inside_momentum"] else optimizer["name"]
+    own = f"{kind}{_MOMENTUM}"  # in another optimizer it would mean something else
+    arrays = {k: v for k, v in arrays.items() if _MOMENTUM not in k or k.startswith(own)}
     return Source(path, frozen.config, arrays, about)
 
 
 def _is_wanted(name: str) -> bool:
-    return name.startswith(tuple(f"{part}/" for part in _NETWORKS)) or name in _DERIVED
+    of_a_network = name.startswith(tuple(f"{part}/" for part in _NETWORKS))
+    return of_a_network or _MOMENTUM in name or name in _DERIVED
 
 
 def _training(folder: str) -> Arrays:
@@ -133,7 +141,8 @@ def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
 
     A part (encoder, projector, ...) is taken as a whole if all of its arrays are there with the
     same shapes, else it stays new. A part of the target network that the source lacks is a copy of
-    the online network's. The optimizer, the step and the random keys are always new.
+    the online network's. The optimizer is new, but for the momentum of the parts that are taken if
+    the source has it; the step and the random keys are always new.
 
     Args:
         state: before the first step; host arrays.
@@ -162,18 +171,48 @@ def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
         own = not _misfit(fields, source.arrays, part, "target", "target")
         _put(fields, source.arrays, part, "target", "target" if own else "online")
         taken.append(f"target {part}" + ("" if own else " (a copy of the online one)"))
-    rest = {name: getattr(state, name) for name in _DERIVED if hasattr(state, name)}
-    if rest:
-        fits = not (online.get("projector") or online.get("prototypes")) and all(
-            name in source.arrays and source.arrays[name].shape == x.shape
-            for name, x in rest.items()
-        )
-        rest = {k: np.asarray(source.arrays[k], x.dtype) if fits else x for k, x in rest.items()}
-        (taken if fits else new).append(next(iter(rest)))
+    from_heads = online.get("projector") or online.get("prototypes")
+    derived, fits = _derived(state, {} if from_heads else source.arrays)
+    if derived:
+        (taken if fits else new).append(next(iter(derived)))
+    opt_state, moving = _with_momentum(state, source.arrays, [x for x in online if not online[x]])
+    if moving:
+        taken.append("momentum" + ("" if moving == [*online] else f" of {' and '.join(moving)}"))
     left = {name.split("/")[1] for name in source.arrays if name.startswith("online_params/")}
     networks = {name: unflatten_dict(values, sep="/") for name, values in fields.items()}
-    told = Taken(*(", ".join(x) for x in (taken, [*new, "optimizer"], sorted(left - set(taken)))))
-    return state.replace(**networks, **rest), told
+    new += [] if moving else ["optimizer"]
+    told = Taken(", ".join(taken), ", ".join(new), ", ".join(sorted(left - set(taken))))
+    return state.replace(**networks, **derived, opt_state=opt_state), told
+
+
+def _derived(state: TrainState, arrays: Arrays) -> tuple[dict[str, Any], bool]:
+    """The state's fields that the heads made, such as a queue; whether they are the source's."""
+    own = {name: getattr(state, name) for name in _DERIVED if hasattr(state, name)}
+    if any(name not in arrays or arrays[name].shape != x.shape for name, x in own.items()):
+        return own, False
+    return {name: np.asarray(arrays[name], x.dtype) for name, x in own.items()}, True
+
+
+def _with_momentum(state: TrainState, arrays: Arrays, parts: list[str]) -> tuple[Any, list[str]]:
+    """The optimizer's state with the source's momentum; of which of these parts it has it."""
+    params = flatten_dict(state.online_params, sep="/")
+    momentum = {k.split(_MOMENTUM)[1]: x for k, x in arrays.items() if _MOMENTUM in k}
+    found: dict[str, np.ndarray] = {}
+    for part in parts:
+        own = {name: x.shape for name, x in params.items() if name.startswith(f"{part}/")}
+        theirs = {name: momentum.get(name) for name in own}
+        if all(x is not None and x.shape == own[name] for name, x in theirs.items()):
+            found |= {name: np.asarray(x, params[name].dtype) for name, x in theirs.items()}
+
+    def put(node: Any) -> Any:
+        if not isinstance(node, optax.TraceState):
+            return node
+        trace = flatten_dict(node.trace, sep="/") | found
+        return node._replace(trace=unflatten_dict(trace, sep="/"))
+
+    is_trace = lambda node: isinstance(node, optax.TraceState)  # noqa: E731
+    moving = [part for part in parts if any(name.startswith(f"{part}/") for name in found)]
+    return jax.tree.map(put, state.opt_state, is_leaf=is_trace), moving
 
 
 def _names(

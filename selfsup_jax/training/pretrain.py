@@ -201,7 +201,7 @@ def _announce(run: Run, state: TrainState) -> None:
     if run.source is not None:
         started = run.description["data_info"]["init_from"]
         log(f"starting from {run.source.path} ({started['origin']}): {started['taken']}")
-        log(f"new: {started['new']}; not used: {started['left_out'] or 'nothing'}")
+        log(f"new: {started['new'] or 'nothing'}; not used: {started['left_out'] or 'nothing'}")
         if note := init_from.normalization_note(run.source, config.views):
             log(note)
 
