@@ -66,7 +66,7 @@ def decoded_batches(config: Any, encoded: np.ndarray) -> Iterator[Any]:
 
 def parts(config: Any, data: inputs.Data, encoded: np.ndarray) -> list[report.Row]:
     """Where the CPU time of an image goes, one after another in one thread."""
-    specs = inputs._specs(config)
+    specs = inputs.crop_specs(config)
     decoded = [pixels.decoded(image, data.train.reading) for image in encoded]
     good = [image for image in decoded if image is not None]
     sizes = np.asarray([image.shape[:2] for image in good], np.int32)
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> None:
         rows.append((f"{name}: images per second", rate[name], "1/s"))
         rows.append((f"{name}: CPU us per image", cpu[name], "us"))
     title = (
-        f"input: {data.train.name}, {len(inputs._specs(config))} crops of "
+        f"input: {data.train.name}, {len(inputs.crop_specs(config))} crops of "
         f"{config.data.image_size} px ({config.data.resize_method}), batch {config.batch_size}, "
         f"medians of {_ROUNDS.value} rounds"
     )

@@ -122,9 +122,9 @@ def assert_one_level_off(a, b) -> None:
 def test_whole_numbers_in_a_config_are_ranges_too():
     config = byol.get_config("demo")
     config.views["global"].update(area=(1, 1), aspect=(1, 2))
-    drawn = [boxes_of(draws_of_examples(5), 40, 60, spec) for spec in inputs._specs(config)]
+    drawn = [boxes_of(draws_of_examples(5), 40, 60, spec) for spec in inputs.crop_specs(config)]
     config.views["global"].update(area=(1.0, 1.0), aspect=(1.0, 2.0))
-    for got, spec in zip(drawn, inputs._specs(config), strict=True):
+    for got, spec in zip(drawn, inputs.crop_specs(config), strict=True):
         np.testing.assert_array_equal(got, boxes_of(draws_of_examples(5), 40, 60, spec))
 
 

@@ -94,11 +94,7 @@ def _load(
 ) -> sources.Source:
     options: dict[str, Any] = {}
     if data.name not in sources.OWN:
-        options = {
-            "cache_gib": data.cache_gib,
-            "shuffle_buffer": data.shuffle_buffer,
-            "several_labels": several_labels,
-        }
+        options = {"cache_gib": data.cache_gib, "several_labels": several_labels}
     source = sources.load(data.name, data.dir, split, field, **options)
     if hosts.several():
         hosts.check_same(field, {f"{field}: {k}": v for k, v in source.facts(data.dir).items()})
@@ -153,12 +149,13 @@ def feed(config: ConfigDict, source: sources.Source) -> Feed:
         raise bad_field(
             "data.placement",
             data.placement,
-            f"{source.name} is streamed, or larger than data.device_share={data.device_share:g} "
+            f"{source.name} is above data.cache_gib={data.cache_gib:g}, or larger than "
+            f"data.device_share={data.device_share:g} "
             f"of a device's {process.bytes_of_a_device() / 2**30:.1f} GiB; use host",
         )
     if source.kind != "array" and data.crop_on == "host":
         return Feed()
-    crop = functools.partial(resident.crop_batch, specs=_specs(config), seed=config.seed)
+    crop = functools.partial(resident.crop_batch, specs=crop_specs(config), seed=config.seed)
     resides = source.kind == "array" and _fits(data, source)
     return Feed(crop, resident.arrays_of(source) if resides else None)
 
@@ -190,11 +187,11 @@ def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[H
         resides = _fits(config.data, data.train)
         return resident.train_batches(data.train, with_images=not resides, **options)
     options["canvas"] = config.data.canvas if config.data.crop_on == "device" else 0
-    place = {"host": jax.process_index(), "hosts": jax.process_count()}
-    return pipeline.train_batches(data.train, _specs(config), **options, **place)
+    options["processes"] = config.data.processes
+    return pipeline.train_batches(data.train, crop_specs(config), **options)
 
 
-def _specs(config: ConfigDict) -> list[crops.CropSpec]:
+def crop_specs(config: ConfigDict) -> list[crops.CropSpec]:
     """How the crops of each view are drawn."""
     specs: list[crops.CropSpec] = []
     for _, group in views.groups_of(config.views):
