@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_work
 from conftest import REPOSITORY, process_env
+from PIL import Image
 from test_canvas import jpeg, smooth
 
 from selfsup_jax.data import pipeline, sources, workers
@@ -120,6 +121,30 @@ def test_workers_end_with_the_process_that_started_them():
     )
     # They have its pipes too: `run` returned because they have ended.
     assert done.returncode == -9, done.stderr
+
+
+def resident_bytes() -> int:
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="counts Linux's pages")
+def test_memory_is_flat_over_10000_batches(tmp_path):
+    """A batch is 384 KiB: one in a hundred that stayed would be 36 MiB in the end."""
+    for i in range(6):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+    source = sources.load("folder", str(tmp_path), "train", "data.train_split")
+    options = {"batch_size": 2, "positions": np.arange(2, dtype=np.int32), "canvas": 256}
+    undecodable = Undecodable(6, 0.1)
+    stream = pipeline.train_batches(
+        source, SPECS, seed=0, first_step=0, undecodable=undecodable, **options
+    )
+    for count, batch in enumerate(itertools.islice(stream, 10_000), start=1):
+        assert batch["image"].nbytes == 384 * 2**10
+        if count == 1000:
+            before = resident_bytes()
+    assert resident_bytes() - before < 18 * 2**20
 
 
 def test_arrays_lie_one_after_another():
