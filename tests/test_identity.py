@@ -81,7 +81,9 @@ EARLIER = {
 }
 DATA_INFO = {"train_images": 4000, "classes": 10}
 # What was no part of a config: the probe at the end, and where the images are.
-NO_PROBE = ("eval.linear.*", "data.placement", "data.device_share", "steps_per_call")
+NO_PROBE = (
+    *("eval.linear.*", "data.placement", "data.device_share", "data.processes", "steps_per_call"),
+)
 
 
 def with_data_info(config) -> identity.Flat:
@@ -114,7 +116,8 @@ def earlier(config: dict) -> dict:
     del old["eval"]["linear"], old["steps_per_call"]
     for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
         del old["data"][name]
-    del old["data"]["crop_on"], old["data"]["canvas"]
+    for name in ("crop_on", "canvas", "processes"):
+        del old["data"][name]
     return old
 
 
@@ -300,7 +303,7 @@ def test_of_two_views_those_fields_are_named_that_differ():
 
 
 PLACES = {"data.dir", "data.download", "data.max_undecodable"}
-PLACES |= {"data.placement", "data.device_share", "steps_per_call"}
+PLACES |= {"data.placement", "data.device_share", "data.processes", "steps_per_call"}
 PLACES |= {"encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"}
 INTERVALS = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.first_step"}
 INTERVALS |= {"profile.num_steps", "monitor.knn_every_steps", "monitor.plots_every_steps"}

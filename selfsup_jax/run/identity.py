@@ -166,7 +166,6 @@ _ADDED: dict[str, Flat] = {
         "data.intensity": "full",
         "data.crop_on": "host",
         "data.canvas": 512,
-        "data.processes": 0,
     },
     "encoder.depth": {
         **{"encoder.stage1_projection": False, "encoder.zero_init_basic": True},
