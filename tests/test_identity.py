@@ -118,6 +118,7 @@ def earlier(config: dict) -> dict:
         del old["data"][name]
     for name in ("crop_on", "canvas", "processes"):
         del old["data"][name]
+    old["data"]["shuffle_buffer"] = 16384
     return old
 
 
@@ -494,7 +495,8 @@ def test_an_earlier_run_is_evaluated(run, tmp_path, job):
     age(aged)
     config = encoder.load(str(run)).config
     del config["eval"]["linear"], config["steps_per_call"]
-    del config["data"]["placement"], config["data"]["device_share"]
+    for name in ("placement", "device_share", "processes"):
+        del config["data"][name]
     config["data"] |= {"intensity": "full", "exif_orientation": False}
     assert encoder.load(str(aged)).config == config
     results = [tiny_jobs.run_job(job, r, tmp_path / "jobs" / r.name) for r in (run, aged)]
