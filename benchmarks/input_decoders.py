@@ -2,8 +2,8 @@
 
 python -m benchmarks.input_decoders --images=FOLDER
 
-FOLDER has JPEGs. The numbers are CPU time an image in one thread, to pixels in RGB; `scaled`: to at most
-512 pixels, while decoding where the decoder can. It needs NumPy only, so that it runs beside any
+FOLDER has JPEGs. The numbers are CPU time an image in one thread, to pixels in RGB; `scaled`: to
+at most 512 pixels where the image is larger. It needs NumPy only, so that it runs beside any
 decoder's library: `PYTHON benchmarks/input_decoders.py --images=FOLDER`.
 """
 
