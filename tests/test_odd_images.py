@@ -173,7 +173,7 @@ def test_an_evaluation_leaves_the_broken_ones_out(source_of, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
 def test_a_damaged_record_is_a_broken_image(source_of, kind):
-    """Its bytes changed since they were written, or the disk does not give them."""
+    """Its bytes have changed since they were written."""
     source = source_of(f"large {kind}")
 
     def damaged(places):
@@ -185,6 +185,18 @@ def test_a_damaged_record_is_a_broken_image(source_of, kind):
     for batch in batches(dataclasses.replace(source, read=read), 0, undecodable):
         assert "one_row.jpg" not in batch["name"]
     assert len(undecodable.names) == len(BROKEN) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_records_whose_file_is_gone_are_broken_images(source_of, kind):
+    source = source_of(f"large {kind}")
+    if kind == "tfrecord":
+        fetch = dataclasses.replace(source.read.fetch, paths=("/no/such/file",))
+    else:
+        fetch = type(source.read.fetch)([])  # which raises for any row
+    images, labels, names = dataclasses.replace(source.read, fetch=fetch)(source.images[:2])
+    assert images == [b"", b""] and len(labels) == 2 and len(set(names)) == 2
 
 
 def test_a_file_that_is_gone_is_a_broken_image(source_of, tmp_path):

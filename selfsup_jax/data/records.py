@@ -39,7 +39,7 @@ class Files:
     paths: tuple[str, ...]
 
     def __call__(self, places: np.ndarray) -> list[bytes]:
-        """The bytes of each record; fewer of one that is cut off."""
+        """The bytes of each record; fewer or none of one that cannot be read any more."""
         names = [self.paths[file] for file in places["file"]]
         starts, ends = places["start"], places["start"] + places["length"]
         if any(map(paths.is_bucket, names)):
@@ -48,8 +48,11 @@ class Files:
 
 
 def _read(path: str, start: int, length: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), length, start)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
+    except OSError:
+        return b""  # counts as an image that cannot be decoded
 
 
 def places(files: Sequence[str], counts: Sequence[int], keep: bool) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -96,10 +97,11 @@ class Examples:
         return [example["image"] for example in examples], labels, np.asarray(names)
 
     def _decoded(self, record: bytes) -> dict[str, Any]:
-        try:
-            return self.features.deserialize_example_np(record, decoders=_ENCODED)
-        except Exception:  # of several types
-            return {"image": b"", "label": 0, "labels": []}
+        with contextlib.suppress(Exception):  # of several types
+            example = self.features.deserialize_example_np(record, decoders=_ENCODED)
+            if example["image"]:
+                return example
+        return {"image": b"", "label": 0, "labels": []}
 
     def _label_of(self, example: dict[str, Any]) -> Any:
         if not self.classes:
@@ -140,8 +142,14 @@ class Rows:
     source: Any
 
     def __call__(self, rows: np.ndarray) -> list[bytes]:
-        """The bytes of each record."""
-        return [self.source[int(row)] for row in rows]
+        """The bytes of each record; none of one that cannot be read any more."""
+        return [self._record(int(row)) for row in rows]
+
+    def _record(self, row: int) -> bytes:
+        try:
+            return self.source[row]
+        except Exception:  # of several types
+            return b""
 
 
 def _row_name(full_name: str, split: str, row: int) -> str:
