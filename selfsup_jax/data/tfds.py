@@ -99,7 +99,7 @@ class Examples:
     def _decoded(self, record: bytes) -> dict[str, Any]:
         with contextlib.suppress(Exception):  # of several types
             example = self.features.deserialize_example_np(record, decoders=_ENCODED)
-            if example["image"]:
+            if example["image"] is not None:  # as of an empty record
                 return example
         return {"image": b"", "label": 0, "labels": []}
 
