@@ -41,8 +41,9 @@ def pretrain_defaults() -> ConfigDict:
     config.data.image_size = 224  # pixels, of the crops and of the test images
     config.data.test_resize = 256  # shorter side before the test's centre crop
     config.data.resize_method = "bicubic"
-    config.data.cache_gib = 4.0  # a TFDS split up to this size is held in memory, else streamed
-    config.data.shuffle_buffer = 16384  # images, for streamed splits
+    # A TFDS split up to this size is read once at the start, so that its labels are known and it
+    # may go to the devices; images of a larger one are only read when they are needed.
+    config.data.cache_gib = 4.0
     # Where the images are during training: decoded in the memory of each `device`, which also crops
     # them; on the `host`, which decodes and crops them for each step; `auto`: `device` if they fit.
     config.data.placement = "auto"
@@ -52,6 +53,8 @@ def pretrain_defaults() -> ConfigDict:
     # about half the work.
     config.data.crop_on = "host"
     config.data.canvas = 512
+    # Processes that decode, for hosts of many cores: such as one a core; 0: threads.
+    config.data.processes = 0
     config.data.max_undecodable = 0.01  # share of images that may be broken before the run stops
 
     config.online_probe = online_probe()

@@ -194,6 +194,13 @@ def open(path: str, mode: str = "r", **options: Any) -> IO[Any]:
     return content if "b" in mode else io.TextIOWrapper(content, **options)
 
 
+def read_ranges(addresses: list[str], starts: list[int], ends: list[int]) -> list[bytes]:
+    """The bytes from `start` to before `end` of each object in a bucket, all fetched at once."""
+    with _bucket(addresses[0]) as (files, _):
+        names = [absolute(address).removeprefix(_SCHEME) for address in addresses]
+        return [bytes(x) for x in files.cat_ranges(names, starts, ends, on_error="raise")]
+
+
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
     """The path of a file or folder on the disk: its own, or that of a copy which is then removed.

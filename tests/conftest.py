@@ -41,6 +41,7 @@ import pytest
 
 from byol_jax import method as byol
 from selfsup_jax import optim
+from selfsup_jax.data import records
 from selfsup_jax.data.augment import Augmentation, ViewAugmentation
 from selfsup_jax.method import Context, Method
 from selfsup_jax.method import total_loss as total
@@ -233,6 +234,15 @@ def process_env(devices: int = 1) -> dict[str, str]:
     """The environment of a process that a test starts: on the CPU, with so many devices."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return os.environ | {"XLA_FLAGS": flags}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def index_folder(tmp_path_factory):
+    """No test leaves an index of its data in the user's own folder."""
+    folder = tmp_path_factory.mktemp("indices")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "kept_in", lambda: str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

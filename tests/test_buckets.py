@@ -26,7 +26,7 @@ from conftest import REPOSITORY, process_env
 from fsspec.implementations.memory import MemoryFileSystem
 
 from selfsup_jax import paths, verify
-from selfsup_jax.data import sources
+from selfsup_jax.data import records, sources
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.run import checkpoint_files, events, files, lock, metrics, signals, workdir
@@ -272,6 +272,20 @@ def test_an_error_of_the_bucket_is_one_line_with_the_last_checkpoint(memory):
 
 
 # --------------------------------------------------------------------------------- data
+
+
+def test_records_are_found_and_read_in_a_bucket(memory):
+    contents = [[bytes([i, n] * n) for n in range(1, 5)] for i in range(2)]
+    for i, each in enumerate(contents):
+        whole = (len(x).to_bytes(8, "little") + b"sums" + x + b"sums" for x in each)
+        paths.put(f"gs://bucket/data/{i}", b"".join(whole))
+    addresses = tuple(f"gs://bucket/data/{i}" for i in range(2))
+    records.check_files(addresses)
+    places = records.places(addresses, [4, 4], keep=False)
+    order = [7, 0, 3, 4]
+    assert records.Files(addresses)(places[order]) == [contents[i // 4][i % 4] for i in order]
+    with pytest.raises(UserError, match=r"gs://bucket/data/2 is not there"):
+        records.check_files([*addresses, "gs://bucket/data/2"])
 
 
 def test_arrays_come_to_the_disk_and_folders_of_images_do_not(memory, tmp_path):

@@ -314,7 +314,7 @@ BAD_VALUES = [
     ("checkpoint_every_steps", 0, "at least 1"),
     ("keep_checkpoints", 0, "at least 1"),
     ("data.image_size", 0, "at least 1"),
-    ("data.shuffle_buffer", 0, "at least 1"),
+    ("data.processes", -1, "must not be negative"),
     ("projector.output_size", 0, "at least 1"),
     ("predictor.hidden_sizes", (), "at least one"),
     ("predictor.output_size", -1, "at least 1"),

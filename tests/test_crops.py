@@ -49,13 +49,18 @@ def boxes_of(draws, height, width, spec):
 
 
 def _crop_on_device(image, draws, specs):
-    sizes = np.asarray([image.shape[:2]], np.int32)
-    return [np.asarray(x[0]) for x in _device_crops(image[None], sizes, draws[None], tuple(specs))]
+    boxes = _boxes_of_views(image, draws, specs)
+    return [np.asarray(x[0]) for x in _device_crops(image[None], boxes[None], tuple(specs))]
 
 
 def _crop_on_host(image, draws, specs):
-    boxes = [boxes_of(draws[None, i : i + 1], *image.shape[:2], x) for i, x in enumerate(specs)]
-    return [_cut_on_host(image, b[0, 0], spec) for b, spec in zip(boxes, specs, strict=True)]
+    boxes = _boxes_of_views(image, draws, specs)
+    return [_cut_on_host(image, box, spec) for box, spec in zip(boxes, specs, strict=True)]
+
+
+def _boxes_of_views(image, draws, specs):
+    each = [boxes_of(draws[None, i : i + 1], *image.shape[:2], x) for i, x in enumerate(specs)]
+    return np.concatenate(each, axis=1)[0]
 
 
 def _cut_on_device(image, box, spec):

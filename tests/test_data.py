@@ -14,6 +14,7 @@ import io
 import itertools
 import logging
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -23,7 +24,17 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import byol
-from selfsup_jax.data import crops, decode, host_tensorflow, inputs, pipeline, resident, sources
+from selfsup_jax.data import (
+    crops,
+    decode,
+    host_tensorflow,
+    inputs,
+    pipeline,
+    pixels,
+    records,
+    resident,
+    sources,
+)
 from selfsup_jax.data.batches import Undecodable, epoch_order
 from selfsup_jax.errors import UserError
 
@@ -79,8 +90,6 @@ def batches(source: sources.Source, batch_size: int, count: int, **changes) -> l
     if source.kind != "array":
         return list(itertools.islice(pipeline.train_batches(source, **options), count))
     crop = _crop(tuple(options.pop("specs")), options["seed"])
-    for name in ("host", "hosts"):  # the positions say all
-        options.pop(name, None)
     arrays, cropped = resident.arrays_of(source), []
     rows = resident.train_batches(source, with_images=False, **options)
     for step, batch in enumerate(itertools.islice(rows, count), options["first_step"]):
@@ -501,10 +510,8 @@ def test_a_config_says_how_its_views_are_cropped(digits):
 def test_hosts_hold_their_part_of_the_one_global_batch(digits, positions):
     whole = batches(digits, 8, 8, first_step=3)
     assert len({tuple(batch["name"]) for batch in whole}) == 8
-    for host, mine in enumerate(positions):
-        part = batches(
-            digits, 8, 8, first_step=3, positions=np.array(mine, np.int32), host=host, hosts=2
-        )
+    for mine in positions:
+        part = batches(digits, 8, 8, first_step=3, positions=np.array(mine, np.int32))
         for a, b in zip(whole, part, strict=True):
             assert_same({k: v[mine] for k, v in a.items()}, b)
 
@@ -578,14 +585,14 @@ def tfds_ids(tfds_dir) -> dict[str, int]:
     return ids
 
 
-STREAMED = {"cache_gib": 0.0, "shuffle_buffer": 16}
+LARGE = {"cache_gib": 0.0}  # as a split that is only read when it is needed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("options", [{}, LARGE], ids=["small", "large"])
 def test_tfds_gives_its_images_and_labels(tfds_dir, tfds_ids, options):
     source = load_tfds(tfds_dir, **options)
-    assert (source.stream is not None) == bool(options)
+    assert (source.labels is None) == bool(options)
     assert source.num_examples == 40 and source.class_names == ("red", "green", "blue")
     for epoch in (0, 1):
         stream = batches(source, 8, 5, first_step=5 * epoch)
@@ -601,52 +608,35 @@ def test_tfds_gives_its_images_and_labels(tfds_dir, tfds_ids, options):
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in evaluated]), seen % 3)
 
 
-@pytest.mark.slow
-def test_the_order_in_memory_is_that_of_the_files(tfds_dir):
-    orders = [load_tfds(tfds_dir).images.tolist() for _ in range(3)]
-    assert orders[0] == orders[1] == orders[2]
-    streamed = evaluate(load_tfds(tfds_dir, **STREAMED), 40)
-    assert_same(streamed[0], evaluate(load_tfds(tfds_dir), 40)[0])
+@pytest.mark.parametrize("block", [(40, 3, 0, 16, 17, 32, 5), (16,), (5, 33, 48, 1)])
+@pytest.mark.parametrize("at_once", [1, 2, 16])
+def test_files_are_interleaved_as_by_tensorflow(block, at_once):
+    starts = np.cumsum([0, *block[:-1]])
+    ranges = tf.data.Dataset.from_tensor_slices((starts, np.asarray(block, np.int64)))
+    expected = ranges.interleave(
+        lambda start, count: tf.data.Dataset.range(start, start + count),
+        cycle_length=at_once,
+        block_length=16,
+    )
+    order = records.interleaved(starts.tolist(), list(block), at_once)
+    assert order.tolist() == list(expected.as_numpy_iterator())
 
 
 @pytest.mark.slow
-def test_a_streamed_order_is_its_epochs_and_seeds(tfds_dir):
-    source = load_tfds(tfds_dir, **STREAMED)
-
-    def order(first_step=0, **changes):
-        stream = batches(source, 8, 5, first_step=first_step, **changes)
-        return np.concatenate([images_of(batch) for batch in stream])
-
-    first = order()
-    np.testing.assert_array_equal(order(), first)
-    for other in (order(first_step=5), order(seed=1), np.sort(first)):
-        assert np.mean(other == first) < 0.5
-
-
-@pytest.mark.slow
-def test_a_resumed_stream_goes_on_bitwise(tfds_dir):
-    source = load_tfds(tfds_dir, **STREAMED)
-    whole = batches(source, 8, 11)
-    for first in (2, 5, 7):
-        resumed = batches(source, 8, 11 - first, first_step=first)
-        for a, b in zip(whole[first:], resumed, strict=True):
-            assert_same(a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("hosts", [2, 3])
-def test_hosts_share_a_streamed_split(tfds_dir, hosts):
-    source = load_tfds(tfds_dir, **STREAMED)
-    positions = np.array_split(np.arange(6, dtype=np.int32), hosts)
-    trained, evaluated = [], []
-    for host in range(hosts):
-        part = {"host": host, "hosts": hosts}
-        for batch in batches(source, 6, 6, positions=positions[host], **part):
-            trained.extend(images_of(batch))
-        for batch in evaluate(source, 8, **part):
-            evaluated.extend(images_of(batch, "image"))
-    assert len(trained) == len(set(trained)) == 36  # no image twice in an epoch
-    assert sorted(evaluated) == list(range(40))
+@pytest.mark.parametrize("split", ["train", "train[3:20]+test+train[:5]"])
+def test_the_order_is_that_of_tfds(tfds_dir, split):
+    """Of several files, and of parts of them."""
+    config = tfds.ReadConfig(add_tfds_id=True)
+    builder = tfds.builder("tiny_colours", data_dir=tfds_dir)
+    examples = list(builder.as_dataset(split=split, read_config=config).as_numpy_iterator())
+    for options in ({}, LARGE):
+        source = load_tfds(tfds_dir, split, **options)
+        images, labels, names = source.read(source.images)
+        assert names.tolist() == [x["tfds_id"].decode() for x in examples]
+        assert labels.tolist() == [x["label"] for x in examples]
+        assert [source.describe(i) for i in range(len(names))] == names.tolist()
+        for image, example in zip(images, examples, strict=True):
+            np.testing.assert_array_equal(pixels.decoded(image, source.reading), example["image"])
 
 
 @pytest.fixture(scope="module")
@@ -662,61 +652,103 @@ def records_dir(tmp_path_factory) -> str:
 @pytest.mark.parametrize("split", ["train", "train[:50%]+train[80%:]"])
 def test_records_are_read_in_the_order_of_a_split_in_memory(records_dir, split):
     """Whatever the number of hosts, from any step on."""
-    whole = load_tfds(records_dir, split)
-    records = load_tfds(records_dir, split, cache_gib=0.0)
-    assert whole.images is not None and records.images is None and records.stream is None
-    expected = batches(whole, 8, 7)
-    for a, b in zip(expected, batches(records, 8, 7), strict=True):
-        assert_same(a, b)
-    for a, b in zip(expected[4:], batches(records, 8, 3, first_step=4), strict=True):
+    source = load_tfds(records_dir, split)
+    assert source.images.dtype.kind == "i" and source.labels is not None
+    later = load_tfds(records_dir, split, **LARGE)
+    assert later.labels is None
+    expected = batches(source, 8, 7)
+    for a, b in zip(expected, batches(later, 8, 7), strict=True):
         assert_same(a, b)
     np.testing.assert_array_equal(expected[0]["label"], images_of(expected[0]) % 3)
-    for host in (0, 1):
-        positions = np.arange(4 * host, 4 * host + 4, dtype=np.int32)
-        part = batches(records, 8, 5, positions=positions, host=host, hosts=2)
-        for a, b in zip(expected, part, strict=False):
-            np.testing.assert_array_equal(a["name"][positions], b["name"])
-            np.testing.assert_array_equal(a["view_1"][positions], b["view_1"])
     for limit in (10**6, 9):
-        pairs = zip(evaluate(whole, 6, limit), evaluate(records, 6, limit), strict=True)
-        for a, b in pairs:
+        for a, b in zip(evaluate(source, 6, limit), evaluate(later, 6, limit), strict=True):
             assert_same(a, b)
 
 
+@pytest.fixture(scope="module")
+def kinds(tfds_dir, records_dir, tmp_path_factory):
+    """The 40 images from every kind of files, and how these are read."""
+    root = tmp_path_factory.mktemp("kinds")
+    decoded = load_folder(write_folder(root, 40))
+    return {
+        "folder": decoded,
+        "array": decode.into_array(decoded),
+        "tfrecord": load_tfds(tfds_dir),
+        "large tfrecord": load_tfds(tfds_dir, **LARGE),
+        "array_record": load_tfds(records_dir),
+        "large array_record": load_tfds(records_dir, **LARGE),
+    }
+
+
+KINDS = ("folder", "array", "tfrecord", "large tfrecord", "array_record", "large array_record")
+
+
 @pytest.mark.slow
-def test_a_part_of_records_is_held_in_memory(records_dir):
-    records = load_tfds(records_dir, cache_gib=0.0)
-    part = sources.subset(records, lambda labels, names: np.flatnonzero(labels == 1)[::-1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_is_the_same_on_any_number_of_hosts(kinds, kind):
+    """And a run that ends on some of them goes on, at any step, on others."""
+    whole = batches(kinds[kind], 8, 12)  # into the third epoch
+    assert len({tuple(images_of(batch)) for batch in whole}) == 12
+    for hosts in (1, 2, 4):
+        first = hosts + 2
+        for positions in np.split(np.arange(8, dtype=np.int32), hosts):
+            part = batches(kinds[kind], 8, 12 - first, first_step=first, positions=positions)
+            for a, b in zip(whole[first:], part, strict=True):
+                assert_same({k: v[positions] for k, v in a.items()}, b)
+
+
+def test_an_index_is_kept_and_made_anew_for_other_files(tfds_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "kept_in", lambda: str(tmp_path / "kept"))
+    made = load_tfds(tfds_dir, **LARGE)
+    (kept,) = tmp_path.glob("kept/*.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_places_in", lambda *_: pytest.fail("read again"))
+        again = load_tfds(tfds_dir, **LARGE)
+    np.testing.assert_array_equal(made.images, again.images)
+    kept.write_bytes(kept.read_bytes()[:200])  # damaged
+    np.testing.assert_array_equal(load_tfds(tfds_dir, **LARGE).images, made.images)
+    copy = shutil.copytree(tfds_dir, tmp_path / "copy")
+    load_tfds(str(copy), **LARGE)
+    assert len(list(tmp_path.glob("kept/*.npy"))) == 2
+
+
+@pytest.mark.parametrize("options", [{}, LARGE], ids=["small", "large"])
+def test_a_missing_or_damaged_file_is_told_before_anything_runs(
+    tfds_dir, records_dir, tmp_path, options
+):
+    for directory, ending in ((tfds_dir, "tfrecord"), (records_dir, "array_record")):
+        copy = shutil.copytree(directory, tmp_path / ending)
+        shards = sorted(copy.rglob(f"*train*{ending}*"))
+        content = shards[2].read_bytes()
+        for damaged in (content[:-20], content + b"12345678", content + content)[
+            : 3 * (ending == "tfrecord")
+        ]:
+            shards[2].write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"config.data.dir: {shards[2]} has .* must have"):
+                load_tfds(str(copy), **options)
+        shards[2].unlink()
+        shards[3].unlink()
+        with pytest.raises(UserError, match=rf"{shards[2]} is not there, nor are 1 more") as told:
+            load_tfds(str(copy), **options)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.slow
+def test_a_part_of_records(records_dir):
+    part = sources.subset(
+        load_tfds(records_dir, **LARGE), lambda labels, names: np.flatnonzero(labels == 1)[::-1]
+    )
     (batch,) = evaluate(part, 100)
-    assert part.read is None and (batch["label"] == 1).all() and len(batch["label"]) == 13
+    assert (part.labels == 1).all() and (batch["label"] == 1).all() and len(batch["label"]) == 13
     np.testing.assert_array_equal(images_of(batch, "image") % 3, batch["label"])
 
 
-@pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("options", [{}, LARGE], ids=["small", "large"])
 def test_an_empty_or_unknown_tfds_split_is_named(tfds_dir, options):
     for split in ("train[:0]", "validation"):
         with pytest.raises(UserError) as error:
             load_tfds(tfds_dir, split, **options)
         assert f"config.data.train_split={split!r}" in str(error.value)
-
-
-def test_a_broken_image_of_a_stream_is_skipped(tfds_dir, tfds_ids):
-    source = load_tfds(tfds_dir, **STREAMED)
-
-    def stream(seed, host, hosts):
-        garbage = tf.constant(b"garbage")
-        return source.stream(seed, host, hosts).map(
-            lambda image, label, name: (tf.where(label == 2, garbage, image), label, name)
-        )
-
-    broken = sources.Source("broken", 40, source.class_names, "encoded", stream=stream)
-    undecodable = Undecodable(40, 0.5)
-    stream_of_batches = batches(broken, 8, 5, undecodable=undecodable)
-    seen = np.concatenate([images_of(batch) for batch in stream_of_batches])
-    assert len(seen) == 40 and set(seen) == {i for i in range(40) if i % 3 != 2}
-    assert undecodable.names == {name for name, i in tfds_ids.items() if i % 3 == 2}
-    names = [str(name) for batch in stream_of_batches for name in batch["name"]]
-    assert [tfds_ids[name] for name in names] == seen.tolist()
 
 
 def test_an_unknown_data_set_is_told_the_nearest(tmp_path):

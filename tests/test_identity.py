@@ -81,7 +81,9 @@ EARLIER = {
 }
 DATA_INFO = {"train_images": 4000, "classes": 10}
 # What was no part of a config: the probe at the end, and where the images are.
-NO_PROBE = ("eval.linear.*", "data.placement", "data.device_share", "steps_per_call")
+NO_PROBE = (
+    *("eval.linear.*", "data.placement", "data.device_share", "data.processes", "steps_per_call"),
+)
 
 
 def with_data_info(config) -> identity.Flat:
@@ -116,7 +118,9 @@ def earlier(config: dict) -> dict:
     del old["eval"]["linear"], old["steps_per_call"]
     for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
         del old["data"][name]
-    del old["data"]["crop_on"], old["data"]["canvas"]
+    for name in ("crop_on", "canvas", "processes"):
+        del old["data"][name]
+    old["data"]["shuffle_buffer"] = 16384
     return old
 
 
@@ -302,7 +306,7 @@ def test_of_two_views_those_fields_are_named_that_differ():
 
 
 PLACES = {"data.dir", "data.download", "data.max_undecodable"}
-PLACES |= {"data.placement", "data.device_share", "steps_per_call"}
+PLACES |= {"data.placement", "data.device_share", "data.processes", "steps_per_call"}
 PLACES |= {"encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"}
 PLACES |= {"encoder.vit.attention_kernel"}
 INTERVALS = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.first_step"}
@@ -494,7 +498,8 @@ def test_an_earlier_run_is_evaluated(run, tmp_path, job):
     age(aged)
     config = encoder.load(str(run)).config
     del config["eval"]["linear"], config["steps_per_call"]
-    del config["data"]["placement"], config["data"]["device_share"]
+    for name in ("placement", "device_share", "processes"):
+        del config["data"][name]
     config["data"] |= {"intensity": "full", "exif_orientation": False}
     assert encoder.load(str(aged)).config == config
     results = [tiny_jobs.run_job(job, r, tmp_path / "jobs" / r.name) for r in (run, aged)]

@@ -165,6 +165,17 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
     assert "selfsup_jax/" in capsys.readouterr().out
 
 
+def test_crops_on_the_devices_are_planned_with_the_step(tmp_path):
+    """Two products a view and image: here of 32 pixels, to 8."""
+    flops = {}
+    for crop_on in ("host", "device"):
+        config = tiny_config(tmp_path, data__crop_on=crop_on, data__canvas=32)
+        (plan,) = command.run(config, "gpu:h100x1", str(tmp_path), build=build)
+        flops[crop_on] = plan["flops_per_step"]
+    products = 2 * config.batch_size * (8 * 32 * 32 + 8 * 32 * 8) * 3 * 2
+    assert products <= flops["device"] - flops["host"] < 2 * products
+
+
 def test_plans_of_gpus_make_a_table(tmp_path, capsys):
     config = tiny_config(tmp_path)
     one, two = command.run(config, "gpu:h100x1,gpu:a100x2", str(tmp_path), build=build)

@@ -368,10 +368,11 @@ def test_too_much_for_the_device_is_told_before_anything_is_compiled(small, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_streamed_split_cannot_be_on_the_device():
-    source = sources.Source("large", 10, None, "encoded", shape=(8, 8), stream=lambda *_: None)
+def test_a_split_without_known_labels_cannot_be_on_the_device():
+    options = {"shape": (8, 8), "images": np.arange(10), "read": lambda rows: None}
+    source = sources.Source("large", 10, ("a", "b"), "encoded", **options)
     config = byol.get_config("demo,data.placement=device,data.device_share=1.0")
-    with pytest.raises(UserError, match=r"^config\.data\.placement='device': large is streamed"):
+    with pytest.raises(UserError, match=r"^config\.data\.placement='device': large is above data"):
         inputs.feed(config, source)
     config.data.placement = "auto"
     assert inputs.feed(config, source) == inputs.Feed()

@@ -15,7 +15,7 @@ from selfsup_jax.data.batches import Undecodable
 FIELD = "data.train_split"
 COUNT = 23
 NAMES = ["red", "green", "blue"]
-STREAMED = {"cache_gib": 0.0, "shuffle_buffer": 8}
+LARGE = {"cache_gib": 0.0}
 
 
 def info(builder, **labels):
@@ -98,7 +98,7 @@ def source_of(tfds_dir, folder):
         if kind in ("path", "decoded"):
             source = sources.load("folder", folder, "train", FIELD)
             return decode.into_array(source) if kind == "decoded" else source
-        options = STREAMED if kind == "streamed" else {}
+        options = LARGE if kind == "large" else {}
         return sources.load("tiny_marks", tfds_dir, "train", FIELD, **options)
 
     return load
@@ -138,12 +138,12 @@ def trained(source: sources.Source, batch_size: int, count: int, num_views: int 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["array", "decoded", "path", "encoded", "streamed"])
+@pytest.mark.parametrize("kind", ["array", "decoded", "path", "encoded", "large"])
 @pytest.mark.parametrize("numbers", [[2, 3, 11, 20, 22], [20, 3, 22, 2]], ids=str)
 def test_a_subset_is_the_examples_that_were_chosen(source_of, kind, numbers):
-    """Image, label and name of each, in the order of the choice, held in memory."""
+    """Image, label and name of each, in the order of the choice."""
     whole = source_of(kind)
-    assert (whole.stream is not None) == (kind == "streamed")
+    assert whole.scanned == (kind != "large")
     everything = evaluated(whole)
     assert sorted(everything["image"]) == list(range(COUNT))
     np.testing.assert_array_equal(everything["label"], everything["image"] % 3)
@@ -155,7 +155,7 @@ def test_a_subset_is_the_examples_that_were_chosen(source_of, kind, numbers):
 
     part = sources.subset(whole, choose)
     assert asked == [(list(everything["label"]), list(everything["name"]))]
-    assert part.num_examples == len(numbers) and part.stream is None
+    assert part.num_examples == len(numbers)
     assert part.class_names == whole.class_names and part.images.shape[0] == len(numbers)
     assert part.labels.dtype == np.int32
     found = evaluated(part)
@@ -167,10 +167,10 @@ def test_a_subset_is_the_examples_that_were_chosen(source_of, kind, numbers):
 
 
 @pytest.mark.slow
-def test_a_streamed_split_gives_what_it_does_in_memory(source_of):
-    """The same batches of the same crops: how much fits in memory is no matter of results."""
+def test_a_large_split_gives_what_a_small_one_does(source_of):
+    """The same batches of the same crops: what is read at the start is no matter of results."""
     by_label = lambda labels, names: np.flatnonzero(labels != 1)  # noqa: E731
-    parts = [sources.subset(source_of(kind), by_label) for kind in ("encoded", "streamed")]
+    parts = [sources.subset(source_of(kind), by_label) for kind in ("encoded", "large")]
     assert parts[0].num_examples == sum(i % 3 != 1 for i in range(COUNT))
     for a, b in zip(*(trained(part, 4, 5) for part in parts), strict=True):
         assert a.keys() == b.keys() == {"view_1", "view_2", "index", "label", "name"}
@@ -181,7 +181,7 @@ def test_a_streamed_split_gives_what_it_does_in_memory(source_of):
 
 
 def test_a_subset_of_a_subset(source_of):
-    part = sources.subset(source_of("streamed"), lambda labels, names: np.arange(5, 20))
+    part = sources.subset(source_of("large"), lambda labels, names: np.arange(5, 20))
     part = sources.subset(part, lambda labels, names: np.asarray([0, 14]))
     everything, found = evaluated(source_of("encoded")), evaluated(part)
     for key in found:
@@ -204,7 +204,7 @@ def scenes(tfds_dir, **options):
     return sources.load("tiny_scenes", tfds_dir, "train", FIELD, **options)
 
 
-@pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("options", [{}, LARGE], ids=["small", "large"])
 def test_several_labels_are_rows_of_zeros_and_ones(tfds_dir, options):
     """A class that is named twice counts once; an image of none is a row of zeros."""
     source = scenes(tfds_dir, several_labels=True, **options)
@@ -221,7 +221,7 @@ def test_several_labels_are_rows_of_zeros_and_ones(tfds_dir, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, STREAMED], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("options", [{}, LARGE], ids=["small", "large"])
 def test_where_they_are_not_asked_for_the_images_count_as_unlabelled(tfds_dir, options):
     """As pretraining reads them: no class, no label in a batch."""
     source = scenes(tfds_dir, **options)

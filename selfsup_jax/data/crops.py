@@ -108,14 +108,13 @@ def boxes(
 
 
 def random_resized_crops(
-    images: jax.Array, sizes: jax.Array, draws: jax.Array, specs: Sequence[CropSpec]
+    images: jax.Array, boxes: jax.Array, specs: Sequence[CropSpec]
 ) -> list[jax.Array]:
     """The views of a batch.
 
     Args:
         images: `[b, H, W, 3]` uint8, of any size up to H x W, at the top left.
-        sizes: `[b, 2]` height and width of each image, in pixels.
-        draws: `[b, views, attempts, 4]`, see `box_draws`.
+        boxes: `[b, views, 4]`, see `boxes`.
         specs: one per view.
 
     Returns:
@@ -123,9 +122,9 @@ def random_resized_crops(
     """
     views = []
     for i, spec in enumerate(specs):
-        box = boxes_from_draws(draws[:, i], sizes, spec)
-        rows = resize_matrix(box[:, 0], box[:, 2], spec.size, images.shape[1], spec.method)
-        columns = resize_matrix(box[:, 1], box[:, 3], spec.size, images.shape[2], spec.method)
+        top, left, height, width = boxes[:, i].T
+        rows = resize_matrix(top, height, spec.size, images.shape[1], spec.method)
+        columns = resize_matrix(left, width, spec.size, images.shape[2], spec.method)
         views.append(_apply(rows, columns, images))
     return views
 
@@ -136,7 +135,8 @@ def test_view(
     """The evaluation view: the shorter side resized to `resize`, then a centre crop.
 
     Args:
-        images, sizes: see `random_resized_crops`.
+        images: see `random_resized_crops`.
+        sizes: `[b, 2]` height and width of each image, in pixels.
         resize, size: pixels; `resize` is at least `size`.
         method: of resizing; with antialiasing, because nothing else smooths a large image.
 

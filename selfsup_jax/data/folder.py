@@ -38,7 +38,8 @@ def load(directory: str, split: str, field: str) -> Source:
         raise bad_field("data.dir", directory, hint)
     parts = split_indices(split, {k: len(v) for k, v in files.items()}, field)
     chosen = [(name, files[name][i]) for name, indices in parts for i in indices]
-    whole = [os.path.join(splits[name], path) for name, path in chosen]
+    roots = {name: os.path.join(splits[name], "") for name in splits}
+    whole = [roots[name] + path for name, path in chosen]
 
     all_files = [path for members in files.values() for path in members]
     class_names: tuple[str, ...] | None = None

@@ -94,11 +94,7 @@ def _load(
 ) -> sources.Source:
     options: dict[str, Any] = {}
     if data.name not in sources.OWN:
-        options = {
-            "cache_gib": data.cache_gib,
-            "shuffle_buffer": data.shuffle_buffer,
-            "several_labels": several_labels,
-        }
+        options = {"cache_gib": data.cache_gib, "several_labels": several_labels}
     source = sources.load(data.name, data.dir, split, field, **options)
     if hosts.several():
         hosts.check_same(field, {f"{field}: {k}": v for k, v in source.facts(data.dir).items()})
@@ -153,7 +149,8 @@ def feed(config: ConfigDict, source: sources.Source) -> Feed:
         raise bad_field(
             "data.placement",
             data.placement,
-            f"{source.name} is streamed, or larger than data.device_share={data.device_share:g} "
+            f"{source.name} is above data.cache_gib={data.cache_gib:g}, or larger than "
+            f"data.device_share={data.device_share:g} "
             f"of a device's {process.bytes_of_a_device() / 2**30:.1f} GiB; use host",
         )
     if source.kind != "array" and data.crop_on == "host":
@@ -190,8 +187,8 @@ def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[H
         resides = _fits(config.data, data.train)
         return resident.train_batches(data.train, with_images=not resides, **options)
     options["canvas"] = config.data.canvas if config.data.crop_on == "device" else 0
-    place = {"host": jax.process_index(), "hosts": jax.process_count()}
-    return pipeline.train_batches(data.train, crop_specs(config), **options, **place)
+    options["processes"] = config.data.processes
+    return pipeline.train_batches(data.train, crop_specs(config), **options)
 
 
 def crop_specs(config: ConfigDict) -> list[crops.CropSpec]:

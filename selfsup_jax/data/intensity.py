@@ -57,25 +57,9 @@ def _spread_images(source: Source) -> list[Any]:
             for endings in (_DEEP_ENDINGS[:1], _DEEP_ENDINGS[1:])
         ]
         return [str(kind[i]) for kind in kinds for i in _spread(len(kind))]
-    if source.kind == "encoded" and source.images is not None:
-        return [source.images[i] for i in _spread(source.num_examples)]
-    if source.read is not None:
-        return source.read(_spread(source.num_examples))[0]
-    if source.stream is not None:
-        return _images_of_stream(source)
+    if source.kind == "encoded":
+        return list(source.encoded(_spread(source.num_examples)))
     return []
-
-
-def _images_of_stream(source: Source) -> list[Any]:
-    """The first ones of eight equal parts; of the first part alone if these are not deep."""
-    assert source.stream is not None
-    parts, images = min(8, source.num_examples), list[Any]()
-    for part in range(parts):
-        rows = source.stream(None, part, parts).take(_IMAGES // parts)
-        images += [image for image, *_ in rows.as_numpy_iterator()]
-        if all(pixels.deep_values(image) is None for image in images):
-            break
-    return images
 
 
 def _spread(count: int) -> np.ndarray:

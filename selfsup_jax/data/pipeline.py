@@ -1,29 +1,28 @@
-"""Batches of images that stay encoded: threads of the host decode them, a few batches ahead.
+"""Batches of images that stay encoded: the host's cores decode them, a few batches ahead.
 
-They crop them too, or leave that to the training step. A split in memory gives the same global
-batches on any number of hosts.
+They crop them too, or leave that to the training step. The global batches are the same on any
+number of hosts.
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
+import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from selfsup_jax.data import crops, host_crops, pixels
+from selfsup_jax.data import crops, host_crops, pixels, workers
 from selfsup_jax.data.batches import HostBatch, Undecodable, epoch_order, neighbours, spread
 from selfsup_jax.data.source import Source
 from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
 
 _BATCHES_AHEAD = 3
-_IMAGES_AT_ONCE = 8  # of one thread: their boxes are drawn in one call
+_IMAGES_AT_ONCE = 8  # of one thread or process: their boxes are drawn in one call
 
 
 class Encoded(NamedTuple):
@@ -31,12 +30,14 @@ class Encoded(NamedTuple):
 
     Attributes:
         step: the steps before it.
-        images: `[b]` paths or bytes; or indices for `Source.read`, which gives labels and names.
+        positions: `[b]`, in the global batch.
+        images: `[b]` paths or bytes, or places for `Source.read`, which gives labels and names.
         labels: `[b]` int32 (`[b, classes]` if an image can have several), -1 without labels.
         names: `[b]` str.
     """
 
     step: int
+    positions: np.ndarray
     images: Any
     labels: np.ndarray
     names: np.ndarray
@@ -52,8 +53,7 @@ def train_batches(
     positions: np.ndarray,
     first_step: int,
     undecodable: Undecodable,
-    host: int = 0,
-    hosts: int = 1,
+    processes: int = 0,
 ) -> Iterator[HostBatch]:
     """This host's part of each global batch, endlessly.
 
@@ -70,7 +70,7 @@ def train_batches(
         positions: `[b]`, this host's indices in the global batch.
         first_step: the step of the first batch.
         undecodable: counts the broken images.
-        host, hosts: this host's index and the number of hosts, for streamed splits.
+        processes: that decode; 0: threads.
 
     Yields:
         `view_1`, `view_2`, ... `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str
@@ -78,26 +78,18 @@ def train_batches(
         canvas, instead of views: `image` `[b, canvas, canvas, 3]` uint8, `size` `[b, 2]` int32 and
         `drawn` `[b]` int32 (the index whose crop is used).
     """
-    if source.stream is None:
-        raw = _batches_of_rows(source, seed, batch_size, positions, first_step)
+    count = len(positions)
+    if canvas:
+        put: Callable[..., None] = _put_image
+        layout: workers.Layout = {"image": ((count, canvas, canvas, 3), "uint8")}
+        layout["size"] = ((count, 2), "int32")
     else:
-        raw = _streamed_batches(source, seed, batch_size, len(positions), first_step, host, hosts)
-    put = _put_image if canvas else functools.partial(_put_views, seed=seed, specs=tuple(specs))
-
-    def arrays() -> dict[str, np.ndarray]:
-        if canvas:
-            shape = (len(positions), canvas, canvas, 3)
-            return {"image": np.zeros(shape, np.uint8), "size": np.ones((shape[0], 2), np.int32)}
-        shapes = [(len(positions), spec.size, spec.size, 3) for spec in specs]
-        return {f"view_{i}": np.empty(s, np.uint8) for i, s in enumerate(shapes, start=1)}
-
-    def work(encoded: Encoded, made: dict[str, np.ndarray], chunk: slice) -> list[bool]:
-        given = _read(source, encoded, chunk)
-        images = [pixels.decoded(image, source.reading, canvas) for image in given]
-        put(images, encoded.step, positions[chunk], {k: x[chunk] for k, x in made.items()})
-        return [image is not None for image in images]
-
-    for encoded, made, good in _ahead(raw, arrays, work):
+        put = functools.partial(_put_views, seed=seed, specs=tuple(specs))
+        sides = enumerate((spec.size for spec in specs), start=1)
+        layout = {f"view_{i}": ((count, side, side, 3), "uint8") for i, side in sides}
+    work = Decode(source.read, bool(source.class_names), source.reading, put, canvas)
+    raw = _batches_of_rows(source, seed, batch_size, positions, first_step)
+    for encoded, made, good in _ahead(raw, layout, work, processes):
         batch = made | {"index": positions, "label": encoded.labels}
         batch["name"] = encoded.names.astype(str)
         if canvas:
@@ -115,74 +107,97 @@ def _batches_of_rows(
         epoch, start = divmod(step, steps_per_epoch)
         order = epoch_order(source.num_examples, seed, epoch)
         for i in range(start, steps_per_epoch):
-            yield _rows(source, order[i * batch_size + positions], step)
+            yield _rows(source, order[i * batch_size + positions], positions, step)
             step += 1
 
 
-def _rows(source: Source, rows: np.ndarray, step: int = 0) -> Encoded:
+def _rows(source: Source, rows: np.ndarray, index: np.ndarray, step: int = 0) -> Encoded:
     labels = -np.ones(len(rows), np.int32) if source.labels is None else source.labels[rows]
-    if source.images is None:
-        return Encoded(step, rows, labels, np.empty(len(rows), object))
-    names = np.array([source.describe(int(row)) for row in rows])
-    return Encoded(step, source.images[rows], labels.astype(np.int32), names)
-
-
-def _read(source: Source, encoded: Encoded, chunk: slice) -> Sequence[pixels.Encoded]:
+    names = np.empty(len(rows), object)
     if source.read is None:
-        return encoded.images[chunk]
-    images, encoded.labels[chunk], encoded.names[chunk] = source.read(encoded.images[chunk])
-    return images
+        names[:] = [source.describe(int(row)) for row in rows]
+    return Encoded(step, index, source.images[rows], labels.astype(np.int32), names)
 
 
-def _streamed_batches(
-    source: Source, seed: int, batch_size: int, size: int, step: int, host: int, hosts: int
-) -> Iterator[Encoded]:
-    """Each host reads its own part of the split, in an order of the files and the epoch."""
-    assert source.stream is not None
-    steps_per_epoch = source.num_examples // batch_size
-    while True:
-        epoch, start = divmod(step, steps_per_epoch)
-        epoch_seed = int(np.random.default_rng((seed, epoch)).integers(2**31))
-        examples = source.stream(epoch_seed, host, hosts)
-        # A host with a slightly larger part stops at the same step as the others.
-        batches = examples.batch(size, drop_remainder=True).take(steps_per_epoch).skip(start)
-        for images, labels, names in batches.prefetch(_BATCHES_AHEAD).as_numpy_iterator():
-            yield Encoded(step, images, labels, np.array([name.decode() for name in names]))
-            step += 1
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """The work of a thread or process on a few images of a batch.
+
+    Attributes:
+        read: see `Source.read`; None if it is given paths or bytes.
+        labelled: whether its labels count.
+        reading: how encoded images become pixels.
+        put: `(images, step, index, arrays)`: puts decoded images, or None for one that is broken,
+            into these rows of a batch.
+        canvas: see `train_batches`.
+        shape: (height, width) that an image must have, or None.
+    """
+
+    read: Callable[..., Any] | None
+    labelled: bool
+    reading: pixels.Reading
+    put: Callable[..., None]
+    canvas: int = 0
+    shape: tuple[int, int] | None = None
+
+    def __call__(
+        self, made: workers.Arrays, step: int, index: np.ndarray, encoded: Any
+    ) -> tuple[list[bool], Any, Any]:
+        """(which images could be decoded, labels, names); the last two are None without `read`."""
+        labels = names = None
+        if self.read is not None:
+            encoded, labels, names = self.read(encoded)
+        images = [pixels.decoded(image, self.reading, self.canvas) for image in encoded]
+        if self.shape is not None:  # an image of another size than all others is broken, too
+            images = [x if x is not None and x.shape[:2] == self.shape else None for x in images]
+        self.put(images, step, index, made)
+        return [image is not None for image in images], labels, names
 
 
 def _ahead(
-    raw: Iterable[Encoded],
-    arrays: Callable[[], dict[str, np.ndarray]],
-    work: Callable[[Encoded, dict[str, np.ndarray], slice], list[bool]],
-) -> Iterator[tuple[Encoded, dict[str, np.ndarray], np.ndarray]]:
+    raw: Iterable[Encoded], layout: workers.Layout, work: Decode, processes: int = 0
+) -> Iterator[tuple[Encoded, workers.Arrays, np.ndarray]]:
     """Yields each batch, its arrays once they are filled, and which images could be decoded."""
     pending: collections.deque[Any] = collections.deque()
 
-    def first() -> tuple[Encoded, dict[str, np.ndarray], np.ndarray]:
+    def first() -> tuple[Encoded, workers.Arrays, np.ndarray]:
         encoded, made, parts = pending.popleft()
-        return encoded, made, np.concatenate([part.result() for part in parts])
+        good = np.zeros(len(encoded.images), bool)
+        for rows, part in parts:
+            good[rows], labels, names = part.result()
+            if names is not None:
+                encoded.names[rows] = names
+                encoded.labels[rows] = labels if work.labelled else -1
+        return encoded, made, good
 
-    threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
+    pool = workers.pool(work, processes)
     try:
         for encoded in raw:
-            made, count = arrays(), len(encoded.images)
-            chunks = [slice(i, i + _IMAGES_AT_ONCE) for i in range(0, count, _IMAGES_AT_ONCE)]
-            parts = [threads.submit(work, encoded, made, chunk) for chunk in chunks]
+            made, submit = pool.batch(layout)
+            parts = []
+            for i in range(0, len(encoded.images), _IMAGES_AT_ONCE):
+                rows = slice(i, i + _IMAGES_AT_ONCE)
+                task = encoded.step, encoded.positions[rows], encoded.images[rows]
+                parts.append((rows, submit(rows, *task)))
             pending.append((encoded, made, parts))
+            del made, parts  # so that their memory is free once the batch is
             if len(pending) > _BATCHES_AHEAD:
                 yield first()
         while pending:
             yield first()
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
+        pool.close()
 
 
 def _put_image(images, step, index, made) -> None:
-    for i, image in enumerate(images):
+    made["size"][:] = 1
+    for image, size, whole in zip(images, made["size"], made["image"], strict=True):
+        height, width = (0, 0) if image is None else image.shape[:2]
         if image is not None:
-            made["size"][i] = image.shape[:2]
-            made["image"][i, : image.shape[0], : image.shape[1]] = image
+            size[:] = height, width
+            whole[:height, :width] = image
+        whole[:height, width:] = 0
+        whole[height:] = 0
 
 
 _boxes = jax.jit(crops.boxes, static_argnames="specs")
@@ -201,6 +216,12 @@ def _put_views(images, step, index, made, *, seed, specs) -> None:
         if image is not None:
             for view, box, spec in zip(made.values(), boxes[i], specs, strict=True):
                 view[i] = host_crops.crop_and_resize(image, box, spec)
+
+
+def _put_test_view(images, step, index, made, *, resize, size, method) -> None:
+    for i, image in enumerate(images):
+        if image is not None:
+            made["image"][i] = host_crops.test_view(image, resize, size, method)
 
 
 def _without_gaps(
@@ -237,7 +258,7 @@ def eval_batches(
         source: the split.
         resize, size, method: see `crops.test_view`.
         batch_size: of this host.
-        limit: maximum number of images over all hosts: evenly spread, or shuffled if streamed.
+        limit: maximum number of images over all hosts, evenly spread.
         undecodable: counts the broken images, which are left out.
         host, hosts: this host's index and the number of hosts.
 
@@ -245,44 +266,16 @@ def eval_batches(
         `image` `[b, size, size, 3]` uint8, `label` `[b]` int32 (-1 without labels; `[b, classes]`
         if an image can have several) and `name` `[b]` str.
     """
-    if source.stream is None:
-        indices = np.array_split(spread(source.num_examples, limit), hosts)[host]
-        starts = range(0, len(indices), batch_size)
-        raw: Iterable[Encoded] = (_rows(source, indices[i : i + batch_size]) for i in starts)
-    else:
-        raw = _streamed_part(source, batch_size, limit, host, hosts)
-
-    def work(encoded: Encoded, made: dict[str, np.ndarray], chunk: slice) -> list[bool]:
-        good = []
-        for i, image in enumerate(_read(source, encoded, chunk), start=chunk.start):
-            rgb = pixels.decoded(image, source.reading)
-            if rgb is not None and source.shape not in (None, rgb.shape[:2]):
-                rgb = None  # an image of another size than all others is broken, too
-            if rgb is not None:
-                made["image"][i] = host_crops.test_view(rgb, resize, size, method)
-            good.append(rgb is not None)
-        return good
-
-    def arrays() -> dict[str, np.ndarray]:
-        return {"image": np.empty((batch_size, size, size, 3), np.uint8)}
-
-    for encoded, made, good in _ahead(raw, arrays, work):
+    indices = np.array_split(spread(source.num_examples, limit), hosts)[host]
+    blocks = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
+    raw = (_rows(source, rows, np.arange(len(rows))) for rows in blocks)
+    put = functools.partial(_put_test_view, resize=resize, size=size, method=method)
+    work = Decode(source.read, bool(source.class_names), source.reading, put, shape=source.shape)
+    layout: workers.Layout = {"image": ((batch_size, size, size, 3), "uint8")}
+    for encoded, made, good in _ahead(raw, layout, work):
         for name in encoded.names[~good]:
             undecodable.add(str(name))
         if good.any():
             batch = {"image": made["image"][: len(good)], "label": encoded.labels}
             batch["name"] = encoded.names.astype(str)
             yield {k: x[good] for k, x in batch.items()}
-
-
-def _streamed_part(
-    source: Source, batch_size: int, limit: int, host: int, hosts: int
-) -> Iterator[Encoded]:
-    assert source.stream is not None
-    count = min(limit, source.num_examples)
-    whole = count == source.num_examples
-    examples = source.stream(None if whole else 0, host, hosts)
-    if not whole:
-        examples = examples.take(count // hosts + (host < count % hosts))
-    for images, labels, names in examples.batch(batch_size).prefetch(2).as_numpy_iterator():
-        yield Encoded(0, images, labels, np.array([name.decode() for name in names]))

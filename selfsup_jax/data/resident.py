@@ -124,8 +124,8 @@ def crop_batch(
     images = batch["image"]
     whole = jnp.tile(jnp.asarray(images.shape[1:3], jnp.int32), (len(images), 1))
     sizes = batch.get("size", whole)
-    draws = crops.box_draws(seed, step, batch["drawn"], len(specs))
-    views = crops.random_resized_crops(images, sizes, draws, specs)
+    boxes = crops.boxes(seed, step, batch["drawn"], sizes, specs)
+    views = crops.random_resized_crops(images, boxes, specs)
     named = {f"view_{i}": view for i, view in enumerate(views, start=1)}
     return named | {name: batch[name] for name in ("index", "label") if name in batch}
 

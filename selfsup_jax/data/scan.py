@@ -45,13 +45,14 @@ class _Split:
     """The files of one split; `first` is the split whose files are not taken again.
 
     Only links, folders, and names with the same inode are looked up by `stat`: for a large folder
-    on a file server, one call per file would take minutes.
+    on a file server, one call per file would take minutes. Paths are put together as texts, which
+    takes a third of `os.path.join`'s time.
     """
 
     def __init__(self, root: str, folders: set[_Id], first: _Split | None):
         self.files: list[str] = []
         self.left_out: Counter[str] = Counter()
-        self._root = root
+        self._root = os.path.join(root, "")  # with a separator
         self._folders: set[_Id] = folders | (first._folders if first else set())
         # Inode -> the only path with it, or, once there are several, what `stat` says of them.
         self._by_inode: dict[int, str | set[_Id]] = {}
@@ -70,10 +71,11 @@ class _Split:
         pending = [top]
         while pending:
             folder = pending.pop()
+            before = folder and folder + os.sep
             try:
-                with os.scandir(os.path.join(self._root, folder)) as entries:
+                with os.scandir(self._root + folder) as entries:
                     for entry in entries:
-                        path = os.path.join(folder, entry.name)
+                        path = before + entry.name
                         if entry.is_symlink():
                             links.append(path)
                         elif entry.is_dir():
@@ -112,7 +114,7 @@ class _Split:
         return []
 
     def _take_file(self, path: str, inode: int) -> None:
-        whole = os.path.join(self._root, path)
+        whole = self._root + path
         same_inode = self._by_inode.setdefault(inode, whole)
         if same_inode != whole:
             # Inodes are counted per device, and some file systems list the same one for all files.

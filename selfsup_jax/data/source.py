@@ -6,30 +6,30 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from selfsup_jax.data.pixels import Reading
+from selfsup_jax.data.pixels import Encoded, Reading
 from selfsup_jax.errors import bad_field
+
+_BLOCK = 1024  # examples that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One split of a data set.
 
-    One of `images`, `read` and `stream` is set; with the first two, examples can be read in any
-    order.
-
     Attributes:
         name: for messages.
         num_examples: number of images.
         class_names: names of the classes; None if there are no labels, or only one class.
         kind: what `images` contains: `array` (pixels), `path`, or `encoded` (TFDS).
-        images: uint8 `[N, H, W, 3]`, or `[N]` paths, or `[N]` bytes of encoded images; or None.
+        images: uint8 `[N, H, W, 3]`, or `[N]` paths, or `[N]` bytes of encoded images; or with
+            `read` the places of `[N]` examples.
         labels: `[N]` int32, or `[N, classes]` of zeros and ones if an image can have several
-            labels; or None.
+            labels; None if there are none, or if only `read` knows them.
         describe: index of an example -> its name for the log.
         shape: (height, width) if all images have the same.
         sizes: `[N, 2]` int32, height and width of each image in an array whose images are smaller
@@ -37,10 +37,8 @@ class Source:
         broken: indices of the images in an array that could not be decoded.
         left_out: what lies beside the images and is not taken, in words; empty if nothing.
         reading: how encoded images become pixels.
-        stream: `(seed, host, hosts) -> dataset` of (encoded image, label, id) in an order drawn
-            from the seed (None: in the order of the files), for splits too large for memory.
-        read: `indices -> (encoded images, labels, names)`, for splits too large for memory whose
-            files can be read in any order. Labels are -1 without `class_names`.
+        read: places of examples -> (encoded images, labels, names), for examples that stay in
+            their files; picklable. Labels are -1 without `class_names`.
     """
 
     name: str
@@ -55,13 +53,33 @@ class Source:
     broken: tuple[int, ...] = ()
     left_out: str = ""
     reading: Reading = dataclasses.field(default_factory=Reading)
-    stream: Callable[[int | None, int, int], Any] | None = None
     read: Callable[[np.ndarray], tuple[list[bytes], np.ndarray, np.ndarray]] | None = None
 
     @property
     def num_classes(self) -> int | None:
         """The number of classes, or None without labels."""
         return len(self.class_names) if self.class_names else None
+
+    @property
+    def scanned(self) -> bool:
+        """Whether the labels and names of all examples are known."""
+        return self.read is None or self.labels is not None or self.class_names is None
+
+    def encoded(self, rows: np.ndarray) -> Sequence[Encoded]:
+        """Some images, to be decoded."""
+        return self.images[rows] if self.read is None else self.read(self.images[rows])[0]
+
+    def columns(self, with_images: bool = False) -> tuple[Any, np.ndarray, np.ndarray]:
+        """(encoded images or None, labels, names) of all examples, read from the files."""
+        assert self.read is not None
+        images, labels, names = [], [], []
+        for start in range(0, self.num_examples, _BLOCK):
+            block = self.read(self.images[start : start + _BLOCK])
+            images += block[0] if with_images else []
+            labels.append(block[1])
+            names.append(block[2])
+        held = np.asarray(images, object) if with_images else None
+        return held, np.concatenate(labels), np.concatenate(names)
 
     def facts(self, directory: str) -> dict[str, Any]:
         """What tells this split from another: numbers, hashes, the first and the last example.
@@ -81,7 +99,7 @@ class Source:
         )
         if self.labels is not None:
             facts["labels"] = digest(np.ascontiguousarray(self.labels).tobytes())
-        if self.stream is None and self.num_examples:
+        if self.num_examples:
             # Evenly spread, because a million names take a second.
             some = np.linspace(0, self.num_examples - 1, min(1000, self.num_examples)).astype(int)
             facts |= {"first": name(0), "last": name(self.num_examples - 1)}
@@ -92,71 +110,27 @@ class Source:
 
 
 def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]) -> Source:
-    """Selects examples of a split and holds them in memory.
+    """Selects examples of a split.
 
     Args:
-        source: a split with labels. One that is not in memory is read twice.
+        source: a split with labels. If only its files have them, it is read once.
         choose: `(labels, names) -> indices` of the examples to keep, in their new order.
     """
-    if source.stream is not None:
-        return _subset_of_stream(source, choose)
-    if source.read is not None:
-        return _subset_of_records(source, choose)
-    assert source.labels is not None
-    names = [source.describe(i) for i in range(source.num_examples)]
-    indices = np.asarray(choose(source.labels, names), np.int64)
+    if source.scanned and source.labels is not None:
+        labels, names = source.labels, [source.describe(i) for i in range(source.num_examples)]
+    else:
+        _, labels, ids = source.columns()
+        names = ids.tolist()
+    indices = np.asarray(choose(labels, names), np.int64)
     broken = set(source.broken)
     return dataclasses.replace(
         source,
         num_examples=len(indices),
         images=source.images[indices],
-        labels=source.labels[indices],
+        labels=labels[indices],
         describe=lambda i: names[indices[i]],
         sizes=None if source.sizes is None else source.sizes[indices],
         broken=tuple(i for i, row in enumerate(indices) if row in broken),
-    )
-
-
-def _subset_of_records(source: Source, choose: Callable[..., np.ndarray]) -> Source:
-    assert source.read is not None
-    starts = range(0, source.num_examples, 1024)
-    blocks = [np.arange(i, min(i + 1024, source.num_examples)) for i in starts]
-    pairs = [source.read(rows)[1:] for rows in blocks]  # images are not kept
-    labels, names = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    indices = np.asarray(choose(labels, names.tolist()))
-    images = np.asarray(source.read(indices)[0], object)
-    kept = names[indices]
-    return dataclasses.replace(
-        source,
-        num_examples=len(indices),
-        images=images,
-        labels=labels[indices],
-        describe=lambda i: str(kept[i]),
-        read=None,
-    )
-
-
-def _subset_of_stream(source: Source, choose: Callable[..., np.ndarray]) -> Source:
-    from selfsup_jax.data.host_tensorflow import tf
-
-    assert source.stream is not None
-    # Images are neither decoded nor kept.
-    pairs = list(source.stream(None, 0, 1).map(lambda _, label, name: (label, name)))
-    labels = np.asarray([label.numpy() for label, _ in pairs], np.int32)
-    names = [name.numpy().decode() for _, name in pairs]
-    indices = np.asarray(choose(labels, names))
-    kept = np.zeros(len(names), bool)
-    kept[indices] = True
-    rows = source.stream(None, 0, 1).enumerate().filter(lambda i, _: tf.gather(kept, i))
-    encoded = [image.numpy() for _, (image, *_) in rows]
-    positions = np.searchsorted(np.flatnonzero(kept), indices)
-    return dataclasses.replace(
-        source,
-        num_examples=len(indices),
-        images=np.asarray(encoded, object)[positions],
-        labels=labels[indices],
-        describe=lambda i: names[indices[i]],
-        stream=None,
     )
 
 

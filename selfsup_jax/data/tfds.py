@@ -1,8 +1,10 @@
-"""Image-classification sets of TensorFlow Datasets."""
+"""Image-classification sets of TensorFlow Datasets, read without TensorFlow."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +13,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from selfsup_jax import paths
-from selfsup_jax.data import sources
-from selfsup_jax.data.host_tensorflow import tf
+from selfsup_jax.data import records, sources
 from selfsup_jax.data.source import Source
 from selfsup_jax.errors import NoData, bad_field, nearest
+
+_FORMATS = tfds.core.file_adapters.FileFormat
+_ENCODED = {"image": tfds.decode.SkipDecoding()}
 
 
 def load(
@@ -24,15 +28,13 @@ def load(
     field: str,
     *,
     cache_gib: float = 4.0,
-    shuffle_buffer: int = 16384,
     several_labels: bool = False,
 ) -> Source:
-    """A TFDS image-classification split with encoded images.
+    """A TFDS image-classification split with encoded images, in TFRecord or ArrayRecord files.
 
-    A split of up to `cache_gib` GiB is held in memory and can be read in any order. So can a larger
-    one that lies in ArrayRecord files. Any other is streamed: each host reads its own part, with
-    shuffled files and a shuffle buffer of `shuffle_buffer` images. A data set with several labels
-    per image counts as unlabelled, unless `several_labels` is True.
+    Images are read where they lie, in any order. A split of up to `cache_gib` GiB is read once at
+    the start, so that its labels are known, and if it lies in a bucket is held in memory. A data
+    set with several labels per image counts as unlabelled, unless `several_labels` is True.
     """
     builder = _builder(name, directory)
     info = builder.info
@@ -41,90 +43,121 @@ def load(
             "data.name", name, f"has no 'image' feature; it has {', '.join(info.features)}"
         )
     height, width = info.features["image"].shape[:2]
-    shape = (height, width) if height and width else None
     lengths = {k: v.num_examples for k, v in info.splits.items()}
     parts = _part_lengths(split, lengths, field)
-    total = sum(count for _, count in parts)
-    label_of, names = _labels_of(info.features, several_labels)
-    full_name = f"{info.full_name} {split}"
-    class_names = tuple(names) if names and len(names) > 1 else None
     size = sum(info.splits[part].num_bytes * count / lengths[part] for part, count in parts)
-
-    if info.file_format == tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
-        records = builder.as_data_source(
-            split=split, decoders={"image": tfds.decode.SkipDecoding()}
-        )
-        made = Source(full_name, total, class_names, "encoded", shape=shape)
-        return _of_records(
-            made, records, several_labels, in_memory=several_labels or size <= cache_gib * 2**30
-        )
-
-    def read(seed: int | None, host: int, hosts: int) -> tf.data.Dataset:
-        config = tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True)
-        config.options.deterministic = True
-        # At the end of an evaluation the tuner may sleep for seconds before it stops.
-        config.options.autotune.enabled = seed is not None
-        part = tfds.even_splits(split, n=hosts)[host] if hosts > 1 else split
-        dataset = builder.as_dataset(
-            split=part,
-            shuffle_files=seed is not None,
-            read_config=config,
-            decoders={"image": tfds.decode.SkipDecoding()},
-        )
-        if seed is not None:
-            dataset = dataset.shuffle(shuffle_buffer, seed=seed)
-        return dataset.map(lambda x: (x["image"], label_of(x), _name_of(x)))
-
-    if size > cache_gib * 2**30:
-        if np.min(next(iter(read(None, 0, 1).take(1)))[1]) < 0:  # unpublished labels are -1
-            class_names = None
-        return Source(full_name, total, class_names, "encoded", shape=shape, stream=read)
-
-    rows = list(read(None, 0, 1).batch(1024).as_numpy_iterator())
-    images, labels, ids = (np.concatenate(column) for column in zip(*rows, strict=True))
-    if class_names and labels.min() < 0:  # a test split with unpublished labels
-        class_names = None
-    return Source(
-        name=full_name,
+    small = several_labels or size <= cache_gib * 2**30
+    names, several = _class_names(info.features, several_labels)
+    images, fetch, id_of = _records(builder, split, keep_index=not small)
+    examples = Examples(fetch, info.features, id_of, len(names), several)
+    if np.min(examples(images[:1])[1]) < 0:  # unpublished labels are -1
+        names = ()
+    source = Source(
+        name=f"{info.full_name} {split}",
         num_examples=len(images),
-        class_names=class_names,
+        class_names=names or None,
         kind="encoded",
         images=images,
-        labels=labels if class_names else None,
-        describe=lambda i: ids[i].decode(),
-        shape=shape,
+        describe=lambda i: id_of(images[i]),
+        shape=(height, width) if height and width else None,
+        read=examples,
     )
+    if not small:
+        return source
+    encoded, labels, ids = source.columns(with_images=paths.is_bucket(str(builder.data_dir)))
+    if encoded is not None:
+        source = dataclasses.replace(source, images=encoded, read=None)
+    known = labels if names else None
+    return dataclasses.replace(source, labels=known, describe=lambda i: str(ids[i]))
 
 
-def _of_records(source: Source, records: Any, several_labels: bool, in_memory: bool) -> Source:
-    """The split of ArrayRecord files: `records[i]` is a dictionary."""
-    classes = source.num_classes
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """`Source.read` of a TFDS split; it can be sent to another process.
 
-    def label_of(example: dict[str, Any]) -> Any:
-        if "label" in example:
-            return example["label"] if classes else -1
-        if not (classes and several_labels):
-            return -1
-        return np.bincount(np.asarray(example["labels"], int), minlength=classes).clip(max=1)
+    Attributes:
+        fetch: places -> records.
+        features: TFDS's, which decode a record.
+        id_of: the place of a record -> its name, if it has no file name.
+        classes: their number; 0 if labels are not used.
+        several: whether an image can have several labels.
+    """
 
-    def read(rows: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-        examples = records.__getitems__([int(row) for row in rows])
-        labels = np.asarray([label_of(example) for example in examples], np.int32)
-        pairs = zip(rows, examples, strict=True)
-        names = [_file_name(example) or f"{source.name}[{row}]" for row, example in pairs]
+    fetch: Callable[[np.ndarray], list[bytes]]
+    features: Any
+    id_of: Callable[[Any], str]
+    classes: int
+    several: bool
+
+    def __call__(self, places: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+        """(images, labels, names); the image of a damaged record is empty, which is no image."""
+        examples = [self._decoded(record) for record in self.fetch(places)]
+        labels = np.asarray([self._label_of(example) for example in examples], np.int32)
+        names = [_file_name(x) or self.id_of(p) for x, p in zip(examples, places, strict=True)]
         return [example["image"] for example in examples], labels, np.asarray(names)
 
-    if np.min(read(np.arange(1))[1]) < 0:  # unpublished labels are -1
-        source = dataclasses.replace(source, class_names=None)
-    if not in_memory:
-        return dataclasses.replace(source, read=read)
-    images, labels, names = read(np.arange(source.num_examples))
-    return dataclasses.replace(
-        source,
-        images=np.asarray(images, object),
-        labels=labels if source.class_names else None,
-        describe=lambda i: str(names[i]),
+    def _decoded(self, record: bytes) -> dict[str, Any]:
+        with contextlib.suppress(Exception):  # of several types
+            example = self.features.deserialize_example_np(record, decoders=_ENCODED)
+            if example["image"] is not None:  # as of an empty record
+                return example
+        return {"image": b"", "label": 0, "labels": []}
+
+    def _label_of(self, example: dict[str, Any]) -> Any:
+        if not self.classes:
+            return -1
+        if not self.several:
+            return example["label"]
+        given = np.asarray(example["labels"], int)
+        return np.bincount(given, minlength=self.classes).clip(max=1)
+
+
+def _records(builder: Any, split: str, keep_index: bool) -> tuple[np.ndarray, Callable, Callable]:
+    """(places of the split's records, places -> records, place -> name)."""
+    info, parts = builder.info, builder.info.splits[split].file_instructions
+    counts = {os.fspath(part.filename): part.examples_in_shard for part in parts}
+    files = tuple(counts)
+    records.check_files(files)
+    if info.file_format == _FORMATS.ARRAY_RECORD:
+        rows = builder.as_data_source(split=split).data_source
+        return np.arange(len(rows)), Rows(rows), functools.partial(_row_name, info.full_name, split)
+    if info.file_format != _FORMATS.TFRECORD:
+        hint = f"has {info.file_format.value} files, must have tfrecord or array_record"
+        raise bad_field("data.dir", str(builder.data_dir), hint)
+    places = records.places(files, list(counts.values()), keep_index)
+    starts = dict(zip(files, np.cumsum([0, *counts.values()]), strict=False))
+    order = records.interleaved(
+        [starts[os.fspath(part.filename)] + part.skip for part in parts],
+        [part.take for part in parts],
+        1 if info.disable_shuffling else 16,
     )
+    names = tuple(os.path.basename(file) for file in files)
+    return places[order], records.Files(files), functools.partial(_record_name, names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Records of ArrayRecord files, by their rows."""
+
+    source: Any
+
+    def __call__(self, rows: np.ndarray) -> list[bytes]:
+        """The bytes of each record; none of one that cannot be read any more."""
+        return [self._record(int(row)) for row in rows]
+
+    def _record(self, row: int) -> bytes:
+        try:
+            return self.source[row]
+        except Exception:  # of several types
+            return b""
+
+
+def _row_name(full_name: str, split: str, row: int) -> str:
+    return f"{full_name} {split}[{row}]"
+
+
+def _record_name(files: tuple[str, ...], place: Any) -> str:
+    return f"{files[place['file']]}__{place['number']}"  # TFDS's id
 
 
 def _file_name(example: dict[str, Any]) -> str:
@@ -157,28 +190,16 @@ def split_names(name: str, directory: str, download: bool = False) -> list[str]:
     return list(_builder(name, directory, download).info.splits)
 
 
-def _labels_of(features, several: bool) -> tuple[Callable, list[str] | None]:
-    """(function: example -> its label or labels, names of the classes or None)."""
-    if "label" in features:
-        return lambda x: tf.cast(x["label"], tf.int32), features["label"].names
-    labels = dict(features).get("labels")  # a FeaturesDict has no `get`
-    names = getattr(getattr(labels, "feature", None), "names", None)
-    if not several or names is None:
-        return lambda x: tf.constant(-1), None
+def _class_names(features: Any, several: bool) -> tuple[tuple[str, ...], bool]:
+    """(names of the classes, whether an image can have several); no names if labels are not used.
 
-    def many(x):
-        hot = tf.reduce_sum(tf.one_hot(x["labels"], len(names), dtype=tf.int32), axis=0)
-        return tf.minimum(hot, 1)
-
-    return many, names
-
-
-def _name_of(example: dict[str, tf.Tensor]) -> tf.Tensor:
-    """The image's file name if the data set has it, else its TFDS id."""
-    for feature in ("file_name", "image/filename"):
-        if feature in example:
-            return example[feature]
-    return example["tfds_id"]
+    A data set of one class has no labels either.
+    """
+    many = "label" not in features
+    feature = dict(features).get("labels" if many else "label")  # a FeaturesDict has no `get`
+    feature = getattr(feature, "feature", None) if many else feature
+    names = tuple(getattr(feature, "names", None) or ())
+    return (names if len(names) > 1 and (several or not many) else ()), many
 
 
 def _builder(name: str, directory: str, download: bool = False) -> tfds.core.DatasetBuilder:
@@ -190,6 +211,8 @@ def _builder(name: str, directory: str, download: bool = False) -> tfds.core.Dat
         hint = f"is not a known data set; did you mean: {nearest(name, known)}?"
         raise NoData(str(bad_field("data.name", name, hint))) from e
     if download:
+        from selfsup_jax.data import host_tensorflow  # noqa: F401  TFDS prepares data with it
+
         try:
             builder.download_and_prepare()
         except Exception as e:  # any error of the network, the disk or the data set's code

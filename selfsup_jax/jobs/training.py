@@ -40,18 +40,18 @@ def hold_out(
     """Splits off `config.held_out_images` images: (the other ones, the held-out ones or None).
 
     Raises:
-        UserError: the split is streamed and is itself a part of a split.
+        UserError: the split's labels are not known, and it is itself a part of a split.
     """
     count = min(config.held_out_images, train.num_examples // 5)
     if not count:
         return train, None
-    if train.images is None:
+    if train.labels is None:
         name = config.data.train_split
         if not name.isidentifier():
             raise bad_field(
                 "data.train_split",
                 name,
-                "a part of a streamed split cannot be divided further; give the whole split, "
+                "a part of a split above data.cache_gib cannot be divided; give the whole split, "
                 "or --config.held_out_images=0 and a single learning rate",
             )
         field = "data.train_split"
@@ -65,7 +65,7 @@ def hold_out(
 
 
 def check_labels(config: ConfigDict, train: sources.Source, test: sources.Source) -> None:
-    """Calls `frozen_features.check_labels` before training; skipped for streamed splits."""
+    """Calls `frozen_features.check_labels` before training; skipped where labels are not known."""
     if train.labels is not None and test.labels is not None:
         frozen_features.check_labels(config, train.labels, test.labels, train.num_classes or 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from selfsup_jax.build import Build
-from selfsup_jax.data import views
+from selfsup_jax.data import inputs, resident, views
 from selfsup_jax.devices import parallel, tpu_flags
 from selfsup_jax.errors import UserError
 from selfsup_jax.models import encoders
@@ -29,19 +30,35 @@ def program(config: Any, build: Build, classes: int | None, pod: Pod) -> Program
     config.encoder.update(encoders.for_platform(config.encoder, pod.is_tpu))
     method = build(config, classes, 1000, 10)
     state = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
-    batch = _batch(config, classes)
+    batch, crop = _batch(config, classes), None
+    if config.data.crop_on == "device":
+        crop = functools.partial(
+            resident.crop_batch, specs=inputs.crop_specs(config), seed=config.seed
+        )
+
+    def step(state: Any, batch: Any, *, axis_name: str | None) -> Any:
+        if crop is not None:
+            batch = crop(None, state.step, batch)
+        return method.train_step(state, batch, axis_name=axis_name)
+
     if pod.is_tpu:
-        return _on_tpu(method, state, batch, pod)
-    return _on_gpu(method, state, batch, pod)
+        return _on_tpu(step, state, batch, pod)
+    return _on_gpu(step, state, batch, pod)
 
 
 def _batch(config: Any, classes: int | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch: uint8 views, and each example's place in it."""
+    """The global batch: uint8 views or whole images, and each example's place in it."""
     size, shapes = config.batch_size, {}
     sides = [group.size for _, group in views.groups_of(config.views) for _ in range(group.count)]
+    if config.data.crop_on == "device":
+        sides = [config.data.canvas]
     for number, side in enumerate(sides, 1):
         shapes[f"view_{number}"] = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
     shapes["index"] = jax.ShapeDtypeStruct((size,), jnp.int32)
+    if config.data.crop_on == "device":
+        shapes["image"] = shapes.pop("view_1")
+        shapes["size"] = jax.ShapeDtypeStruct((size, 2), jnp.int32)
+        shapes["drawn"] = shapes["index"]
     if classes:
         shapes["label"] = jax.ShapeDtypeStruct((size,), jnp.int32)
     return shapes
@@ -52,7 +69,7 @@ def bytes_of(tree: Any) -> float:
     return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def _on_tpu(method: Any, state: Any, batch: Any, pod: Pod) -> Program:
+def _on_tpu(train_step: Any, state: Any, batch: Any, pod: Pod) -> Program:
     devices = _devices(pod)
 
     def on_each(x: Any, parts: int) -> jax.ShapeDtypeStruct:
@@ -62,7 +79,7 @@ def _on_tpu(method: Any, state: Any, batch: Any, pod: Pod) -> Program:
         lambda x: jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype), state
     )
     batch_on_each = jax.tree.map(lambda x: on_each(x, len(devices)), batch)
-    step: Any = parallel.step_over_devices(method.train_step, "pmap", devices)
+    step: Any = parallel.step_over_devices(train_step, "pmap", devices)
     start = time.perf_counter()
     try:
         compiled = step.lower(state_on_each, batch_on_each).compile()
@@ -122,13 +139,13 @@ def _one_line(pod: Pod) -> Iterator[None]:
         raise UserError(f"--plan={pod.name}: {text[:300]}") from e
 
 
-def _on_gpu(method: Any, state: Any, batch: Any, pod: Pod) -> Program:
+def _on_gpu(train_step: Any, state: Any, batch: Any, pod: Pod) -> Program:
     def part(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((x.shape[0] // pod.chips, *x.shape[1:]), x.dtype)
 
     batch = jax.tree.map(part, batch)
     start = time.perf_counter()
-    traced = jax.jit(lambda s, b: method.train_step(s, b, axis_name=None)).trace(state, batch)
+    traced = jax.jit(lambda s, b: train_step(s, b, axis_name=None)).trace(state, batch)
     lowered = traced.lower(lowering_platforms=("cuda",))
     seconds = time.perf_counter() - start
     share = (pod.chips - 1) / pod.chips

@@ -20,7 +20,7 @@ Flat = dict[str, Any]
 # Groups of fields, as patterns of `fnmatch`.
 _DATA_ACCESS = (
     *("data.dir", "data.download", "data.max_undecodable", "data.placement", "data.device_share"),
-    "steps_per_call",
+    *("data.processes", "steps_per_call"),
     *("encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"),
     "encoder.vit.attention_kernel",
 )
@@ -223,6 +223,7 @@ def upgraded(fields: Flat) -> Flat:
     for field, added in _ADDED.items():
         if field in new:
             new = added | new
+    new.pop("data.shuffle_buffer", None)  # of large splits, whose order was not their seed's alone
     if "data.name" in new:  # only folders' images are turned
         new.setdefault("data.exif_orientation", new["data.name"] != "folder")
     if "flip_prob" in fields:  # a job that trained on flipped crops

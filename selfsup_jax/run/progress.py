@@ -129,7 +129,8 @@ class Progress:
                 self._advised = True
                 self.announce(
                     "the devices wait for images: with --config.data.crop_on=device the host has "
-                    "half the work; else it needs more cores, or smaller files"
+                    "half the work; else it needs more cores (of more than 8, "
+                    "--config.data.processes makes use), or smaller files"
                 )
         self._write("  ".join(parts))
         return timings

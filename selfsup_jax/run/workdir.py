@@ -153,14 +153,8 @@ def checked_meta(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
 
 
 def take_over(data: Data, saved: dict[str, Any]) -> None:
-    """Restores the broken images listed in `meta`; logs it if a streamed order changes."""
+    """Restores the broken images listed in `meta`."""
     data.undecodable.names.update(saved["undecodable"])
-    if data.train.stream is not None and saved["host_count"] != jax.process_count():
-        log(
-            f"{data.train.name} is streamed, in an order that depends on the number of hosts: "
-            f"{saved['host_count']} before, {jax.process_count()} now, so that this epoch repeats "
-            "some images and leaves out others"
-        )
 
 
 def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> None:
