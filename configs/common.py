@@ -63,6 +63,7 @@ def pretrain_defaults() -> ConfigDict:
     # Steps that a device does in a loop of its own, to the next log line at most; 0: 50 with data
     # on an accelerator, else one step without a loop. On the CPU, XLA's loops are slow.
     config.steps_per_call = 0
+    # Intervals. -1 fits the length of the run: see `selfsup_jax/durations.py:Intervals`.
     config.log_every_steps = 50
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2  # the newest

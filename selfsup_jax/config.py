@@ -40,6 +40,13 @@ _PROBE: checks.Table = {
 }
 _NAMES = checks.each(text, "a tuple of texts, as \"('a','b')\"")
 
+
+def _interval(low: int) -> checks.Rule:
+    """Steps, or -1 for what fits the length of the run."""
+    rule = optional(whole(low), -1)
+    return lambda value: f"{valid}, or -1 to fit the run" if (valid := rule(value)) else ""
+
+
 _RUN: checks.Table = {  # of every pretraining config
     **{"job": text, "method": text, "seed": _SEED, "init_from": text},
     **{"steps": _LENGTH, "examples": _LENGTH, "epochs": optional(not_negative)},
@@ -61,9 +68,10 @@ _RUN: checks.Table = {  # of every pretraining config
     "data.exif_orientation": flag,
     "data.device_share": checks.share,
     "data.max_undecodable": checks.share,
-    **{"steps_per_call": _COUNT_OR_0, "log_every_steps": _COUNT, "checkpoint_every_steps": _COUNT},
+    **{"steps_per_call": _COUNT_OR_0, "checkpoint_every_steps": _COUNT},
+    "log_every_steps": _interval(1),
     **{"keep_checkpoints": _COUNT, "keep_every_steps": _COUNT_OR_0},
-    "monitor.*_every_steps": _COUNT_OR_0,
+    "monitor.*_every_steps": _interval(0),
     **{f"monitor.{field}": not_negative for field in ("collapse_std", "collapse_rank")},
     "monitor.reference": text,
     "monitor.*": _COUNT,

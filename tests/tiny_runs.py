@@ -73,6 +73,8 @@ def fields(folder: pathlib.Path, **changes) -> dict:
         "eval.knn_k": 5,
         "eval.fewshot_labels": 2,
         "eval.fewshot_draws": 2,
+        "log_every_steps": 50,
+        "monitor.diagnostics_every_steps": 500,
         "monitor.knn_every_steps": 0,
         "monitor.plots_every_steps": 0,
         **{name.replace("__", "."): value for name, value in changes.items()},

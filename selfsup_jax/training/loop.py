@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from selfsup_jax.data.inputs import Feed
 from selfsup_jax.devices import hosts, parallel, process
+from selfsup_jax.durations import Intervals, intervals
 from selfsup_jax.run import nan_guard, signals
 from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.run.metrics import Recorder
@@ -102,7 +103,8 @@ def fit(spec: TrainSpec) -> Trained:
     spec.announce(latest)
     if first_step:
         log(f"resuming from step {first_step:,} in {spec.workdir}")
-    recorder = Recorder(spec.workdir, first_step, spec.config.log_every_steps)
+    every = intervals(spec.config, spec.total_steps).log
+    recorder = Recorder(spec.workdir, first_step, every)
     knn_k = spec.config.get("eval", {}).get("knn_k")
     progress = Progress(spec.total_steps, first_step, spec.config.batch_size, knn_k)
     try:
@@ -129,18 +131,17 @@ class Schedule(NamedTuple):
     save: bool
 
 
-def schedule(config: ConfigDict, step: int, last: bool) -> Schedule:
-    """The actions that the config's intervals require after `step`."""
+def schedule(config: ConfigDict, intervals: Intervals, step: int, last: bool) -> Schedule:
+    """The actions that the intervals require after `step`; the config has those of checkpoints."""
 
     def every(interval: int) -> bool:
         return interval > 0 and (last or step % interval == 0)
 
-    monitor = config.get("monitor", {})
     due = Schedule(
-        log=every(config.log_every_steps),
-        diagnose=every(monitor.get("diagnostics_every_steps", 0)),
-        knn=every(monitor.get("knn_every_steps", 0)),
-        draw=every(monitor.get("plots_every_steps", 0)),
+        log=every(intervals.log),
+        diagnose=every(intervals.diagnostics),
+        knn=every(intervals.knn) or step == intervals.first_knn,
+        draw=every(intervals.plots) or step == intervals.first_plots,
         save=every(config.checkpoint_every_steps) or every(config.keep_every_steps),
     )
     return due._replace(log=due.log or due.diagnose or due.knn)
@@ -176,7 +177,8 @@ def train(
     hosts.at_step(first_step)
     hosts.reached_preemption(first_step)  # so that the hosts agree on a later step
     postponed = announced = False
-    ends = functools.partial(_ends_call, spec, first_step)
+    due_at = functools.partial(schedule, config, intervals(config, spec.total_steps))
+    ends = functools.partial(_ends_call, spec, due_at, first_step)
     step = first_step
     with signals.StopSignals() as stop_signals, contextlib.closing(ahead):
         for count in calls.lengths(first_step, spec.total_steps, most, ends):
@@ -200,7 +202,7 @@ def train(
                 guard.drain()
                 log(progress.expectation(step))
 
-            due = schedule(config, step, last=step == spec.total_steps)
+            due = due_at(step, last=step == spec.total_steps)
             if due.log:
                 guard.drain()
                 rows = parallel.unreplicate(metrics)
@@ -237,14 +239,16 @@ def train(
     return state
 
 
-def _ends_call(spec: TrainSpec, first_step: int, step: int) -> bool:
+def _ends_call(
+    spec: TrainSpec, due_at: Callable[..., Schedule], first_step: int, step: int
+) -> bool:
     """Whether the host has something to do after this step, so that a call must end with it."""
     config = spec.config
     profile = config.get("profile", {"first_step": 0, "num_steps": 0})
     begin = profile["first_step"]
     return (
         step == first_step + 1  # its time is announced
-        or any(schedule(config, step, last=False))
+        or any(due_at(step, last=False))
         or spec.checkpoints.keeps(step)
         or (begin > 0 and begin - 1 <= step <= begin + profile["num_steps"])
     )
