@@ -82,6 +82,10 @@ def pretrain_defaults() -> ConfigDict:
     config.monitor.collapse_rank = 1.5  # below it the representations count as collapsed
     config.monitor.reference = ""  # a curve in `selfsup_jax/training/references/` to compare with
 
+    config.wandb = ConfigDict()  # Weights & Biases, beside TensorBoard; needs the package wandb
+    config.wandb.project = ""  # empty: nothing is sent
+    config.wandb.entity = ""  # user or team; empty: the default of the login
+
     config.profile = ConfigDict()  # a trace for TensorBoard's profiler or Perfetto
     config.profile.first_step = 0  # 0: none
     config.profile.num_steps = 5

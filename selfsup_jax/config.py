@@ -27,6 +27,7 @@ from selfsup_jax.data import inputs, intensity, views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.models import encoders, heads
+from selfsup_jax.run import wandb_writer
 from selfsup_jax.training import reference
 
 _COUNT, _COUNT_OR_0, _LENGTH = whole(1), whole(0), optional(whole(0))
@@ -74,6 +75,7 @@ _RUN: checks.Table = {  # of every pretraining config
     "monitor.*_every_steps": _interval(0),
     **{f"monitor.{field}": not_negative for field in ("collapse_std", "collapse_rank")},
     "monitor.reference": text,
+    "wandb.*": text,
     "monitor.*": _COUNT,
     **{"profile.first_step": _COUNT_OR_0, "profile.num_steps": _COUNT},
     **{"eval.batch_size": _BATCH, "eval.knn_temperature": positive},
@@ -184,6 +186,7 @@ def validate(config: ConfigDict, build: Build) -> None:
     _check_together(config)
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     reference.load(config.monitor.reference)  # raises if there is none of that name
+    wandb_writer.check(config)
     build(config, None, 1, 0)
 
 

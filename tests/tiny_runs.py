@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -109,5 +110,15 @@ def restore(
 
 
 def recorded(workdir: pathlib.Path) -> list[dict]:
-    """The lines of `metrics.jsonl`."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """The lines of `metrics.jsonl`, without the time at which each was written."""
+    return [json.loads(line) for line in metrics_text(workdir).splitlines()]
+
+
+def metrics_text(workdir: pathlib.Path) -> str:
+    """`metrics.jsonl` as it is, except for the time at which each line was written."""
+    return without_time((workdir / "metrics.jsonl").read_bytes())
+
+
+def without_time(content: bytes) -> str:
+    """The content of a `metrics.jsonl` without the time at which each line was written."""
+    return re.sub(r', "wall_time": [0-9.]+}', "}", content.decode())

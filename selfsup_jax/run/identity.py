@@ -24,7 +24,7 @@ _DATA_ACCESS = (
     *("encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"),
 )
 _INTERVALS = (
-    *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*"),
+    *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*", "wandb.*"),
     *("monitor.knn_every_steps", "monitor.plots_every_steps"),
 )
 _KEEP = ("keep_every_steps",)
@@ -177,6 +177,7 @@ _ADDED: dict[str, Flat] = {
         "online_probe.kernel_init": "lecun",
         "online_probe.every_view": False,
         "online_probe.lars_ratio": True,
+        **{"wandb.project": "", "wandb.entity": ""},
     },
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from selfsup_jax.run import nan_guard, signals
 from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import Progress, log
+from selfsup_jax.run.wandb_writer import WandbWriter
 from selfsup_jax.state import Outputs, TrainState
 from selfsup_jax.training import calls
 
@@ -103,8 +105,7 @@ def fit(spec: TrainSpec) -> Trained:
     spec.announce(latest)
     if first_step:
         log(f"resuming from step {first_step:,} in {spec.workdir}")
-    every = intervals(spec.config, spec.total_steps).log
-    recorder = Recorder(spec.workdir, first_step, every)
+    recorder = _recorder(spec, first_step)
     knn_k = spec.config.get("eval", {}).get("knn_k")
     progress = Progress(spec.total_steps, first_step, spec.config.batch_size, knn_k)
     try:
@@ -119,6 +120,14 @@ def fit(spec: TrainSpec) -> Trained:
         progress.close()
         recorder.close()
     return Trained(parallel.unreplicate(state), initial, monitor, progress.images_per_second)
+
+
+def _recorder(spec: TrainSpec, first_step: int) -> Recorder:
+    every = intervals(spec.config, spec.total_steps).log
+    config, writers = json.loads(spec.config.to_json()), []
+    if config.get("wandb", {}).get("project") and hosts.is_writer():
+        writers.append(WandbWriter(spec.config.wandb, spec.workdir, config))
+    return Recorder(spec.workdir, first_step, every, config, writers)
 
 
 class Schedule(NamedTuple):

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from PIL import Image
 from sklearn.preprocessing import normalize
 
+from selfsup_jax import paths
 from selfsup_jax.data import inputs
 from selfsup_jax.data.augment import augment_views
 from selfsup_jax.data.inputs import Data
@@ -77,7 +79,7 @@ class Monitor:
         )
         self._pairs = method.pairs
         self._extract = extract
-        self._history = recorder.history
+        self._recorder, self._history = recorder, recorder.history
         self._progress = progress
         self._folder = os.path.join(workdir, "plots")
         self._reference = reference.load(config.monitor.reference)
@@ -226,6 +228,17 @@ class Monitor:
             plots.view_pairs(self._path("view_pairs"), views[0], views[1], step=step)
         self._draw_map(snapshot)
         self._draw_neighbours(snapshot)
+        if batch is not None:  # else those of the step may be recorded already
+            self._recorder.pictures(step, self._pictures())
+
+    def _pictures(self) -> dict[str, np.ndarray]:
+        """The plots of the run, `[H, W, 3]` uint8 by name."""
+        pictures = {}
+        for path in paths.glob(self._folder, "*.png"):
+            with paths.open(path, "rb") as f, Image.open(f) as image:
+                name = os.path.basename(path).removesuffix(".png")
+                pictures[name] = np.asarray(image.convert("RGB"))
+        return pictures
 
     def draw_curves(self) -> None:
         """Updates only the learning curves."""
