@@ -108,10 +108,10 @@ def described(config: Any, num_examples: int, total_steps: int) -> str:
 class Intervals(NamedTuple):
     """Steps between a run's log lines, diagnostics, kNN measurements and plots; 0: never.
 
-    An interval of -1 in a config fits the length of the run: a log line after each hundredth of it
-    (50 steps at most), diagnostics after each fiftieth (500 at most), kNN and plots after each
-    tenth (5000 at most). Those two come first after a fiftieth of the run, at step `first_knn` and
-    `first_plots` (0: an interval was given), so that a mistake in the images is seen early.
+    An interval of -1 in a config fits the length of the run: a log line and diagnostics after each
+    fiftieth of it (50 and 500 steps at most), kNN and plots after each tenth (5000 at most). Those
+    two come first after a fiftieth of the run, at step `first_knn` and `first_plots` (0: an
+    interval was given), so that a mistake in the images is seen early.
     """
 
     log: int
@@ -132,7 +132,7 @@ def intervals(config: Any, total_steps: int) -> Intervals:
     knn, plots = (monitor.get(f"{name}_every_steps", 0) for name in ("knn", "plots"))
     early = max(1, total_steps // 50)
     return Intervals(
-        log=fitted(config.log_every_steps, 100, 50),
+        log=fitted(config.log_every_steps, 50, 50),
         diagnostics=fitted(monitor.get("diagnostics_every_steps", 0), 50, 500),
         knn=fitted(knn, 10, 5000),
         plots=fitted(plots, 10, 5000),

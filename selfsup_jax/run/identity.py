@@ -49,7 +49,7 @@ SAME_RECIPE = (*_RUN, *_DATA_ACCESS, *_INTERVALS, *_KEEP, "monitor.*")
 SAME_JOB = (*SAME_RESULTS, *_FOLLOWING, *_MEMORY, "data.allow_unseen_classes")
 SAME_MEASURE = (*SAME_RESULTS, *_RUN, *_FOLLOWING, "encoder.*", "projector.*", "method")
 
-_LENGTHS = ("steps", "examples", "epochs", "whole_epochs")
+LENGTHS = ("steps", "examples", "epochs", "whole_epochs")
 
 
 def flat(config: ConfigDict | Mapping[str, Any]) -> Flat:
@@ -121,12 +121,12 @@ def steps_free(now: Flat, before: Flat) -> tuple[str, ...]:
         for name in ("optimizer.schedule", "tau_schedule")
     )
     constant_decay = not any(fields.get("optimizer.weight_decay_end") for fields in (now, before))
-    return free + _LENGTHS * (constant and constant_decay)
+    return free + LENGTHS * (constant and constant_decay)
 
 
 def is_length(field: str) -> bool:
     """True if the field sets the length of a run."""
-    return field in _LENGTHS
+    return field in LENGTHS
 
 
 # ------------------------------------------------------------------- configs of earlier versions

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Of a line of `metrics.jsonl`: when it was written, in seconds since 1970. All else is reproducible.
+# Of a line of `metrics.jsonl`: when it was written, in seconds since 1970. Nothing else in a line
+# differs when a run is repeated.
 WALL_TIME = "wall_time"
 
 _GROUPS = {

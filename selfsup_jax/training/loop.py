@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax.data.inputs import Feed
-from selfsup_jax.devices import hosts, parallel, process
+from selfsup_jax.devices import compiled, hosts, parallel, process
 from selfsup_jax.durations import Intervals, intervals
 from selfsup_jax.run import nan_guard, signals
 from selfsup_jax.run.checkpoint import Checkpoints
@@ -82,12 +82,14 @@ class Trained(NamedTuple):
         initial: the randomly drawn state, before `begin`; host arrays.
         monitor: the monitor of the training, or None.
         images_per_second: 0 if no step was left to train.
+        history: see `Recorder`.
     """
 
     state: TrainState
     initial: TrainState
     monitor: Any
     images_per_second: float
+    history: dict[str, tuple[list[int], list[float]]]
 
 
 def fit(spec: TrainSpec) -> Trained:
@@ -98,7 +100,7 @@ def fit(spec: TrainSpec) -> Trained:
         Stopped: after SIGTERM or Ctrl-C, once the current step is saved.
     """
     rng = jax.random.PRNGKey(spec.config.seed)
-    initial = jax.device_get(spec.init_state(rng))
+    initial = _timed("the first state", lambda: jax.device_get(spec.init_state(rng)))
     fresh = spec.checkpoints.latest_step is None
     latest = spec.begin(initial) if fresh else spec.checkpoints.restore(initial)
     first_step = int(latest.step)
@@ -119,7 +121,8 @@ def fit(spec: TrainSpec) -> Trained:
     finally:
         progress.close()
         recorder.close()
-    return Trained(parallel.unreplicate(state), initial, monitor, progress.images_per_second)
+    rate = progress.images_per_second
+    return Trained(parallel.unreplicate(state), initial, monitor, rate, recorder.history)
 
 
 def _recorder(spec: TrainSpec, first_step: int) -> Recorder:
@@ -128,6 +131,14 @@ def _recorder(spec: TrainSpec, first_step: int) -> Recorder:
     if config.get("wandb", {}).get("project") and hosts.is_writer():
         writers.append(WandbWriter(spec.config.wandb, spec.workdir, config))
     return Recorder(spec.workdir, first_step, every, config, writers)
+
+
+def _timed(what: str, make: Callable[[], Any]) -> Any:
+    """The result of what compiles first, as is said before, and how long it took after."""
+    log(f"compiling {what} ...")
+    made, timed = compiled.timed(make)
+    log(f"compiled in {timed.seconds:.1f} s" + " (kept from before)" * bool(timed.found))
+    return made
 
 
 class Schedule(NamedTuple):
@@ -194,7 +205,9 @@ def train(
             given = ahead.fetch(count)
             names = [batch.pop("name") for batch in given]
             hosts.has_batch()
-            state, metrics, outputs = call(state, given)
+            run = functools.partial(call, state, given)
+            state, metrics, outputs = run() if step > first_step else _timed("the step", run)
+            del run  # the state in it is donated
             ahead.add(metrics)
             checkpoints.write()  # of the previous call, while the device computes this one
             guard.add(step + 1, metrics, names)
