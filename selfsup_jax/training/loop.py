@@ -55,7 +55,8 @@ class TrainSpec(NamedTuple):
         meta: step -> the `meta` of its checkpoint.
         announce: called once with the state from which the training starts.
         started: start time of the process, from `time.perf_counter`.
-        monitor: creates the monitor; None for a training without one.
+        monitor: creates the monitor, also from the state that was drawn at random; None for a
+            training without one.
         begin: changes the first state of a new training, as `config.init_from` asks.
     """
 
@@ -69,7 +70,7 @@ class TrainSpec(NamedTuple):
     meta: Callable[[int], dict[str, Any]]
     announce: Callable[[TrainState], None]
     started: float
-    monitor: Callable[[Recorder, Progress], Any] | None = None
+    monitor: Callable[[Recorder, Progress, TrainState], Any] | None = None
     feed: Feed = Feed()
     begin: Callable[[TrainState], TrainState] = lambda state: state
 
@@ -111,7 +112,7 @@ def fit(spec: TrainSpec) -> Trained:
     knn_k = spec.config.get("eval", {}).get("knn_k")
     progress = Progress(spec.total_steps, first_step, spec.config.batch_size, knn_k)
     try:
-        monitor = spec.monitor(recorder, progress) if spec.monitor else None
+        monitor = spec.monitor(recorder, progress, initial) if spec.monitor else None
         state = parallel.replicate(lambda s: s, latest)
         if first_step < spec.total_steps:
             state = train(spec, state, first_step, recorder, progress, monitor)

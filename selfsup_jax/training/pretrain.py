@@ -159,7 +159,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
             meta=lambda step: workdir.meta(run.description, step, run.data.undecodable.names),
             announce=lambda state: _announce(run, state),
             started=run.started,
-            monitor=lambda recorder, progress: Monitor(
+            monitor=lambda recorder, progress, initial: Monitor(
                 run.config,
                 run.description,
                 run.data,
@@ -169,6 +169,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
                 recorder,
                 progress,
                 run.workdir,
+                encoder_variables(initial),
             ),
         )
     )

@@ -1,0 +1,64 @@
+"""Whether a run learned, in words, from what it logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Quantity -> (steps, values), as in `metrics.Recorder.history`.
+History = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+
+
+def course(history: History, collapsed: bool) -> str:
+    """Describes loss, spread and rank over a run, as one sentence without a full stop.
+
+    Without labels, this is all that can be said of a run. A loss that fell is a sign that it
+    learned, and no proof; a collapse shows that it did not.
+
+    Args:
+        history: what the run logged.
+        collapsed: whether its diagnostics show a collapse.
+    """
+    loss, std, rank = (
+        _ends(history.get(name, ((), ()))[1])
+        for name in ("loss", "projection_std", "effective_rank")
+    )
+    facts = [_loss(*loss)] if loss else []
+    if collapsed:
+        spread = f" (projection std {std[1]:.2g}, where 1 is healthy)" if std else ""
+        what = f"has collapsed{spread}: all images look nearly the same to the encoder"
+    elif loss is None:
+        what = "logged too little to tell whether it learned"
+    elif loss[1] < loss[0] - 0.01 * abs(loss[0]):
+        what = "learned, as far as that can be told without labels"
+    else:
+        what = "shows no clear sign that it learned"
+    if std and not collapsed:
+        facts.append(f"no collapse (projection std {std[1]:.2f}, where 1 is healthy)")
+    if rank:
+        facts.append(f"effective rank {rank[0]:.1f} -> {rank[1]:.1f}")
+    return what + (f": {', '.join(facts)}" if facts else "")
+
+
+def _loss(first: float, last: float) -> str:
+    word = "fell" if last < first else "did not fall,"
+    return f"the loss {word} from {first:.3g} to {last:.3g}"
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float] | None:
+    """The means of the first and of the last tenth of the finite values; None for fewer than 4."""
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < 4:
+        return None
+    count = max(1, len(finite) // 10)
+    return sum(finite[:count]) / count, sum(finite[-count:]) / count
+
+
+def with_labels(results: Mapping[str, Any]) -> str:
+    """The linear probe or else kNN beside the untrained encoder's; empty without such results."""
+    for name, what in (("linear_probe_top1", "linear probe"), ("knn_top1", "kNN")):
+        value, base = results.get(name), results.get(f"random_init_{name}")
+        if isinstance(value, float) and isinstance(base, float):
+            return f"{what} {100 * value:.1f} %, never trained {100 * base:.1f} %"
+    return ""
