@@ -456,11 +456,20 @@ def test_the_command_line(tmp_path):
 
 def test_a_column_of_neighbours_says_how_many(tmp_path):
     for name, k in (("a", 20), ("b", 20), ("c", 200)):
-        results = {"steps": 8, "knn_top1": 0.9, "knn_k": k, "linear_probe_top1": 0.9}
+        results = {
+            "steps": 8,
+            "knn_top1": 0.9,
+            "knn_k": k,
+            "knn_temperature": 0.1,
+            "linear_probe_top1": 0.9,
+        }
         put(tmp_path / name / "config.json", {"job": "pretrain", "method": name, "seed": 0})
         put(tmp_path / name / "results.json", results)
-    for names, heading in (("ab", "kNN, top-1, k 20"), ("abc", "kNN, top-1, k 20, k 200")):
+    for names, heading in (
+        ("ab", "k 20, temperature 0.1"),
+        ("abc", "k 20 or 200, temperature 0.1"),
+    ):
         report.write([str(tmp_path / name) for name in names], str(tmp_path / "page.html"))
         text = (tmp_path / "page.html").read_text()
-        assert f"{heading}, %" in text and f"{heading}, k" not in text
+        assert f"kNN, top-1, {heading}, %" in text
         assert "linear probe, top-1" in text and "linear probe, top-1, k" not in text

@@ -25,7 +25,7 @@ def tell(
     if "knn_top1" in results:
         log(f"top-1 on held-out images, encoder of step {results['steps']}:")
         log(closing.summary(dict(results)))
-    log(f"the run {verdict.course(history, bool(results.get('collapsed')))}")
+    log(f"the run {verdict.course(history, results)}")
     name = shlex.quote(directory)
     if paths.glob(directory, "plots/*.png"):
         log(f"pictures: {os.path.join(directory, 'plots')}")

@@ -99,21 +99,23 @@ def representation_map(
 
 def _image_map(path: str, points: np.ndarray, images: np.ndarray, title: str) -> None:
     """Draws the images at their points; those that would cover another are left out."""
-    side, step = 860, 30  # of the map and of an image, in pixels
-    stride = max(1, -(-max(images.shape[1:3]) // step))
-    small = images[:, ::stride, ::stride]
-    spans = np.maximum(points.max(axis=0) - points.min(axis=0), 1e-6)
-    places = (points - points.min(axis=0)) / spans.max() * (side - step)
-    places[:, 1] = places[:, 1].max() - places[:, 1]  # upwards, as in a plot
+    from PIL import Image
+
+    side, tile = 860, 46  # of the map and of an image, in pixels
+    low, spans = points.min(axis=0), np.ptp(points, axis=0)
+    # Both directions fill the map: the axes of t-SNE have no meaning.
+    places = (side - tile) * (points - low) / np.maximum(spans, 1e-6)
     kept: list[int] = []
     for i, place in enumerate(places):
-        if not kept or np.abs(places[kept] - place).max(axis=1).min() >= step:
+        if not kept or np.abs(places[kept] - place).max(axis=1).min() >= tile:
             kept.append(i)
-    note = f"similar images are near each other; {len(kept):,} of them have room"
+    note = f"similar images are near each other; those that have room, {len(kept):,}"
+    height, width = (max(1, tile * n // max(images.shape[1:3])) for n in images.shape[1:3])
     with open_page(path, side + 2 * MARGIN, TOP + side + MARGIN, title, note) as page:
         for i in kept:
             x, y = (int(v) for v in places[i])
-            page.paste(MARGIN + x, TOP + y, small[i], (), border=0)
+            small = np.asarray(Image.fromarray(images[i]).resize((width, height)))
+            page.paste(MARGIN + x, TOP + side - tile - y, small, (), border=0)
 
 
 def _class_colors(count: int) -> np.ndarray:
