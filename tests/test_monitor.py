@@ -231,7 +231,7 @@ def test_curves_are_those_of_the_whole_run(labelled):
 
 
 @pytest.mark.slow
-def test_a_run_without_labels(tmp_path, monkeypatch):
+def test_a_run_without_labels(tmp_path, monkeypatch, fake_wandb, capfd):
     """No kNN accuracy; all pictures nevertheless, of the training images alone."""
     folder = tiny_runs.write_images(tmp_path / "images", 0, 40)
     config = tiny_runs.tiny_config(
@@ -242,6 +242,7 @@ def test_a_run_without_labels(tmp_path, monkeypatch):
         monitor__knn_every_steps=2,
         monitor__plots_every_steps=3,
         monitor__knn_train_images=30,
+        wandb__project="mine",
     )
     drawn = Drawn(monkeypatch)
     results = pretrain.pretrain(config, str(tmp_path / "run"), tiny_runs.build)
@@ -266,6 +267,13 @@ def test_a_run_without_labels(tmp_path, monkeypatch):
     assert points.shape == (30, 2) and labels is None and names is None
     assert told["images"].shape == (30, 8, 8, 3)
     check_tensorboard(tmp_path / "run", config)
+    (sent,) = fake_wandb.runs
+    assert {step for step, values in sent.logged if "train/loss" in values} == {1, 2, 3}
+    assert set(PICTURES) <= set(sent.logged[-1][1]) and sent.finished
+    # What is next, and whether it learned, as far as that can be told.
+    told = capfd.readouterr().err
+    assert "configs/embed.py" in told and f"pictures: {tmp_path}/run/plots" in told
+    assert "the run logged too little to tell whether it learned" in told
 
 
 def check_tensorboard(run, config):
