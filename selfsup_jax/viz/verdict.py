@@ -59,8 +59,9 @@ def _scores(results: Mapping[str, Any]) -> tuple[str, float, float] | None:
 
 
 def _loss(first: float, last: float) -> str:
-    word = "fell" if last < first else "did not fall,"
-    return f"the loss {word} from {first:.3g} to {last:.3g}"
+    if f"{first:.3g}" == f"{last:.3g}":
+        return f"the loss stayed at {last:.3g}"
+    return f"the loss {'fell' if last < first else 'rose'} from {first:.3g} to {last:.3g}"
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float] | None:
