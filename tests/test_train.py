@@ -294,7 +294,7 @@ def test_a_finished_run_only_evaluates_again(whole_run, tmp_path, monkeypatch, c
 
 
 def test_a_run_is_finished_only_with_results_of_its_last_config(whole_run, tmp_path):
-    config, workdir, results, _ = whole_run
+    _, workdir, results, _ = whole_run
     shutil.copytree(workdir, tmp_path / "copy")
     saved = json.loads((workdir / "config.json").read_text())
     run = {"data_info": saved.pop("data_info"), "config": saved}
