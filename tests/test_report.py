@@ -466,9 +466,7 @@ def test_the_page_begins_with_what_came_of_it(tmp_path, read):
     a = {"linear_probe_top1": 0.9, "random_init_linear_probe_top1": 0.6}
     a_run(tmp_path / "a", results=a, lines=falling(4, 1))
     page = read(tmp_path / "a")
-    worth = (
-        "a has a linear probe, top-1 on digits: 90.0 %, where its encoder never trained has 60.0"
-    )
+    worth = "On digits, the linear probe (top-1) of a is 90.0 %, against 60.0 % for its encoder"
     assert worth in page.text
     said = "The run learned: linear probe 90.0 %, never trained 60.0 %, the loss fell from 4 to 1"
     assert said in page.text
@@ -478,7 +476,7 @@ def test_the_page_begins_with_what_came_of_it(tmp_path, read):
         config = json.loads((path / "config.json").read_text())
         put(path / "config.json", config | {"data_info": {"train_images": 640, "classes": None}})
     page = read(tmp_path)
-    assert "a has the best linear probe, top-1 on digits: 90.0 %" in page.text
+    assert "On digits, the best linear probe (top-1) is that of a: 90.0 %" in page.text
     assert "next is b with 80.0 %. No run collapsed; " in page.text
     assert "plain: learned, as far as that can be told without labels" in page.text
     assert "flat: shows no clear sign that it learned" in page.text

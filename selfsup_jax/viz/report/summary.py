@@ -28,14 +28,14 @@ def _worth(recipes: Sequence[Recipe], table: Table) -> str:
     data = max({row.data: None for row in rows}, key=[row.data for row in rows].count)
     of_data = [row for row in rows if row.data == data]
     best, others = of_data[0], of_data[1:]
-    title = column.title if column.group == CLOSING else f"{column.group}: {column.title}"
-    where = f" on {data}" if data else ""
-    text = (
-        f"{best.name} has {'the best ' if others else 'a '}{title}{where}: {_value(best, column)}"
-    )
+    title = column.title if column.group == CLOSING else f"{column.group}, {column.title}"
+    head, _, rest = title.partition(", ")
+    measure = f"{head} ({rest})" if rest else head
+    which = f"best {measure} is that of {best.name}:" if others else f"{measure} of {best.name} is"
+    text = f"{f'On {data}, the' if data else 'The'} {which} {_value(best, column)}"
     base = table.beside(best, column).get(BASELINES["random_init_"])
     if base is not None:
-        text += f", where its encoder never trained has {100 * base:.1f} %"
+        text += f", against {100 * base:.1f} % for its encoder never trained"
     if others:
         text += f"; next is {others[0].name} with {_value(others[0], column)}"
     return f"{text}."
