@@ -68,7 +68,9 @@ def results_of_finished(
         return None
     now = identity.flat(workdir.config_json(dict(run)))
     free = (*identity.SAME_RESULTS, "data_info.init_from.*")
-    return None if identity.differences(now, before, free) else found
+    # What may not differ when a run is resumed is told there.
+    resumable = not identity.differences(now, before, identity.steps_free(now, before))
+    return found if resumable and not identity.differences(now, before, free) else None
 
 
 def tell_finished(results: Mapping[str, Any], directory: str, config: ConfigDict) -> None:
