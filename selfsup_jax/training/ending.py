@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from selfsup_jax import paths
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import closing
-from selfsup_jax.run import checkpoint, identity, workdir
+from selfsup_jax.run import checkpoint, checkpoint_files, identity, workdir
 from selfsup_jax.run.files import read_json
 from selfsup_jax.run.progress import log
 from selfsup_jax.viz import verdict
@@ -70,7 +70,13 @@ def results_of_finished(
     free = (*identity.SAME_RESULTS, "data_info.init_from.*")
     # What may not differ when a run is resumed is told there.
     resumable = not identity.differences(now, before, identity.steps_free(now, before))
-    return found if resumable and not identity.differences(now, before, free) else None
+    if not resumable or identity.differences(now, before, free):
+        return None
+    try:  # a damaged one is made again
+        checkpoint_files.read(os.path.join(directory, "checkpoints", str(total_steps)))
+    except (OSError, UserError):
+        return None
+    return found
 
 
 def tell_finished(results: Mapping[str, Any], directory: str, config: ConfigDict) -> None:

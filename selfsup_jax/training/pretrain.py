@@ -85,7 +85,8 @@ def pretrain(
     description = workdir.describe_run(config, data.train)
     found = None if compile_only else ending.results_of_finished(description, directory, total)
     if (finished := hosts.of_first("the results of a finished run", found)) is not None:
-        ending.tell_finished(finished, directory, config)
+        with workdir.locked(directory):  # no other process begins anything there meanwhile
+            ending.tell_finished(finished, directory, config)
         return finished
     feed = inputs.feed(config, data.train)
     method = build(config, data.train.num_classes, total, warmup)
