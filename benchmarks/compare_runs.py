@@ -29,8 +29,9 @@ def arrays(runs: list[Path], step: int) -> tuple[int, list[str]]:
 
 
 def lines(runs: list[Path], name: str) -> tuple[int, list[str]]:
-    """(number of lines of a text file, messages about lines that differ)."""
-    lines = [(run / name).read_bytes().splitlines(keepends=True) for run in runs]
+    """(number of lines of a text file without their times, messages about lines that differ)."""
+    time = re.compile(rb', "wall_time": [0-9.]+')
+    lines = [time.sub(b"", (run / name).read_bytes()).splitlines(keepends=True) for run in runs]
     return _compare(f"{name}: line", *(dict(enumerate(of_run, start=1)) for of_run in lines))
 
 
@@ -58,7 +59,9 @@ def scalars(runs: list[Path]) -> tuple[int, list[str]]:
         events.append(defaultdict(list))
         for path in sorted(run.rglob("*.tfevents.*")):
             for event in event_file_loader.EventFileLoader(str(path)).Load():
-                for value in event.summary.value:
+                for value in event.summary.value if event.step else ():  # 0: config
+                    if value.metadata.plugin_data.plugin_name == "images":
+                        continue
                     bits = tensor_util.make_ndarray(value.tensor).tobytes()
                     events[-1][value.tag, event.step].append(bits)
     many = [f"TensorBoard {k}: {len(v)} times" for k, v in events[1].items() if len(v) > 1]

@@ -66,6 +66,7 @@ def pretrain_defaults() -> ConfigDict:
     # Steps that a device does in a loop of its own, to the next log line at most; 0: 50 with data
     # on an accelerator, else one step without a loop. On the CPU, XLA's loops are slow.
     config.steps_per_call = 0
+    # Intervals. -1 fits the length of the run: see `selfsup_jax/durations.py:Intervals`.
     config.log_every_steps = 50
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2  # the newest
@@ -83,6 +84,10 @@ def pretrain_defaults() -> ConfigDict:
     config.monitor.collapse_std = 0.1  # below it the projections count as collapsed (1 is healthy)
     config.monitor.collapse_rank = 1.5  # below it the representations count as collapsed
     config.monitor.reference = ""  # a curve in `selfsup_jax/training/references/` to compare with
+
+    config.wandb = ConfigDict()  # Weights & Biases, beside TensorBoard; needs the package wandb
+    config.wandb.project = ""  # empty: nothing is sent
+    config.wandb.entity = ""  # user or team; empty: the default of the login
 
     config.profile = ConfigDict()  # a trace for TensorBoard's profiler or Perfetto
     config.profile.first_step = 0  # 0: none

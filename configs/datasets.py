@@ -98,6 +98,10 @@ def on_imagenette(config: ConfigDict) -> ConfigDict:
 def on_folder(config: ConfigDict) -> ConfigDict:
     """Your own images at 96 px, for any machine: a small encoder, a batch of 64."""
     config = our_recipe(config)
+    config.log_every_steps = -1  # any number of images: the length is not known here
+    config.monitor.diagnostics_every_steps = -1
+    config.monitor.knn_every_steps = -1
+    config.monitor.plots_every_steps = -1
     config.batch_size = 64
     config.data.name = "folder"
     config.data.image_size = 96

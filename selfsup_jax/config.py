@@ -28,6 +28,7 @@ from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import representations
 from selfsup_jax.models import encoders, heads
+from selfsup_jax.run import wandb_writer
 from selfsup_jax.training import reference
 
 _COUNT, _COUNT_OR_0, _LENGTH = whole(1), whole(0), optional(whole(0))
@@ -40,6 +41,13 @@ _PROBE: checks.Table = {
     "tolerance": positive,
 }
 _NAMES = checks.each(text, "a tuple of texts, as \"('a','b')\"")
+
+
+def _interval(low: int) -> checks.Rule:
+    """Steps, or -1 for what fits the length of the run."""
+    rule = optional(whole(low), -1)
+    return lambda value: f"{valid}, or -1 to fit the run" if (valid := rule(value)) else ""
+
 
 _RUN: checks.Table = {  # of every pretraining config
     **{"job": text, "method": text, "seed": _SEED, "init_from": text},
@@ -62,11 +70,13 @@ _RUN: checks.Table = {  # of every pretraining config
     "data.exif_orientation": flag,
     "data.device_share": checks.share,
     "data.max_undecodable": checks.share,
-    **{"steps_per_call": _COUNT_OR_0, "log_every_steps": _COUNT, "checkpoint_every_steps": _COUNT},
+    **{"steps_per_call": _COUNT_OR_0, "checkpoint_every_steps": _COUNT},
+    "log_every_steps": _interval(1),
     **{"keep_checkpoints": _COUNT, "keep_every_steps": _COUNT_OR_0},
-    "monitor.*_every_steps": _COUNT_OR_0,
+    "monitor.*_every_steps": _interval(0),
     **{f"monitor.{field}": not_negative for field in ("collapse_std", "collapse_rank")},
     "monitor.reference": text,
+    "wandb.*": text,
     "monitor.*": _COUNT,
     **{"profile.first_step": _COUNT_OR_0, "profile.num_steps": _COUNT},
     **{"eval.batch_size": _BATCH, "eval.knn_temperature": positive},
@@ -179,6 +189,7 @@ def validate(config: ConfigDict, build: Build) -> None:
     _check_together(config)
     parallel.check_batch(config.batch_size, config.accumulate_steps, config.bn_groups)
     reference.load(config.monitor.reference)  # raises if there is none of that name
+    wandb_writer.check(config)
     build(config, None, 1, 0)
 
 

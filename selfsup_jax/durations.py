@@ -9,7 +9,7 @@ that it sees as many images as the authors', and its schedules have the authors'
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from selfsup_jax.errors import UserError, bad_field
 
@@ -129,3 +129,39 @@ def described(config: Any, num_examples: int, total_steps: int) -> str:
     scaled = f"; the warm-up of {warmup:,} steps does not fit: scaled to {used:,}"
     note = scaled if used != warmup else ""
     return f"{total_steps:,} steps of {config.batch_size} images ({epochs:,.4g} epochs{note})"
+
+
+class Intervals(NamedTuple):
+    """Steps between a run's log lines, diagnostics, kNN measurements and plots; 0: never.
+
+    An interval of -1 in a config fits the length of the run: a log line and diagnostics after each
+    fiftieth of it (50 and 500 steps at most), kNN and plots after each tenth (5000 at most). Those
+    two come first after a fiftieth of the run, at step `first_knn` and `first_plots` (0: an
+    interval was given), so that a mistake in the images is seen early.
+    """
+
+    log: int
+    diagnostics: int
+    knn: int
+    plots: int
+    first_knn: int
+    first_plots: int
+
+
+def intervals(config: Any, total_steps: int) -> Intervals:
+    """The intervals of a config of a run, or of a job that trains, of `total_steps` steps."""
+    monitor = config.get("monitor", {})
+
+    def fitted(interval: int, parts: int, most: int) -> int:
+        return max(1, min(most, total_steps // parts)) if interval < 0 else interval
+
+    knn, plots = (monitor.get(f"{name}_every_steps", 0) for name in ("knn", "plots"))
+    early = max(1, total_steps // 50)
+    return Intervals(
+        log=fitted(config.log_every_steps, 50, 50),
+        diagnostics=fitted(monitor.get("diagnostics_every_steps", 0), 50, 500),
+        knn=fitted(knn, 10, 5000),
+        plots=fitted(plots, 10, 5000),
+        first_knn=early if knn < 0 else 0,
+        first_plots=early if plots < 0 else 0,
+    )

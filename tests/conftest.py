@@ -15,6 +15,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -255,3 +256,28 @@ def initial_state(networks):
     """A state before its first update, its `opt_state` still empty."""
     start = tiny_method(networks).start
     return jax.device_get(jax.jit(lambda rng: start(rng, networks))(jax.random.PRNGKey(0)))
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """The package wandb, as far as a run uses it; `fake_wandb.runs` has what it was given."""
+
+    class Run:
+        def __init__(self, given):
+            self.given, self.logged, self.finished = given, [], False
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    module = types.SimpleNamespace(runs=[], Image=lambda image: image)
+
+    def init(**given):
+        module.runs.append(Run(given))
+        return module.runs[-1]
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module

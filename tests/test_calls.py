@@ -113,7 +113,7 @@ def test_steps_in_a_call_change_nothing(images, tmp_path, lengths):
     assert [line["step"] for line in lines] == [9, 18, 20]
     assert all("projection_std" in line for line in lines)  # of that step's outputs
     for name in ("4", "7"):
-        written = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in (name, "1")]
+        written = [tiny_runs.metrics_text(tmp_path / run) for run in (name, "1")]
         assert written[0] == written[1]
         for step in (11, 20):
             a, b = (tiny_runs.restore(config, tmp_path / run, step) for run in (name, "1"))
@@ -191,7 +191,7 @@ def test_an_array_on_the_host_comes_to_the_same(images, tmp_path, monkeypatch, u
     monkeypatch.setattr(inputs, "load_data", lambda config: data)
     pretrain.pretrain(config, str(tmp_path), sums)
     assert_same(final_state(tmp_path), final_state(undisturbed / "device"))
-    written = [(path / "metrics.jsonl").read_bytes() for path in (tmp_path, undisturbed / "device")]
+    written = [tiny_runs.metrics_text(path) for path in (tmp_path, undisturbed / "device")]
     assert written[0] == written[1]
 
 
@@ -219,8 +219,8 @@ def test_a_run_that_was_stopped_within_a_call_comes_to_the_same(
     pretrain.pretrain(config, str(tmp_path), sums)
     assert sum(lengths) == TOTAL
     assert_same(final_state(tmp_path), final_state(undisturbed / placement))
-    whole = (undisturbed / placement / "metrics.jsonl").read_bytes()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    whole = tiny_runs.metrics_text(undisturbed / placement)
+    assert tiny_runs.metrics_text(tmp_path) == whole
 
 
 @pytest.mark.slow

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from byol_jax.method import build
 from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, moco, simclr, transfer
 from selfsup_jax import config as config_lib
-from selfsup_jax.durations import described, to_steps, total_and_warmup
+from selfsup_jax.durations import Intervals, described, intervals, to_steps, total_and_warmup
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import checkpoint_files, identity, workdir
-from selfsup_jax.training import pretrain
+from selfsup_jax.training import loop, pretrain
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PRESETS = ("imagenet", "cifar10", "imagenette", "demo", "folder")
@@ -340,9 +340,9 @@ BAD_VALUES = [
     ("optimizer.weight_decay", -1e-6, "negative"),
     ("data.cache_gib", -1.0, "negative"),
     ("keep_every_steps", -1, "negative"),
-    ("monitor.diagnostics_every_steps", -1, "negative"),
-    ("monitor.knn_every_steps", -1, "negative"),
-    ("monitor.plots_every_steps", -1, "negative"),
+    ("monitor.diagnostics_every_steps", -2, "negative, or -1"),
+    ("monitor.knn_every_steps", -2, "negative, or -1"),
+    ("monitor.plots_every_steps", -2, "negative, or -1"),
     ("monitor.collapse_std", -0.1, "negative"),
     ("monitor.collapse_rank", float("nan"), "negative"),
     ("profile.first_step", -1, "negative"),
@@ -489,6 +489,20 @@ def test_a_bad_duration_is_named(fields, named):
 def test_a_run_without_a_step_is_refused(fields):
     with pytest.raises(UserError, match=r"config.epochs.*rounds to 0 steps"):
         total_and_warmup(config_with(batch_size=16, **fields), 100)
+
+
+def test_intervals_fit_the_run_where_the_config_says_so():
+    """The preset for your own images does; given ones stay, and those of the other presets."""
+    config = byol.get_config("folder")
+    assert intervals(config, 1) == Intervals(1, 1, 1, 1, 1, 1)
+    assert intervals(config, 300) == Intervals(6, 6, 30, 30, 6, 6)
+    assert intervals(config, 100_000) == Intervals(50, 500, 5000, 5000, 2000, 2000)
+    config.monitor.knn_every_steps, config.monitor.plots_every_steps = 0, 7
+    assert intervals(config, 300) == Intervals(6, 6, 0, 7, 6 * 0, 0)
+    assert intervals(byol.get_config("demo"), 300) == Intervals(62, 62, 620, 1240, 0, 0)
+    every = intervals(byol.get_config("folder"), 300)
+    due = [step for step in range(1, 301) if loop.schedule(config, every, step, step == 300).draw]
+    assert due == [6, *range(30, 301, 30)]
 
 
 def test_a_warm_up_as_long_as_the_run_is_scaled_or_refused():

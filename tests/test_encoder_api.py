@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import warnings
@@ -16,6 +17,7 @@ from PIL import Image
 
 import selfsup_jax
 from selfsup_jax.errors import UserError
+from selfsup_jax.evaluation import features
 from selfsup_jax.interop import importing, measuring
 from selfsup_jax.models import resnet
 
@@ -81,6 +83,25 @@ def test_paths_pictures_and_arrays_are_the_same(imported, images, recwarn):
     applied = jax.jit(encoder.apply)(encoder.variables, normalized)
     np.testing.assert_allclose(applied, encoder.transform(views), rtol=1e-4, atol=1e-6)
     assert not recwarn.list
+
+
+def test_what_is_not_normalised_is_refused(imported):
+    encoder = selfsup_jax.Encoder.load(imported)
+    pixels = np.full((2, 8, 8, 3), 200, np.uint8)
+    apply = functools.partial(encoder.apply, encoder.variables)
+    for images in (pixels, pixels.astype(np.int32), encoder.normalize(pixels)[0]):
+        for run in (apply, jax.jit(apply)):
+            with pytest.raises(TypeError, match=r"^apply: images are .*`normalize` makes"):
+                run(images)
+    with pytest.raises(ValueError, match=r"values up to 200, as if not normalised"):
+        apply(pixels.astype(np.float32))
+    with pytest.raises(TypeError, match="float32; must be uint8"):
+        encoder.normalize(np.zeros((1, 8, 8, 3), np.float32))
+    assert np.isfinite(apply(encoder.normalize(pixels))).all()
+    extract = features.Extractor(lambda variables, x: x.mean((1, 2)), (0.5,) * 3, (0.5,) * 3)
+    batch = {"image": pixels.astype(np.float32) / 255, "label": np.zeros(2, np.int32)}
+    with pytest.raises(TypeError, match="float32; must be uint8"):
+        extract({}, [batch])
 
 
 def test_what_is_no_image_is_told(imported, tmp_path):

@@ -27,7 +27,7 @@ def write(directory: pathlib.Path, first: int, last: int) -> pathlib.Path:
     before = set(directory.iterdir())
     writer = events.EventWriter(str(directory))
     for step in range(first, last + 1):
-        writer.scalars(step, values_of(step))
+        writer.write_scalars(step, values_of(step))
     writer.close()
     (path,) = set(directory.iterdir()) - before
     return path
@@ -64,7 +64,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 def test_values_that_are_not_finite_are_kept(tmp_path):
     writer = events.EventWriter(str(tmp_path))
-    writer.scalars(3, {"a": float("nan"), "b": float("inf"), "c": -float("inf")})
+    writer.write_scalars(3, {"a": float("nan"), "b": float("inf"), "c": -float("inf")})
     writer.close()
     (path,) = tmp_path.iterdir()
     np.testing.assert_equal([value for *_, value in loaded(path)], [np.nan, np.inf, -np.inf])
@@ -74,7 +74,7 @@ def test_writers_that_start_in_the_same_second_have_files_of_their_own(tmp_path)
     """Such as a job that goes on at once in the process that stopped it."""
     writers = [events.EventWriter(str(tmp_path)) for _ in range(3)]
     for step, writer in enumerate(writers):
-        writer.scalars(step, values_of(step))
+        writer.write_scalars(step, values_of(step))
     for writer in writers:
         writer.close()
     assert len(list(tmp_path.iterdir())) == 3
@@ -85,7 +85,7 @@ def test_writers_that_start_in_the_same_second_have_files_of_their_own(tmp_path)
 
 def test_what_is_flushed_can_be_read(tmp_path):
     writer = events.EventWriter(str(tmp_path))
-    writer.scalars(1, values_of(1))
+    writer.write_scalars(1, values_of(1))
     writer.flush()
     (path,) = tmp_path.iterdir()
     assert loaded(path) == expected(1, 1)
@@ -106,7 +106,7 @@ def test_a_cut_leaves_exactly_the_steps_before(tmp_path, last):
 def test_steps_that_are_not_in_order_are_cut_as_well(tmp_path):
     writer = events.EventWriter(str(tmp_path))
     for step in (4, 1, 9, 2):
-        writer.scalars(step, values_of(step))
+        writer.write_scalars(step, values_of(step))
     writer.close()
     (path,) = tmp_path.iterdir()
     events.cut(str(path), 3)

@@ -106,8 +106,8 @@ def points(folder: pathlib.Path) -> list[int]:
     """The steps in `metrics.jsonl`, which are also those of TensorBoard."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shown = EventAccumulator(str(folder)).Reload()
-    for name in set().union(*lines) - {"step"}:
-        events = shown.Scalars(name)
+    for name in set().union(*lines) - {"step", "wall_time"}:
+        events = shown.Scalars(f"accuracy/{name}")
         assert [event.step for event in events] == [line["step"] for line in lines]
         for event, line in zip(events, lines, strict=True):
             assert event.value == pytest.approx(line[name])

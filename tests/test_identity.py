@@ -115,7 +115,7 @@ def earlier(config: dict) -> dict:
     for name in ("stage1_projection", "zero_init_basic", *computed, "name", "vit"):
         del old["encoder"][name]
     del old["whole_epochs"], old["online_probe"], old["init_from"]
-    del old["eval"]["linear"], old["steps_per_call"]
+    del old["eval"]["linear"], old["steps_per_call"], old["wandb"]
     for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
         del old["data"][name]
     for name in ("crop_on", "canvas", "processes"):
@@ -311,6 +311,7 @@ PLACES |= {"encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"}
 PLACES |= {"encoder.vit.attention_kernel"}
 INTERVALS = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.first_step"}
 INTERVALS |= {"profile.num_steps", "monitor.knn_every_steps", "monitor.plots_every_steps"}
+INTERVALS |= {"wandb.project", "wandb.entity"}
 KEEP = {"keep_every_steps"}
 WHICH_RUN = {"seed", "data_info.train_images", "data_info.classes"}
 EVAL = {name for name in DEMO if name.startswith("eval.")}

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_jobs
+import tiny_runs
 from conftest import REPOSITORY, assert_same, flatten, process_env
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -640,7 +641,8 @@ def test_a_job_that_was_stopped_ends_as_one_that_never_was(
 
     undisturbed = done(name)
     assert read(workdir / "results.json") == read(undisturbed / "results.json")
-    for file in ("metrics.jsonl", "config.json", "per_class.csv"):
+    assert tiny_runs.metrics_text(workdir) == tiny_runs.metrics_text(undisturbed)
+    for file in ("config.json", "per_class.csv"):
         assert (workdir / file).read_bytes() == (undisturbed / file).read_bytes(), file
     if name == "finetune:100pct":
         assert_same(read_state(workdir), read_state(undisturbed))

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -46,9 +47,9 @@ def event_files(workdir) -> list[pathlib.Path]:
 
 
 def points(workdir) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of all of TensorBoard's points, as they lie in the files."""
+    """(tag without its group, step, value) of TensorBoard's points, as they lie in the files."""
     return [
-        (value.tag, event.step, make_ndarray(value.tensor).item())
+        (value.tag.partition("/")[2], event.step, make_ndarray(value.tensor).item())
         for path in event_files(workdir)
         for event in EventFileLoader(str(path)).Load()
         for value in event.summary.value
@@ -64,7 +65,10 @@ def expected_points(last_step: int) -> list[tuple[str, int, float]]:
 
 
 def lines(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    now = time.time()
+    assert all(now - 600 < line.pop("wall_time") < now + 1 for line in found)
+    return found
 
 
 def check_holds(workdir, last_step: int) -> None:

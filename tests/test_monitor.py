@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import types
 
@@ -13,6 +14,8 @@ import pytest
 import tiny_runs
 from conftest import StandIn, tiny_method, tiny_networks, total_loss
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from selfsup_jax.data import inputs
 from selfsup_jax.data.augment import augment_views, normalize
@@ -228,7 +231,7 @@ def test_curves_are_those_of_the_whole_run(labelled):
 
 
 @pytest.mark.slow
-def test_a_run_without_labels(tmp_path, monkeypatch):
+def test_a_run_without_labels(tmp_path, monkeypatch, fake_wandb, capfd):
     """No kNN accuracy; all pictures nevertheless, of the training images alone."""
     folder = tiny_runs.write_images(tmp_path / "images", 0, 40)
     config = tiny_runs.tiny_config(
@@ -239,6 +242,7 @@ def test_a_run_without_labels(tmp_path, monkeypatch):
         monitor__knn_every_steps=2,
         monitor__plots_every_steps=3,
         monitor__knn_train_images=30,
+        wandb__project="mine",
     )
     drawn = Drawn(monkeypatch)
     results = pretrain.pretrain(config, str(tmp_path / "run"), tiny_runs.build)
@@ -251,9 +255,45 @@ def test_a_run_without_labels(tmp_path, monkeypatch):
     for query, near, cosines in zip(queries, neighbours, similarities, strict=True):
         assert not any(np.array_equal(query, image) for image in near)  # none its own neighbour
         assert np.all(np.isfinite(cosines)) and np.all(np.diff(cosines) <= 0)
-    assert told["query_names"] is None and told["neighbour_names"] is None
-    (points, labels, names), _ = drawn.representation_map
+    files = {path.name: pixels(path) for path in tmp_path.rglob("images/*.png")}
+    assert told["files"] and set(told["query_names"]) <= set(files)
+    for name, image in zip(told["neighbour_names"][0], neighbours[0], strict=True):
+        assert np.abs(files[name].mean((0, 1)) - image.mean((0, 1))).max() < 12, name
+    # Beside them, those by the encoder before the first step, which finds others.
+    untrained = told["untrained"]
+    assert untrained.images.shape == (8, 4, 8, 8, 3)
+    assert not np.array_equal(untrained.similarities, similarities[:, :4])
+    (points, labels, names), told = drawn.representation_map
     assert points.shape == (30, 2) and labels is None and names is None
+    assert told["images"].shape == (30, 8, 8, 3)
+    check_tensorboard(tmp_path / "run", config)
+    (sent,) = fake_wandb.runs
+    assert {step for step, values in sent.logged if "train/loss" in values} == {1, 2, 3}
+    assert set(PICTURES) <= set(sent.logged[-1][1]) and sent.finished
+    # What is next, and whether it learned, as far as that can be told.
+    told = capfd.readouterr().err
+    assert "configs/embed.py" in told and f"pictures: {tmp_path}/run/plots" in told
+    assert "the run logged too little to tell whether it learned" in told
+
+
+def check_tensorboard(run, config):
+    """The plots are shown at each step at which they were drawn, and the config once."""
+    shown = EventAccumulator(str(run), {"images": 0, "tensors": 0}).Reload()
+    assert set(shown.Tags()["images"]) == set(PICTURES)
+    for name in PICTURES:
+        (last,) = shown.Images(name)
+        path = run / "plots" / f"{name}.png"
+        decoded = np.asarray(Image.open(io.BytesIO(last.encoded_image_string)))
+        assert last.step == 3 and np.array_equal(decoded, pixels(path))
+    groups = {tag.partition("/")[0] for tag in shown.Tags()["scalars"]}
+    assert groups == {"train", "optimizer", "representation", "speed"}
+    (text,) = shown.Tensors("config")
+    written = json.loads(text.tensor_proto.string_val[0].decode())
+    assert (text.step, written["batch_size"]) == (0, config.batch_size)
+    content = shown.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    assert started.hparams["optimizer.name"].string_value == config.optimizer.name
+    assert started.hparams["seed"].number_value == config.seed
 
 
 # ------------------------------------------------------------------- collapse, in whole runs

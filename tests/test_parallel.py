@@ -398,7 +398,7 @@ def logged_losses(workdir):
 
     events = EventAccumulator(str(workdir))
     events.Reload()
-    return {e.step: e.value for e in events.Scalars("loss")}
+    return {e.step: e.value for e in events.Scalars("train/loss")}
 
 
 @pytest.mark.slow

@@ -298,6 +298,31 @@ def test_classes_beyond_ten_have_another_marker(path):
     assert len(np.unique(maps._class_colors(1000).round(4), axis=0)) == 1000
 
 
+def test_without_labels_the_map_shows_the_images(path):
+    """Where they are, and not one on another."""
+    points = np.array([(0, 0), (10, 0), (0, 10), (0.01, 10)], np.float32)
+    images = np.stack([plain(color, 12) for color in (BLUE, YELLOW, CYAN, RED)])
+    plots.representation_map(path, points, None, None, title="Map", images=images)
+    picture = read(path)
+    blue, yellow, cyan = (box(picture, color) for color in (BLUE, YELLOW, CYAN))
+    assert blue[1] == cyan[1] < yellow[1] and blue[0] == yellow[0] > cyan[0]
+    assert not np.any(np.all(picture == RED, axis=-1))
+
+
+def test_neighbours_by_the_untrained_encoder_are_beside(path):
+    told = {"query_names": ["q.png"], "neighbour_names": [["a.png"]], "files": True}
+    rest = plots.Neighbours(np.stack([[plain(CYAN)]]), np.array([[0.5]]), [["b.png"]])
+    for untrained in (None, rest):
+        images = np.stack([plain(BLUE)]), np.stack([[plain(YELLOW)]]), np.array([[0.9]])
+        plots.nearest_neighbours(path, *images, **told, untrained=untrained, title="Nearest")
+        picture = read(path)
+        assert np.any(np.all(picture == CYAN, axis=-1)) == (untrained is not None)
+    (top, _, _, right), (also_top, left, _, _) = (box(picture, c) for c in (YELLOW, CYAN))
+    assert top == also_top and left > right
+    frame = picture[top - 2, left]
+    assert len(set(frame.tolist())) == 1  # grey: of another file is no mistake
+
+
 @pytest.mark.parametrize("labels", [None, [-1] * 50])
 def test_without_labels_there_is_one_colour_and_no_legend(path, labels):
     points = np.random.default_rng(0).normal(size=(50, 2))

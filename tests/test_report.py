@@ -454,13 +454,62 @@ def test_the_command_line(tmp_path):
     assert not (tmp_path / "never.html").exists()
 
 
+def falling(first: float, last: float) -> list[dict]:
+    values = {"projection_std": 0.8, "effective_rank": 9.0, "knn_top1": 0.9}
+    return [
+        {"step": 10 * i, "loss": loss, **values, "wall_time": 1.8e9 + i}
+        for i, loss in enumerate(np.linspace(first, last, 10).tolist(), start=1)
+    ]
+
+
+def test_the_page_begins_with_what_came_of_it(tmp_path, read):
+    a = {"linear_probe_top1": 0.9, "random_init_linear_probe_top1": 0.6}
+    a_run(tmp_path / "a", results=a, lines=falling(4, 1))
+    page = read(tmp_path / "a")
+    worth = "On digits, the linear probe (top-1) of a is 90.0 %, against 60.0 % for its encoder"
+    assert worth in page.text
+    said = "The run learned: linear probe 90.0 %, never trained 60.0 %, the loss fell from 4 to 1"
+    assert said in page.text
+    a_run(tmp_path / "b", method="moco", results={"linear_probe_top1": 0.8}, lines=falling(9, 8))
+    for name, (first, last) in (("plain", (4, 1)), ("flat", (4, 4))):
+        path = a_run(tmp_path / name, results={}, lines=falling(first, last))
+        config = json.loads((path / "config.json").read_text())
+        put(path / "config.json", config | {"data_info": {"train_images": 640, "classes": None}})
+    page = read(tmp_path)
+    assert "On digits, the best linear probe (top-1) is that of a: 90.0 %" in page.text
+    assert "next is b with 80.0 %. No run collapsed; " in page.text
+    assert "plain: learned, as far as that can be told without labels" in page.text
+    assert "flat: shows no clear sign that it learned" in page.text
+    assert "Not measured, as their data has no labels: flat, plain." in page.text
+    # Losses of two methods are not compared; kNN has its settings.
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", (tmp_path / "page.html").read_text())
+    assert "loss: BYOL" in titles and "loss: MoCo" in titles and "loss" not in titles
+    assert not [title for title in titles if "wall" in title]
+    overview = {row[0]: row for row in page.rows if len(row) > 8}
+    assert overview["plain"][4:7] == [
+        "2 epochs",
+        "100",
+        "10",
+    ]  # of 10 steps, not what was asked for
+    assert not [a for tag, a in page.tags if tag == "img" and "loading" in a]
+
+
 def test_a_column_of_neighbours_says_how_many(tmp_path):
     for name, k in (("a", 20), ("b", 20), ("c", 200)):
-        results = {"steps": 8, "knn_top1": 0.9, "knn_k": k, "linear_probe_top1": 0.9}
+        results = {
+            "steps": 8,
+            "knn_top1": 0.9,
+            "knn_k": k,
+            "knn_temperature": 0.1,
+            "linear_probe_top1": 0.9,
+        }
         put(tmp_path / name / "config.json", {"job": "pretrain", "method": name, "seed": 0})
         put(tmp_path / name / "results.json", results)
-    for names, heading in (("ab", "kNN, top-1, k 20"), ("abc", "kNN, top-1, k 20, k 200")):
+    for names, heading in (
+        ("ab", "k 20, temperature 0.1"),
+        ("abc", "k 20 or 200, temperature 0.1"),
+    ):
         report.write([str(tmp_path / name) for name in names], str(tmp_path / "page.html"))
         text = (tmp_path / "page.html").read_text()
-        assert f"{heading}, %" in text and f"{heading}, k" not in text
+        assert f"kNN, top-1, {heading}, %" in text
         assert "linear probe, top-1" in text and "linear probe, top-1, k" not in text

@@ -259,7 +259,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
 
     undisturbed = request.getfixturevalue("undisturbed")  # which ran beside this one
     assert_same(state_of(workdir), state_of(undisturbed))
-    for name in ("metrics.jsonl", "config.json", f"checkpoints/{STEPS}/meta/metadata"):
+    assert tiny_runs.metrics_text(workdir) == tiny_runs.metrics_text(undisturbed)
+    for name in ("config.json", f"checkpoints/{STEPS}/meta/metadata"):
         assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert [line["step"] for line in tiny_runs.recorded(workdir)] == [*range(3, STEPS, 3), STEPS]
     assert results_of(workdir) == results_of(undisturbed)

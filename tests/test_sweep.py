@@ -186,7 +186,7 @@ def test_the_record_holds_every_run(whole):
     here = {"data.dir", "data.download", "log_every_steps"}
     here |= {"checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"}
     here |= {"monitor.knn_every_steps", "monitor.plots_every_steps", "data.max_undecodable"}
-    here |= {"profile.first_step", "profile.num_steps"}
+    here |= {"profile.first_step", "profile.num_steps", "wandb.project", "wandb.entity"}
     here |= {"data.placement", "data.device_share", "steps_per_call"}
     here |= {f"encoder.{name}" for name in ("remat", "pool_first", "product_norm_stages")}
     here |= {"encoder.vit.attention_kernel"}

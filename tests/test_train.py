@@ -29,7 +29,7 @@ from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.models.network import parts
 from selfsup_jax.run import checkpoint
 from selfsup_jax.state import TrainState
-from selfsup_jax.training import pretrain
+from selfsup_jax.training import ending, pretrain
 from selfsup_jax.viz import plots
 
 STEPS = 6
@@ -131,13 +131,15 @@ class Killed(Exception):
 
 
 def events(workdir):
-    """{(tag, step): value} of all of TensorBoard's files, where each is there once."""
+    """{(tag without its group, step): value} of TensorBoard's scalars, where each is there once."""
     found = {}
     for path in workdir.glob("events.*"):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                assert (value.tag, event.step) not in found
-                found[value.tag, event.step] = make_ndarray(value.tensor).item()
+                key = value.tag.partition("/")[2], event.step
+                if event.step:  # the config is at step 0
+                    assert key not in found
+                    found[key] = make_ndarray(value.tensor).item()
     return found
 
 
@@ -245,7 +247,7 @@ def test_stopping_and_going_on_changes_nothing(
 
     resumed = pretrain.pretrain(tiny_config(folders["labels"]), str(tmp_path), build)
     assert taken == [2, 3, 4, 6]  # steps 5 and 6 only, none of them twice
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    assert tiny_runs.metrics_text(tmp_path) == tiny_runs.metrics_text(workdir)
     check_events(tmp_path)
     check_events(workdir)
 
@@ -272,18 +274,39 @@ def test_a_checkpoint_counts_its_updates(whole_run):
 
 
 @pytest.mark.slow
-def test_a_finished_run_only_evaluates_again(whole_run, tmp_path, monkeypatch):
+def test_a_finished_run_only_evaluates_again(whole_run, tmp_path, monkeypatch, capfd):
     config, workdir, results, _ = whole_run
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     monkeypatch.setattr(parallel, "step_over_devices", None)  # nothing is left to train
-    assert pretrain.pretrain(tiny_config(config.data.dir), str(copy), build) == results
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.closing, "evaluate", None)  # nor to measure
+        assert pretrain.pretrain(tiny_config(config.data.dir), str(copy), build) == results
+    told = capfd.readouterr().err
+    assert f"{copy}: this run is done, all 6 steps" in told and f"{copy}/results.json" in told
+    assert f"--config.init_from={copy}" in told  # the cosine has ended
     assert_same(restore(config, copy), restore(config, workdir))
     assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
     check_events(copy)
     # With what may change: the config that is written is the new one.
     pretrain.pretrain(tiny_config(config.data.dir, **{"eval.fewshot_draws": 3}), str(copy), build)
     assert json.loads((copy / "config.json").read_text())["eval"]["fewshot_draws"] == 3
+
+
+def test_a_run_is_finished_only_with_results_of_its_last_config(whole_run, tmp_path):
+    _, workdir, results, _ = whole_run
+    shutil.copytree(workdir, tmp_path / "copy")
+    saved = json.loads((workdir / "config.json").read_text())
+    run = {"data_info": saved.pop("data_info"), "config": saved}
+
+    def found(total=STEPS, **fields):
+        changed = run | {"config": {**saved, **fields}}
+        return ending.results_of_finished(changed, str(tmp_path / "copy"), total)
+
+    assert found() == found(log_every_steps=7) == results
+    assert found(total=STEPS + 1) is None and found(eval=saved["eval"] | {"knn_k": 3}) is None
+    os.utime(tmp_path / "copy" / "config.json")  # a later process was killed while it measured
+    assert found() is None
 
 
 def test_results(whole_run):

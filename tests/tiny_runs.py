@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -73,6 +74,8 @@ def fields(folder: pathlib.Path, **changes) -> dict:
         "eval.knn_k": 5,
         "eval.fewshot_labels": 2,
         "eval.fewshot_draws": 2,
+        "log_every_steps": 50,
+        "monitor.diagnostics_every_steps": 500,
         "monitor.knn_every_steps": 0,
         "monitor.plots_every_steps": 0,
         **{name.replace("__", "."): value for name, value in changes.items()},
@@ -107,5 +110,15 @@ def restore(
 
 
 def recorded(workdir: pathlib.Path) -> list[dict]:
-    """The lines of `metrics.jsonl`."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """The lines of `metrics.jsonl`, without the time at which each was written."""
+    return [json.loads(line) for line in metrics_text(workdir).splitlines()]
+
+
+def metrics_text(workdir: pathlib.Path) -> str:
+    """`metrics.jsonl` as it is, except for the time at which each line was written."""
+    return without_time((workdir / "metrics.jsonl").read_bytes())
+
+
+def without_time(content: bytes) -> str:
+    """The content of a `metrics.jsonl` without the time at which each line was written."""
+    return re.sub(r', "wall_time": [0-9.]+}', "}", content.decode())

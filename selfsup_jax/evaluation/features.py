@@ -44,6 +44,8 @@ class Extractor:
         std: tuple[float, ...],
     ):
         def apply(variables: Any, images: jax.Array) -> jax.Array:
+            if images.dtype != jnp.uint8:  # others would be divided by 255 all the same
+                raise TypeError(f"images are {images.dtype}; must be uint8, from 0 to 255")
             return represent(variables, normalize(images.astype(jnp.float32) / 255.0, mean, std))
 
         self._bind = parallel.pmap_over_local(apply)

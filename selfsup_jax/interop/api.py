@@ -86,7 +86,9 @@ class Encoder:
         return cls(FrozenEncoder(host, resolved, about, None, step, about))
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """`[..., 3]` uint8 to the float32 input of `apply`."""
+        """`[..., 3]` uint8 to the float32 input of `apply`; raises `TypeError` for others."""
+        if images.dtype != jnp.uint8:
+            raise TypeError(f"normalize: images are {images.dtype}; must be uint8, from 0 to 255")
         return normalize(images.astype(jnp.float32) / 255.0, self._mean, self._std)
 
     def apply(self, variables: Any, images: jax.Array, *, dense: bool = False) -> jax.Array:
@@ -99,7 +101,13 @@ class Encoder:
 
         Returns:
             float32.
+
+        Raises:
+            TypeError: the images are whole numbers, or have another shape.
+            ValueError: they are of a size that normalised images don't have, as pixels from 0 to
+                255 are; not inside of `jax.jit`, where values are not known.
         """
+        _check_normalized(images)
         features: jax.Array = self._module.apply(variables, images, pooled=not dense)
         return features
 
@@ -186,6 +194,19 @@ class Encoder:
                 "PIL image or uint8 [H, W, 3]"
             )
         return array
+
+
+def _check_normalized(images: jax.Array) -> None:
+    hint = "; `normalize` makes the input of uint8 images, `transform` does all"
+    if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
+        what = f"{images.dtype} {list(images.shape)}"
+        raise TypeError(f"apply: images are {what}; must be normalised floats [N, H, W, 3]{hint}")
+    if isinstance(images, jax.core.Tracer) or not images.size:
+        return
+    largest = float(jnp.max(jnp.abs(images)))
+    if largest > 50:  # ImageNet's white is 2.6, and with the demo's deviation of 0.31 it is 2.8
+        why = "as if not normalised" if largest < 300 else "out of range"
+        raise ValueError(f"apply: images have values up to {largest:.3g}, {why}{hint}")
 
 
 def _some(given: Iterator[ImageLike], count: int) -> Iterator[tuple[int, ImageLike]]:

@@ -25,7 +25,7 @@ _DATA_ACCESS = (
     "encoder.vit.attention_kernel",
 )
 _INTERVALS = (
-    *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*"),
+    *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.*", "wandb.*"),
     *("monitor.knn_every_steps", "monitor.plots_every_steps"),
 )
 _KEEP = ("keep_every_steps",)
@@ -50,7 +50,7 @@ SAME_RECIPE = (*_RUN, *_DATA_ACCESS, *_INTERVALS, *_KEEP, "monitor.*")
 SAME_JOB = (*SAME_RESULTS, *_FOLLOWING, *_MEMORY, "data.allow_unseen_classes")
 SAME_MEASURE = (*SAME_RESULTS, *_RUN, *_FOLLOWING, "encoder.*", "projector.*", "method")
 
-_LENGTHS = ("steps", "examples", "epochs", "whole_epochs")
+LENGTHS = ("steps", "examples", "epochs", "whole_epochs")
 
 
 def flat(config: ConfigDict | Mapping[str, Any]) -> Flat:
@@ -122,12 +122,12 @@ def steps_free(now: Flat, before: Flat) -> tuple[str, ...]:
         for name in ("optimizer.schedule", "tau_schedule")
     )
     constant_decay = not any(fields.get("optimizer.weight_decay_end") for fields in (now, before))
-    return free + _LENGTHS * (constant and constant_decay)
+    return free + LENGTHS * (constant and constant_decay)
 
 
 def is_length(field: str) -> bool:
     """True if the field sets the length of a run."""
-    return field in _LENGTHS
+    return field in LENGTHS
 
 
 # ------------------------------------------------------------------- configs of earlier versions
@@ -191,6 +191,7 @@ _ADDED: dict[str, Flat] = {
         "online_probe.kernel_init": "lecun",
         "online_probe.every_view": False,
         "online_probe.lars_ratio": True,
+        **{"wandb.project": "", "wandb.entity": ""},
     },
 }
 

@@ -7,18 +7,32 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, Protocol
+
+import numpy as np
 
 from selfsup_jax import paths
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import UserError
-from selfsup_jax.run import events
+from selfsup_jax.run import events, identity
 from selfsup_jax.run.files import growing, sync, whole_file
 from selfsup_jax.run.progress import log
+from selfsup_jax.run.tags import WALL_TIME, grouped
 
 FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 60.0  # between checkpoints, in a bucket, where each flush writes all anew
+
+
+class Writer(Protocol):
+    """What a run calls of `clu.metric_writers.MetricWriter`; any of those can be given."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...  # noqa: D102
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None: ...  # noqa: D102
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None: ...  # noqa: D102
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None: ...  # noqa: D102
+    def flush(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 class Recorder:
@@ -28,20 +42,30 @@ class Recorder:
     again. So no step is recorded twice, and none is missing.
 
     Args:
-        workdir: the directory of `metrics.jsonl` (one object per line: "step" and its values) and
-            of TensorBoard's events.
+        workdir: the directory of `metrics.jsonl` (one object per line: "step", its values and
+            "wall_time") and of TensorBoard's events.
         first_step: the step of the checkpoint from which the run resumes; 0 for a new run.
         every: steps from point to point, to tell if points are missing before `first_step`.
+        config: of a new run, nested, for TensorBoard; None for none.
+        writers: further places for what TensorBoard receives; none of them on the other hosts.
 
     Attributes:
         history: name -> (steps, values), all of `metrics.jsonl`. It is filled only on the host
             that writes.
     """
 
-    def __init__(self, workdir: str, first_step: int, every: int = 0):
+    def __init__(
+        self,
+        workdir: str,
+        first_step: int,
+        every: int = 0,
+        config: Mapping[str, Any] | None = None,
+        writers: Sequence[Writer] = (),
+    ):
         self.history: dict[str, tuple[list[int], list[float]]] = {}
         self._file: IO[bytes] | None = None
-        self._writer: events.EventWriter | None = None
+        self._writers: list[Writer] = []
+        self._others = writers
         if not hosts.is_writer():
             return
         path = os.path.join(workdir, FILE)
@@ -62,37 +86,70 @@ class Recorder:
         self.history = _history(lines)
         self._file = growing(path, b"".join(map(_text, lines)))
         for event_file in paths.glob(workdir, events.PATTERN):
-            if events.cut(event_file, first_step):
+            if events.cut(event_file, first_step or -1):  # a new run has its own config at step 0
                 log(f"{event_file}: is damaged; TensorBoard's points after that place are cut off")
+            if paths.exists(event_file):  # the names of an earlier version were without a group
+                events.rename(event_file, grouped)
         self._workdir = workdir
+        self._config = None if paths.glob(workdir, events.PATTERN) else config
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
-        """Records a step's values; `timings` are not reproducible and go to TensorBoard only."""
+        """Records a step's values; `timings` are not reproducible and go to the writers only."""
         if self._file is None:
             return
-        if self._writer is None:  # creates the event file, so not before the first point
-            self._writer = events.EventWriter(self._workdir)
         _append(self.history, step, values)
-        self._file.write(_text({"step": step, **values}))
-        self._writer.scalars(step, {**values, **timings})
+        self._file.write(_text({"step": step, **values, WALL_TIME: round(time.time(), 3)}))
+        scalars = {grouped(name): value for name, value in {**values, **timings}.items()}
+        for writer in self._opened():
+            writer.write_scalars(step, scalars)
         if paths.is_bucket(self._workdir) and time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Hands pictures, `[H, W, 3]` uint8 by name, to the writers."""
+        if self._file is None:
+            return
+        for writer in self._opened():
+            writer.write_images(step, {name: image[None] for name, image in pictures.items()})
+
+    def _opened(self) -> list[Writer]:
+        """The writers; the first call creates the event file, so not before the first point."""
+        if not self._writers:
+            events_file = events.EventWriter(self._workdir)
+            if self._config is not None:
+                text = json.dumps(self._config, indent=2, sort_keys=True)
+                events_file.write_texts(0, {"config": "    " + text.replace("\n", "\n    ")})
+                events_file.write_hparams(_hparams(self._config))
+            self._writers = [events_file, *self._others]
+        return self._writers
 
     def flush(self) -> None:
         """Returns when all is written; called before a checkpoint marks the steps as done."""
         if self._file is not None:
             sync(self._file)
-        if self._writer is not None:
-            self._writer.flush()
+        for writer in self._writers:
+            writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers or self._others:
+            writer.close()
+
+
+def _hparams(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat fields that change what is learned, except for the augmentation."""
+    fields = identity.flat(config)
+    kept = identity.bound(fields, (*identity.SAME_RECIPE, "eval.*", "views.*", "job"))
+    kept["seed"] = fields.get("seed", 0)
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in kept.items()
+        if value is not None
+    }
 
 
 def _first_missing(lines: list[dict], first_step: int, every: int) -> int:
@@ -114,7 +171,8 @@ def read_history(workdir: str) -> dict[str, tuple[list[int], list[float]]]:
 def _history(lines: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
     history: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
-        _append(history, line["step"], {k: v for k, v in line.items() if k != "step"})
+        values = {k: v for k, v in line.items() if k not in ("step", WALL_TIME)}
+        _append(history, line["step"], values)
     return history
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -13,11 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax.data.inputs import Feed
-from selfsup_jax.devices import hosts, parallel, process
+from selfsup_jax.devices import compiled, hosts, parallel, process
+from selfsup_jax.durations import Intervals, intervals
 from selfsup_jax.run import nan_guard, signals
 from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import Progress, log
+from selfsup_jax.run.wandb_writer import WandbWriter
 from selfsup_jax.state import Outputs, TrainState
 from selfsup_jax.training import calls
 
@@ -52,7 +55,8 @@ class TrainSpec(NamedTuple):
         meta: step -> the `meta` of its checkpoint.
         announce: called once with the state from which the training starts.
         started: start time of the process, from `time.perf_counter`.
-        monitor: creates the monitor; None for a training without one.
+        monitor: creates the monitor, also from the state that was drawn at random; None for a
+            training without one.
         begin: changes the first state of a new training, as `config.init_from` asks.
     """
 
@@ -66,7 +70,7 @@ class TrainSpec(NamedTuple):
     meta: Callable[[int], dict[str, Any]]
     announce: Callable[[TrainState], None]
     started: float
-    monitor: Callable[[Recorder, Progress], Any] | None = None
+    monitor: Callable[[Recorder, Progress, TrainState], Any] | None = None
     feed: Feed = Feed()
     begin: Callable[[TrainState], TrainState] = lambda state: state
 
@@ -79,12 +83,14 @@ class Trained(NamedTuple):
         initial: the randomly drawn state, before `begin`; host arrays.
         monitor: the monitor of the training, or None.
         images_per_second: 0 if no step was left to train.
+        history: see `Recorder`.
     """
 
     state: TrainState
     initial: TrainState
     monitor: Any
     images_per_second: float
+    history: dict[str, tuple[list[int], list[float]]]
 
 
 def fit(spec: TrainSpec) -> Trained:
@@ -95,18 +101,18 @@ def fit(spec: TrainSpec) -> Trained:
         Stopped: after SIGTERM or Ctrl-C, once the current step is saved.
     """
     rng = jax.random.PRNGKey(spec.config.seed)
-    initial = jax.device_get(spec.init_state(rng))
+    initial = _timed("the first state", lambda: jax.device_get(spec.init_state(rng)))
     fresh = spec.checkpoints.latest_step is None
     latest = spec.begin(initial) if fresh else spec.checkpoints.restore(initial)
     first_step = int(latest.step)
     spec.announce(latest)
     if first_step:
         log(f"resuming from step {first_step:,} in {spec.workdir}")
-    recorder = Recorder(spec.workdir, first_step, spec.config.log_every_steps)
+    recorder = _recorder(spec, first_step)
     knn_k = spec.config.get("eval", {}).get("knn_k")
     progress = Progress(spec.total_steps, first_step, spec.config.batch_size, knn_k)
     try:
-        monitor = spec.monitor(recorder, progress) if spec.monitor else None
+        monitor = spec.monitor(recorder, progress, initial) if spec.monitor else None
         state = parallel.replicate(lambda s: s, latest)
         if first_step < spec.total_steps:
             state = train(spec, state, first_step, recorder, progress, monitor)
@@ -116,7 +122,24 @@ def fit(spec: TrainSpec) -> Trained:
     finally:
         progress.close()
         recorder.close()
-    return Trained(parallel.unreplicate(state), initial, monitor, progress.images_per_second)
+    rate = progress.images_per_second
+    return Trained(parallel.unreplicate(state), initial, monitor, rate, recorder.history)
+
+
+def _recorder(spec: TrainSpec, first_step: int) -> Recorder:
+    every = intervals(spec.config, spec.total_steps).log
+    config, writers = json.loads(spec.config.to_json()), []
+    if config.get("wandb", {}).get("project") and hosts.is_writer():
+        writers.append(WandbWriter(spec.config.wandb, spec.workdir, config))
+    return Recorder(spec.workdir, first_step, every, config, writers)
+
+
+def _timed(what: str, make: Callable[[], Any]) -> Any:
+    """The result of what compiles first, as is said before, and how long it took after."""
+    log(f"compiling {what} ...")
+    made, timed = compiled.timed(make)
+    log(f"compiled in {timed.seconds:.1f} s" + " (kept from before)" * bool(timed.found))
+    return made
 
 
 class Schedule(NamedTuple):
@@ -129,18 +152,17 @@ class Schedule(NamedTuple):
     save: bool
 
 
-def schedule(config: ConfigDict, step: int, last: bool) -> Schedule:
-    """The actions that the config's intervals require after `step`."""
+def schedule(config: ConfigDict, intervals: Intervals, step: int, last: bool) -> Schedule:
+    """The actions that the intervals require after `step`; the config has those of checkpoints."""
 
     def every(interval: int) -> bool:
         return interval > 0 and (last or step % interval == 0)
 
-    monitor = config.get("monitor", {})
     due = Schedule(
-        log=every(config.log_every_steps),
-        diagnose=every(monitor.get("diagnostics_every_steps", 0)),
-        knn=every(monitor.get("knn_every_steps", 0)),
-        draw=every(monitor.get("plots_every_steps", 0)),
+        log=every(intervals.log),
+        diagnose=every(intervals.diagnostics),
+        knn=every(intervals.knn) or step == intervals.first_knn,
+        draw=every(intervals.plots) or step == intervals.first_plots,
         save=every(config.checkpoint_every_steps) or every(config.keep_every_steps),
     )
     return due._replace(log=due.log or due.diagnose or due.knn)
@@ -176,14 +198,17 @@ def train(
     hosts.at_step(first_step)
     hosts.reached_preemption(first_step)  # so that the hosts agree on a later step
     postponed = announced = False
-    ends = functools.partial(_ends_call, spec, first_step)
+    due_at = functools.partial(schedule, config, intervals(config, spec.total_steps))
+    ends = functools.partial(_ends_call, spec, due_at, first_step)
     step = first_step
     with signals.StopSignals() as stop_signals, contextlib.closing(ahead):
         for count in calls.lengths(first_step, spec.total_steps, most, ends):
             given = ahead.fetch(count)
             names = [batch.pop("name") for batch in given]
             hosts.has_batch()
-            state, metrics, outputs = call(state, given)
+            run = functools.partial(call, state, given)
+            state, metrics, outputs = run() if step > first_step else _timed("the step", run)
+            del run  # the state in it is donated
             ahead.add(metrics)
             checkpoints.write()  # of the previous call, while the device computes this one
             guard.add(step + 1, metrics, names)
@@ -200,7 +225,7 @@ def train(
                 guard.drain()
                 log(progress.expectation(step))
 
-            due = schedule(config, step, last=step == spec.total_steps)
+            due = due_at(step, last=step == spec.total_steps)
             if due.log:
                 guard.drain()
                 rows = parallel.unreplicate(metrics)
@@ -237,14 +262,16 @@ def train(
     return state
 
 
-def _ends_call(spec: TrainSpec, first_step: int, step: int) -> bool:
+def _ends_call(
+    spec: TrainSpec, due_at: Callable[..., Schedule], first_step: int, step: int
+) -> bool:
     """Whether the host has something to do after this step, so that a call must end with it."""
     config = spec.config
     profile = config.get("profile", {"first_step": 0, "num_steps": 0})
     begin = profile["first_step"]
     return (
         step == first_step + 1  # its time is announced
-        or any(schedule(config, step, last=False))
+        or any(due_at(step, last=False))
         or spec.checkpoints.keeps(step)
         or (begin > 0 and begin - 1 <= step <= begin + profile["num_steps"])
     )

@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from sklearn.preprocessing import normalize
+from PIL import Image
 
+from selfsup_jax import paths
 from selfsup_jax.data import inputs
 from selfsup_jax.data.augment import augment_views
 from selfsup_jax.data.inputs import Data
 from selfsup_jax.devices import hosts, parallel
 from selfsup_jax.evaluation import probes
-from selfsup_jax.evaluation.features import Features
 from selfsup_jax.method import Method
 from selfsup_jax.run import identity
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import Progress
 from selfsup_jax.run.workdir import config_json
 from selfsup_jax.state import Outputs, TrainState, encoder_variables
-from selfsup_jax.training import diagnostics, reference
+from selfsup_jax.training import diagnostics, reference, snapshots
 from selfsup_jax.training.attention import AttentionMaps
+from selfsup_jax.training.snapshots import Snapshot
 from selfsup_jax.viz import plots
-
-
-class Snapshot(NamedTuple):
-    """Features of some images, from the encoder of one step."""
-
-    step: int
-    bank: Features
-    queries: Features
-    bank_images: np.ndarray  # [N, h, w, 3] uint8, small
-    query_images: np.ndarray
 
 
 class Monitor:
@@ -53,6 +43,8 @@ class Monitor:
         recorder: its history is checked and plotted.
         progress: prints the warnings.
         workdir: the directory that contains `plots/`.
+        untrained: variables of the encoder before the first step, whose neighbours are drawn
+            beside those of the trained one; None for none.
 
     Raises:
         UserError: there is no reference named `config.monitor.reference`.
@@ -69,6 +61,7 @@ class Monitor:
         recorder: Recorder,
         progress: Progress,
         workdir: str,
+        untrained: Any = None,
     ):
         self._config = config
         self._data = data
@@ -79,13 +72,15 @@ class Monitor:
         self._pairs, self._signs = method.pairs, method.signs
         self._extract = extract
         self._attention = AttentionMaps(method, config, data.test or data.train)
-        self._history = recorder.history
+        self._recorder, self._history = recorder, recorder.history
         self._progress = progress
         self._folder = os.path.join(workdir, "plots")
         self._reference = reference.load(config.monitor.reference)
         flat = identity.flat(config_json(run))
         self._differs = reference.differences(self._reference, flat) if self._reference else []
         self._snapshot: Snapshot | None = None
+        self._untrained = untrained
+        self._untrained_snapshot: Snapshot | None = None
         self._announced: set[str] = set()
         if self.collapsed_at is not None:  # announced by an earlier process, as the rest
             self._announced.add("collapse")
@@ -117,8 +112,8 @@ class Monitor:
         snapshot = self._take_snapshot(step, state)
         settings = self._config.eval
         measured = probes.nearest_neighbours(
-            snapshot.bank,
-            snapshot.queries,
+            snapshot.bank.features,
+            snapshot.queries.features,
             self._data.train.num_classes or 0,
             k=(settings.knn_k,),
             temperatures=(settings.knn_temperature,),
@@ -129,24 +124,22 @@ class Monitor:
 
     def _take_snapshot(self, step: int, state: TrainState) -> Snapshot:
         """Features and small images of the training split and, if there is one, the test split."""
-        if self._snapshot is not None and self._snapshot.step == step:
-            return self._snapshot
-        variables = parallel.unreplicate(encoder_variables(state))
+        if self._snapshot is None or self._snapshot.step != step:
+            variables = parallel.unreplicate(encoder_variables(state))
+            self._snapshot = self._snapshot_of(step, variables)
+        return self._snapshot
+
+    def _snapshot_of(self, step: int, variables: Any) -> Snapshot:
         sources = {"bank": (self._data.train, self._config.monitor.knn_train_images)}
         if self._data.test is not None:
             sources["queries"] = (self._data.test, self._config.monitor.knn_test_images)
         parts = {}
         for name, (source, limit) in sources.items():
-            images: list[np.ndarray] = []
             batches = inputs.eval_batches(
                 self._config.data, source, self._config.eval.batch_size, limit
             )()
-            features = self._extract(variables, _with_small_images(batches, images))
-            parts[name] = (features, hosts.gather_hosts(np.concatenate(images)))
-        bank, bank_images = parts["bank"]
-        queries, query_images = parts.get("queries", parts["bank"])
-        self._snapshot = Snapshot(step, bank, queries, bank_images, query_images)
-        return self._snapshot
+            parts[name] = snapshots.described(self._extract, variables, batches)
+        return Snapshot(step, parts["bank"], parts.get("queries", parts["bank"]))
 
     # -------------------------------------------------------------------------- checking
 
@@ -214,6 +207,9 @@ class Monitor:
             batch: this host's batch of the step; None leaves the plot of view pairs unchanged.
         """
         snapshot = self._take_snapshot(step, state)
+        if self._untrained is not None:  # once: it stays as it is
+            self._untrained_snapshot = self._snapshot_of(0, self._untrained)
+            self._untrained = None
         if not hosts.is_writer():
             return
         try:
@@ -236,6 +232,17 @@ class Monitor:
         self._draw_map(snapshot)
         self._draw_neighbours(snapshot)
         self._attention.draw(self._path("attention"), step, state)  # nothing, of a ResNet
+        if batch is not None:  # else those of the step may be recorded already
+            self._recorder.pictures(step, self._pictures())
+
+    def _pictures(self) -> dict[str, np.ndarray]:
+        """The plots of the run, `[H, W, 3]` uint8 by name."""
+        pictures = {}
+        for path in paths.glob(self._folder, "*.png"):
+            with paths.open(path, "rb") as f, Image.open(f) as image:
+                name = os.path.basename(path).removesuffix(".png")
+                pictures[name] = np.asarray(image.convert("RGB"))
+        return pictures
 
     def draw_curves(self) -> None:
         """Updates only the learning curves."""
@@ -259,49 +266,35 @@ class Monitor:
     def _draw_map(self, snapshot: Snapshot) -> None:
         names = self._data.train.class_names
         rows = slice(None, self._config.monitor.map_images)
-        points = plots.map_points(snapshot.queries.x[rows], seed=self._config.seed)
+        points = plots.map_points(snapshot.queries.features.x[rows], seed=self._config.seed)
         plots.representation_map(
             self._path("representation_map"),
             points,
-            snapshot.queries.labels[rows] if names else None,
+            snapshot.queries.features.labels[rows] if names else None,
             names,
             title=f"Representation of {len(points):,} images, step {snapshot.step:,} (t-SNE)",
+            images=snapshot.queries.images[rows],
         )
 
     def _draw_neighbours(self, snapshot: Snapshot) -> None:
-        queries, bank = normalize(snapshot.queries.x), normalize(snapshot.bank.x)
-        rows = np.linspace(0, len(queries) - 1, min(8, len(queries))).astype(int)
-        similarity = queries[rows] @ bank.T
-        if snapshot.queries is snapshot.bank:
-            similarity[np.arange(len(rows)), rows] = -np.inf  # an image is not its own neighbour
-        nearest = np.argsort(-similarity, axis=1)[:, : min(8, len(bank) - 1)]
-        names = self._data.train.class_names
+        count = len(snapshot.queries.images)
+        rows = np.linspace(0, count - 1, min(8, count)).astype(int)
+        classes, before = self._data.train.class_names, self._untrained_snapshot
+        found = snapshot.neighbours(rows, 8, classes)
         plots.nearest_neighbours(
             self._path("nearest_neighbours"),
-            snapshot.query_images[rows],
-            snapshot.bank_images[nearest],
-            np.take_along_axis(similarity, nearest, axis=1),
-            query_names=[names[i] for i in snapshot.queries.labels[rows]] if names else None,
-            neighbour_names=(
-                [[names[i] for i in row] for row in snapshot.bank.labels[nearest]]
-                if names
-                else None
-            ),
+            snapshot.queries.images[rows],
+            found.images,
+            found.similarities,
+            query_names=snapshot.queries.names(rows, classes),
+            neighbour_names=found.names,
+            files=not classes,
+            untrained=before.neighbours(rows, 4, classes) if before is not None else None,
             title=f"Nearest training images, step {snapshot.step:,}",
         )
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, f"{name}.png")
-
-
-def _with_small_images(
-    batches: Iterable[dict[str, np.ndarray]], images: list[np.ndarray], largest: int = 96
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the same batches; subsampled copies of their images are appended to `images`."""
-    for batch in batches:
-        stride = -(-batch["image"].shape[1] // largest)
-        images.append(batch["image"][:, ::stride, ::stride].copy())
-        yield batch
 
 
 def _shortened(fields: list[str]) -> str:

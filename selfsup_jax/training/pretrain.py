@@ -24,7 +24,7 @@ from selfsup_jax.plan.estimate import share_of_plan
 from selfsup_jax.run import checkpoint, files, identity, owner, workdir
 from selfsup_jax.run.progress import log
 from selfsup_jax.state import TrainState, encoder_variables
-from selfsup_jax.training import init_from, loop
+from selfsup_jax.training import ending, init_from, loop
 from selfsup_jax.training.compile_only import compile_all
 from selfsup_jax.training.monitor import Monitor
 
@@ -83,13 +83,18 @@ def pretrain(
     total, warmup = durations.total_and_warmup(config, data.train.num_examples)
     durations.fill_in(config, data.train.num_examples)
     _check_lengths(config, data, total, directory)
+    description = workdir.describe_run(config, data.train)
+    found = None if compile_only else ending.results_of_finished(description, directory, total)
+    if (finished := hosts.of_first("the results of a finished run", found)) is not None:
+        with workdir.locked(directory):  # no other process begins anything there meanwhile
+            ending.tell_finished(finished, directory, config)
+        return finished
     feed = inputs.feed(config, data.train)
     method = build(config, data.train.num_classes, total, warmup)
     source = None
     if config.get("init_from") and checkpoint.newest_step(directory) is None:
         source = init_from.load(config.init_from, config)
         hosts.check_same("init_from", {"config.init_from": source.digest})
-    description = workdir.describe_run(config, data.train)
     extract = features.Extractor(method.represent, config.views.mean, config.views.std)
     if compile_only:
         compile_all(config, data, feed, method, extract)
@@ -156,7 +161,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
             meta=lambda step: workdir.meta(run.description, step, run.data.undecodable.names),
             announce=lambda state: _announce(run, state),
             started=run.started,
-            monitor=lambda recorder, progress: Monitor(
+            monitor=lambda recorder, progress, initial: Monitor(
                 run.config,
                 run.description,
                 run.data,
@@ -166,6 +171,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
                 recorder,
                 progress,
                 run.workdir,
+                encoder_variables(initial),
             ),
         )
     )
@@ -176,7 +182,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
             results["share_of_planned_speed"] = share
             log(f"{rate:,.0f} images/s: {100 * share:.0f} % of what the plan has as the most")
     results["steps"] = int(trained.state.step)
-    return _write_results(run, results | process.device_memory())
+    return _write_results(run, results | process.device_memory(), trained.history)
 
 
 def _announce(run: Run, state: TrainState) -> None:
@@ -210,7 +216,7 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any
     """Probes the encoder of the last step; {} without labels, or if `config.eval` is disabled."""
     config, data = run.config, run.data
     if data.test is None:
-        why = "no labels for probes" if config.eval.enabled else "config.eval.enabled=False"
+        why = "no labels" if config.eval.enabled else "config.eval.enabled=False"
         log(f"{why}: no probes; the encoder is in the last checkpoint")
         return {}
 
@@ -231,7 +237,7 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any
     )
 
 
-def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+def _write_results(run: Run, results: dict[str, Any], history: Any) -> dict[str, Any]:
     path = os.path.join(run.workdir, "results.json")
     if "images_per_second" not in results and paths.exists(path):
         # No step was left to train: keep the speed that an earlier process measured.
@@ -247,9 +253,7 @@ def _write_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     results["undecodable_images"] = len(run.data.undecodable.names)
     if hosts.is_writer():
         files.write_json(path, results)
-        if "knn_top1" in results:
-            log(f"top-1 on held-out images, encoder of step {results['steps']}:")
-            log(closing.summary(results))
+        ending.tell(results, history, run.workdir, run.config)
         log(f"wrote {path}")
     hosts.wait_for_all("results")
     return results

@@ -8,11 +8,17 @@ scikit-learn are imported only where they are used, because their import is slow
 from selfsup_jax.viz.plots.bars import Panel, comparison
 from selfsup_jax.viz.plots.confusion import confusion_matrix
 from selfsup_jax.viz.plots.curves import History, ReferenceBand, learning_curves
-from selfsup_jax.viz.plots.images import attention_maps, nearest_neighbours, view_pairs
+from selfsup_jax.viz.plots.images import (
+    Neighbours,
+    attention_maps,
+    nearest_neighbours,
+    view_pairs,
+)
 from selfsup_jax.viz.plots.maps import map_points, representation_map
 
 __all__ = [
     "History",
+    "Neighbours",
     "Panel",
     "ReferenceBand",
     "attention_maps",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -76,6 +77,20 @@ def _rows_of(views: np.ndarray, width: int, columns: int = 4) -> np.ndarray:
     return page
 
 
+class Neighbours(NamedTuple):
+    """The nearest neighbours of Q queries, the nearest first.
+
+    Attributes:
+        images: `[Q, K, H, W, 3]` uint8.
+        similarities: `[Q, K]`, cosine similarity.
+        names: `[Q, K]` classes or files, or None.
+    """
+
+    images: np.ndarray
+    similarities: np.ndarray
+    names: Sequence[Sequence[str]] | None
+
+
 def nearest_neighbours(
     path: str,
     queries: np.ndarray,
@@ -84,6 +99,8 @@ def nearest_neighbours(
     *,
     query_names: Sequence[str] | None = None,
     neighbour_names: Sequence[Sequence[str]] | None = None,
+    files: bool = False,
+    untrained: Neighbours | None = None,
     title: str,
 ) -> None:
     """Draws a row per query: its image, then its nearest neighbours with frames by class.
@@ -93,34 +110,42 @@ def nearest_neighbours(
         queries: `[Q, H, W, 3]` uint8.
         neighbours: `[Q, K, H, W, 3]` uint8.
         similarities: `[Q, K]`, cosine similarity.
-        query_names: `[Q]` classes.
-        neighbour_names: `[Q, K]` classes. Frames are green or red only if both names are given.
+        query_names: `[Q]` classes, or files.
+        neighbour_names: `[Q, K]` classes, or files.
+        files: the names are of files. Otherwise frames are green or red if both names are given.
+        untrained: the neighbours by an encoder that was never trained, drawn beside the others.
         title: of the figure.
     """
-    left, right = _tiles(queries), _tiles(neighbours)
+    left = _tiles(queries)
+    blocks = [Neighbours(neighbours, similarities, neighbour_names)]
+    blocks += [untrained] if untrained else []
+    shown = [_tiles(block.images) for block in blocks]
     tile_height, tile = left.shape[1:3]
     pitch_x, pitch_y = tile + 16, tile_height + (33 if neighbour_names is None else 46)
     first, top = MARGIN + tile + 40, TOP + 20
-    width = first + right.shape[1] * pitch_x - 16 + MARGIN
-    judged = query_names is not None and neighbour_names is not None
+    starts = [first, first + shown[0].shape[1] * pitch_x + 24][: len(blocks)]
+    width = starts[-1] + shown[-1].shape[1] * pitch_x - 16 + MARGIN
+    judged = query_names is not None and neighbour_names is not None and not files
     note = "green: of the query's class; red: of another" if judged else ""
     with open_page(path, width, top + len(left) * pitch_y, title, note) as page:
         page.write(MARGIN, TOP - 3, "query", tile, ha="left")
-        page.write(first, TOP - 3, "nearest first, with cosine", page.width - first, ha="left")
+        heads = ("nearest first, with cosine", "by the encoder before training")
+        for x, head in zip(starts, heads, strict=False):
+            page.write(x, TOP - 3, head, page.width - x, ha="left")
         for i, query in enumerate(left):
             y = top + i * pitch_y
-            below = y + tile_height + 6
             query_name = "" if query_names is None else query_names[i]
             page.paste(MARGIN, y, query, FRAME, border=2)
-            page.write(MARGIN + tile / 2, below, query_name, tile + 8)
-            for j, image in enumerate(right[i]):
-                x = first + j * pitch_x
-                name = "" if neighbour_names is None else neighbour_names[i][j]
-                frame = FRAME if not judged else SAME if name == query_name else OTHER
-                page.paste(x, y, image, frame, border=4 if judged else 2)
-                cosine = f"{float(similarities[i][j]):z.2f}"
-                page.write(x + tile / 2, below, cosine, tile, color=GREY)
-                page.write(x + tile / 2, below + 13, name, tile + 8)
+            page.write(MARGIN + tile / 2, y + tile_height + 6, query_name, tile + 8)
+            for start, block, images in zip(starts, blocks, shown, strict=True):
+                names = [""] * len(images[i]) if block.names is None else block.names[i]
+                for j, (image, name) in enumerate(zip(images[i], names, strict=True)):
+                    x, below = start + j * pitch_x, y + tile_height + 6
+                    frame = FRAME if not judged else SAME if name == query_name else OTHER
+                    page.paste(x, y, image, frame, border=4 if judged else 2)
+                    cosine = f"{float(block.similarities[i][j]):z.2f}"
+                    page.write(x + tile / 2, below, cosine, tile, color=GREY)
+                    page.write(x + tile / 2, below + 13, name, tile + 8)
 
 
 _HEADS = 16  # of each image, at most

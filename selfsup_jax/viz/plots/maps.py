@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selfsup_jax.viz.plots.page import CURVES, MARGIN, PALE, SMALL, Page, open_page
+from selfsup_jax.viz.plots.page import CURVES, MARGIN, PALE, SMALL, TOP, Page, open_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +52,11 @@ def representation_map(
     class_names: Sequence[str] | None,
     *,
     title: str,
+    images: np.ndarray | None = None,
 ) -> None:
     """Draws points coloured by class, with a legend (up to 20 classes) or names on the largest.
+
+    Without classes, small images in place of points, as many as have room.
 
     Args:
         path: of the PNG file.
@@ -61,6 +64,7 @@ def representation_map(
         labels: `[N]`, -1 for unlabelled, or None.
         class_names: of all classes, so that colours are the same in every plot; None: no labels.
         title: of the figure.
+        images: `[N, H, W, 3]` uint8, of the points.
     """
     from matplotlib.lines import Line2D
 
@@ -73,6 +77,8 @@ def representation_map(
     rest = PALE if len(present) else CURVES[0]
     size = np.clip(12000 / max(1, len(points)), 6, 40)
     style = {"s": size, "linewidth": 0, "alpha": 0.85}
+    if images is not None and not len(present):
+        return _image_map(path, points, images, title)
     with open_page(path, 680 + 170 * bool(listed), 700, title) as page:
         axes = page.axes(MARGIN + 4, 44, 640, 640)
         axes.set_aspect("equal", adjustable="datalim")
@@ -89,6 +95,27 @@ def representation_map(
         page.legend(680, 44, entries)
         if not few:
             _name_classes(page, axes, points, labels, class_names)
+
+
+def _image_map(path: str, points: np.ndarray, images: np.ndarray, title: str) -> None:
+    """Draws the images at their points; those that would cover another are left out."""
+    from PIL import Image
+
+    side, tile = 860, 46  # of the map and of an image, in pixels
+    low, spans = points.min(axis=0), np.ptp(points, axis=0)
+    # Both directions fill the map: the axes of t-SNE have no meaning.
+    places = (side - tile) * (points - low) / np.maximum(spans, 1e-6)
+    kept: list[int] = []
+    for i, place in enumerate(places):
+        if not kept or np.abs(places[kept] - place).max(axis=1).min() >= tile:
+            kept.append(i)
+    note = f"similar images are near each other; those that have room, {len(kept):,}"
+    height, width = (max(1, tile * n // max(images.shape[1:3])) for n in images.shape[1:3])
+    with open_page(path, side + 2 * MARGIN, TOP + side + MARGIN, title, note) as page:
+        for i in kept:
+            x, y = (int(v) for v in places[i])
+            small = np.asarray(Image.fromarray(images[i]).resize((width, height)))
+            page.paste(MARGIN + x, TOP + side - tile - y, small, (), border=0)
 
 
 def _class_colors(count: int) -> np.ndarray:

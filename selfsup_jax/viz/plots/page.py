@@ -65,7 +65,8 @@ class Page:
     def paste(self, x: int, y: int, image: np.ndarray, frame: Sequence[int], border: int) -> None:
         """Copies an image `[H, W, 3]` uint8 without resampling, with a frame around it."""
         height, width = image.shape[:2]
-        self.sheet[y - border : y + height + border, x - border : x + width + border] = frame
+        if border:
+            self.sheet[y - border : y + height + border, x - border : x + width + border] = frame
         self.sheet[y : y + height, x : x + width] = image
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from selfsup_jax.viz.report.charts import Curve, Panel, panel
+from selfsup_jax.viz.report.measures import knn_settings
 from selfsup_jax.viz.report.recipes import Recipe, collapsed_at
-from selfsup_jax.viz.report.records import Job
+from selfsup_jax.viz.report.records import Job, Run
 from selfsup_jax.viz.report.series import Owners, group_labels, run_name
 from selfsup_jax.viz.titles import fraction, measure_title, measures, quantity, quantity_rank, rank
 
@@ -16,23 +18,36 @@ _FIRST = 6  # quantities that are always visible; the others are folded
 
 def learning(recipes: Sequence[Recipe]) -> tuple[list[Panel], list[Panel]]:
     """Panels of the quantities that the runs logged: (the first `_FIRST`, the others)."""
-    curves: dict[str, list[Curve]] = {}
+    curves: dict[tuple[str, str], list[Curve]] = {}  # by quantity and, of losses, method
+    several = len({recipe.method for recipe in recipes}) > 1
     for i, recipe in enumerate(recipes):
         for run in recipe.runs:
             for name, (steps, values) in run.history.items():
                 if any(math.isfinite(v) for v in values):
                     curve = Curve(steps, values, i, run_name(recipe, run), collapsed_at(run))
-                    curves.setdefault(name, []).append(curve)
+                    # Losses of different methods are different quantities.
+                    method = recipe.method if several and name == "loss" else ""
+                    curves.setdefault((name, method), []).append(curve)
+    knn = knn_settings([_knn_fields(run) for recipe in recipes for run in recipe.runs])
     last = max((step for cs in curves.values() for c in cs for step in c.steps), default=0)
     last = max([last, *(c.collapsed_at or 0 for cs in curves.values() for c in cs), 1])
     first: list[Panel] = []
     others: list[Panel] = []
-    for name in sorted(curves, key=lambda name: (quantity_rank(name), name)):
-        known, part = quantity(name), name.partition("/")[2]
-        title = known.title + (f": {part}" if part else "")
-        drawn = panel(title, curves[name], last, percent="%" in title, log=known.log)
+    for name, method in sorted(curves, key=lambda key: (quantity_rank(key[0]), *key)):
+        known, part = quantity(name), name.partition("/")[2] or method
+        title = known.title
+        if name.startswith("knn_"):
+            title = f"{title.removesuffix(', %')}{knn}, %"
+        title += f": {part}" if part else ""
+        drawn = panel(title, curves[name, method], last, percent="%" in title, log=known.log)
         (first if quantity_rank(name) < _FIRST else others).append(drawn)
     return first, others
+
+
+def _knn_fields(run: Run) -> dict[str, Any]:
+    if "knn_top1" not in run.history:
+        return {}
+    return {f"knn_{name}": run.settings.get(f"eval.knn_{name}") for name in ("k", "temperature")}
 
 
 def watched(jobs: Sequence[Job], owners: Owners) -> list[tuple[str, list[Panel]]]:
@@ -58,7 +73,9 @@ def watched(jobs: Sequence[Job], owners: Owners) -> list[tuple[str, list[Panel]]
             curve = Curve(steps, values, owner, name, base=base)
             by_label.setdefault(label, {}).setdefault(measure, []).append(curve)
             metric = job.by_step[-1][1].get(f"{measure}_metric")
-            titles[label, measure] = measure_title(measure, label, metric) + ", %"
+            knn = [r for _, r in job.by_step[-1:]] if measure.startswith("knn_") else []
+            title = measure_title(measure, label, metric) + knn_settings(knn)
+            titles[label, measure] = f"{title}, %"
     return [
         (
             label,

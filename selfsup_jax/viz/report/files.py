@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from selfsup_jax import paths, stored
+from selfsup_jax.run.tags import WALL_TIME
 from selfsup_jax.viz.titles import finite
 
 History = dict[str, tuple[list[int], list[float]]]  # quantity -> (steps, values)
@@ -68,7 +69,7 @@ def read_history(path: str, notes: list[str]) -> History:
                     broken.append(str(number))
                     continue
                 for name, value in line.items():
-                    if name != "step" and isinstance(value, int | float):
+                    if name not in ("step", WALL_TIME) and isinstance(value, int | float):
                         measured = finite(value)
                         steps, values = history.setdefault(name, ([], []))
                         steps.append(step)

@@ -180,11 +180,19 @@ def _columns(entries: Sequence[_Entry], labels: Mapping[str, str]) -> list[Colum
         for name in measures(entry.results):
             title = measure_title(name, entry.group, entry.results.get(f"{name}_metric"))
             if name.startswith("knn_"):
-                ks = {whole(e.results.get("knn_k")) for e in entries if e.group == entry.group}
-                title += "".join(f", k {k}" for k in sorted(k for k in ks if k))
+                title += knn_settings([e.results for e in entries if e.group == entry.group])
             columns[entry.group, name] = Column(entry.group, name, title)
 
     return sorted(columns.values(), key=lambda c: (groups.index(c.group), rank(c.measure)))
+
+
+def knn_settings(results: Sequence[Mapping[str, Any]]) -> str:
+    """`, k 20, temperature 0.1`: those of kNN in these results, all that differ."""
+    ks = sorted({k for r in results if (k := whole(r.get("knn_k")))})
+    heats = sorted({t for r in results if (t := finite(r.get("knn_temperature")))})
+    parts = [", k " + " or ".join(map(str, ks))] if ks else []
+    parts += [", temperature " + " or ".join(f"{t:g}" for t in heats)] if heats else []
+    return "".join(parts)
 
 
 def _fill(row: Row, entries: Sequence[_Entry], columns: Sequence[Column], notes: list[str]) -> None:

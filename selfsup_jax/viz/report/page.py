@@ -18,7 +18,7 @@ from selfsup_jax import __version__, paths
 from selfsup_jax.errors import UserError
 from selfsup_jax.run.files import whole_file
 from selfsup_jax.viz import titles
-from selfsup_jax.viz.report import charts, curves, measures, recipes
+from selfsup_jax.viz.report import charts, curves, measures, recipes, summary
 from selfsup_jax.viz.report.confusion import mistakes
 from selfsup_jax.viz.report.files import whole
 from selfsup_jax.viz.report.recipes import Recipe
@@ -106,6 +106,8 @@ def render(records: Records, workdirs: Sequence[str], title: str | None = None) 
         "title": title or _title(groups, records.jobs),
         "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "count": _count(records),
+        "summary": summary.sentences(groups, table),
+        "unlabelled": [recipe.name for recipe in groups if not recipe.labelled],
         "given": list(workdirs),
         "version": __version__,
         "generator": GENERATOR,

@@ -39,6 +39,11 @@ class Recipe:
         return [run for run in self.runs if run.results is not None]
 
     @property
+    def labelled(self) -> bool:
+        """Whether the runs' data has labels, as far as is known."""
+        return bool(self.settings.get("data_info.classes", True))
+
+    @property
     def method(self) -> str:
         """The method's name as the papers write it."""
         return method_name(self.settings.get("method"))
@@ -115,8 +120,9 @@ def overview(recipe: Recipe) -> dict[str, str]:
         "method": recipe.method,
         "data": recipe.data + (f", {size} px" if size else ""),
         "images": _all(f"{n:,}" for n in images if n),
-        "length": duration(settings),
-        "steps": _all(_steps(run) for run in recipe.runs),
+        "asked for": duration(settings),
+        "steps run": _all(f"{run.last_step:,}" for run in recipe.runs if run.last_step),
+        "epochs run": _all(_epochs(run) for run in recipe.runs),
         "batch": shown(settings.get("batch_size")),
         "seeds": ", ".join(shown(run.seed) for run in recipe.runs),
         "ran on": _all(devices),
@@ -143,9 +149,15 @@ def _collapsed(recipe: Recipe) -> str:
     return count + (f", by step {by}" if by else "")
 
 
-def _steps(run: Run) -> str:
-    steps = whole((run.results or {}).get("steps"))
-    return f"{steps:,}" if steps is not None else ""
+def _epochs(run: Run) -> str:
+    """Of all images; a run of whole epochs leaves out the rest of each after its last batch."""
+    images = whole(run.settings.get("data_info.train_images"))
+    batch = whole(run.settings.get("batch_size"))
+    if not images or not batch or not run.last_step:
+        return ""
+    whole_epochs = run.settings.get("whole_epochs", True) and images >= batch
+    per_epoch = images // batch if whole_epochs else images / batch
+    return f"{run.last_step / per_epoch:,.3g}"
 
 
 def _unfinished(run: Run, many: bool) -> str:
