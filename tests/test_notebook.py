@@ -55,12 +55,7 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     }
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(REPOSITORY)}}
-    )
-    with client.setup_kernel():
-        for index, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, index)
+    execute(notebook, REPOSITORY)
     shown = [o for cell in notebook.cells for o in cell.get("outputs", ())]
     text = "".join(o.text for o in shown if o.output_type == "stream")
     assert "this encoder   linear probe " in text and "raw pixels     linear probe " in text
@@ -68,3 +63,66 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     assert sum("image/png" in each for each in data) == 4
     assert "iframe" in data[-1]["text/html"]
     assert os.path.getsize(tmp_path / "run" / "report.html") > 10_000
+
+
+# ----------------------------------------------------------- notebooks that import the library
+
+# What compiles quickly, and a few steps.
+TINY = {
+    "steps": 4,
+    "optimizer__warmup_epochs": 0.0,
+    "batch_size": 16,
+    "encoder__width": 0.0625,
+    "projector__hidden_sizes": (8,),
+    "data__image_size": 8,
+    "data__test_resize": 8,
+    "monitor__knn_train_images": 64,
+    "monitor__knn_test_images": 32,
+    "monitor__diagnostics_every_steps": 2,
+    "monitor__map_images": 24,
+    "eval__max_train_images": 128,
+    "eval__max_test_images": 64,
+    "eval__random_init": False,
+    "eval__pixels": False,
+    "eval__linear__C": (0.1,),
+    "eval__fewshot_draws": 1,
+}
+
+
+def execute(notebook, folder):
+    """Runs all cells in a kernel of their own; raises what a cell raises."""
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(folder)}}
+    )
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)
+
+
+def run_notebook(name, tmp_path, monkeypatch, **settings):
+    """What the cells of a notebook show: (its text, the kinds of its other outputs)."""
+    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+    env = process_env() | {
+        "NOTEBOOK_SETTINGS": repr(TINY | settings),
+        "NOTEBOOK_RUN": str(tmp_path / "run"),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+    }
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    execute(notebook, REPOSITORY / "notebooks")
+    shown = [o for cell in notebook.cells for o in cell.get("outputs", ())]
+    text = "".join(o.text for o in shown if o.output_type == "stream")
+    data = [o.data for o in shown if o.output_type in ("display_data", "execute_result")]
+    return text, data
+
+
+@pytest.mark.slow
+def test_own_images(tmp_path, monkeypatch):
+    text, data = run_notebook(
+        "own_images", tmp_path, monkeypatch, predictor__hidden_sizes=(8,), epochs=1.0
+    )
+    assert "600 files in" in text and "(500, 32)" in text and "collapsed: False" in text
+    assert "50 labels: " in text and "of 100 held-out images" in text
+    assert "this encoder   all labels" in text
+    assert sum("image/png" in each for each in data) == 4
+    assert (tmp_path / "run" / "encoder" / "encoder.npz").exists()
