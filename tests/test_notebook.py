@@ -126,3 +126,26 @@ def test_own_images(tmp_path, monkeypatch):
     assert "this encoder   all labels" in text
     assert sum("image/png" in each for each in data) == 4
     assert (tmp_path / "run" / "encoder" / "encoder.npz").exists()
+
+
+@pytest.mark.slow
+def test_compare_methods(tmp_path, monkeypatch):
+    text, data = run_notebook("compare_methods", tmp_path, monkeypatch, eval__random_init=True)
+    assert "byol          projection std" in text and "moco          projection std" in text
+    table = next(each["text/markdown"] for each in data if "text/markdown" in each).splitlines()
+    assert table[0] == "|  | linear probe | few labels | kNN | images/s |" and len(table) == 6
+    assert table[4].startswith("| moco | ") and table[5].startswith("| moco, never trained | ")
+    assert "2 runs" in text and "iframe" in data[-1]["text/html"]
+    assert sum("image/png" in each for each in data) == 1
+
+
+@pytest.mark.slow
+def test_write_your_own_method(tmp_path, monkeypatch):
+    """It equals `simsiam_jax`, and collapses without its stop-gradient."""
+    settings = {"steps": 12, "optimizer__learning_rate": 20.0, "eval__enabled": False}
+    text, data = run_notebook("write_your_own_method", tmp_path, monkeypatch, **settings)
+    assert "error: config.predictor.output_size=7: must be 256" in text
+    assert "largest difference" in text and "WARNING: the run has collapsed" in text
+    assert "without stop-gradient: loss -1.000" in text and "collapsed: True" in text
+    assert (tmp_path / "run" / "run" / "results.json").exists()
+    assert sum("image/png" in each for each in data) == 2
