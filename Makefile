@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-newest lint format clean
+.PHONY: demo test test-fast test-newest lint format docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python run_experiment.py --config=configs/$(METHOD).py:demo --workdir=$(DEMO)
@@ -32,12 +32,22 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, in site/; every link and every name is checked.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The package, in dist/.
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+
 # Rebuilds the environment when the declared dependencies change; otherwise reuses it.
 $(STAMP): setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Python 3.11 or newer is needed, this is %d.%d; try make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test,docs]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest runs
+	rm -rf $(VENV) .venv-newest runs site build dist

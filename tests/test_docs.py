@@ -1,0 +1,143 @@
+"""The README and the documents: links lead somewhere, commands are valid, Python runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import runpy
+import shlex
+import sys
+
+import command_lines
+import pytest
+from conftest import REPOSITORY
+
+from configs import parsing
+from selfsup_jax import command_line, console
+
+PAGES = sorted(
+    [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+    + list((REPOSITORY / "docs").glob("*.md"))
+)
+
+
+def ids(page):
+    return str(page.relative_to(REPOSITORY))
+
+
+def test_the_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http:", "https:", "mailto:")):
+            continue
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"(?m)^#+ (.*)$", target.read_text())
+            anchors = [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert anchor in anchors, link
+
+
+def commands():
+    """(page, command line) of all blocks that are no program's output."""
+    for page in PAGES:
+        blocks = re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL)
+        for language, block in blocks:
+            if language in ("", "sh", "bash"):
+                for line in block.replace("\\\n", " ").splitlines():
+                    line = re.sub(r"\s+#\s.*$", "", line).strip()
+                    if re.match(r"(python (run_experiment|-m )|selfsup |make )", line):
+                        yield page, line
+
+
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [pytest.param(page, line, id=f"{page.stem}-{i}") for i, (page, line) in enumerate(commands())],
+)
+def test_a_command_is_valid(page, line, monkeypatch):
+    """Flags, fields and presets exist and fit together; nothing is run."""
+    line = re.split(" (?:&&|>|&) ", line.replace('"$@"', ""))[0]
+    if line.count("'") % 2:  # the end of a longer command
+        line = line.rstrip("'")
+    words = shlex.split(line)
+    if words[0] == "make":
+        targets = re.findall(r"(?m)^([\w-]+):", (REPOSITORY / "Makefile").read_text())
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+        return
+    if words[0] == "selfsup" and words[1] in console._MODULES:
+        module = console._MODULES[words[1]]
+        given = words[1:] if words[1] == "import" else words[2:]
+        return _parsed(module, given, monkeypatch)
+    if words[1] == "-m":
+        return _parsed(words[2], words[3:], monkeypatch)
+    if words[0] == "selfsup" and console.run(argv := list(words)) == 0:
+        return
+    words = argv if words[0] == "selfsup" else words[1:]
+    command_lines.check(*(re.sub(r"\$\w+", "1", word) for word in words[1:]))
+
+
+class Parsed(Exception):
+    pass
+
+
+def _parsed(module, words, monkeypatch):
+    """A module's parser takes the words."""
+    parse = command_line.Parser.parse_args
+
+    def parse_only(self, args=None, namespace=None):
+        parse(self, words, namespace)
+        raise Parsed
+
+    path = REPOSITORY / f"{module.replace('.', '/')}.py"
+    path = path if path.exists() else path.with_suffix("") / "__main__.py"
+    if module.startswith("benchmarks."):
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        source = path.read_text()
+        own = {option for option in options if not option.startswith("--config")}
+        assert all(f'"{option}"' in source or f'"{option[2:]}"' in source for option in own), own
+        return
+    monkeypatch.setattr(command_line.Parser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+@functools.cache
+def all_fields():
+    configs = [
+        command_lines.config_of(path, name)
+        for path, names in command_lines.presets().items()
+        for name in names
+    ]
+    return {field for config in configs for field in parsing.field_names(config)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_fields_that_are_named_exist(page):
+    text = page.read_text()
+    named = set(re.findall(r"--config\.([\w.]+)=", text))
+    named |= set(re.findall(r"`config\.((?:monitor|data|eval|optimizer|encoder)\.\w+)", text))
+    missing = named - all_fields()
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_files_that_are_named_exist(page):
+    """Such as `selfsup_jax/method.py:train_step`, and the name in it."""
+    roots = "selfsup_jax|byol_jax|moco_jax|simclr_jax|simsiam_jax|configs|benchmarks|tests|docs"
+    pattern = rf"`((?:{roots})/[\w/]+\.\w+)(?::(\w+))?"
+    for path, name in re.findall(pattern, page.read_text()):
+        if "METHOD" in path or "NAME" in path or "mine" in path:
+            continue
+        assert (REPOSITORY / path).exists(), path
+        if name and path.endswith(".py") and not path.startswith("configs/"):
+            module = importlib.import_module(path[:-3].replace("/", "."))
+            assert hasattr(module, name), f"{path}:{name}"
