@@ -9,8 +9,8 @@
         state, metrics = step(state, views(i, batch))
     features = selfsup_jax.Encoder.of_state(config, state).transform(images)
 
-`run_job(config, workdir)` does the same on all devices, as `selfsup --config=... --workdir=...`, and
-keeps checkpoints, metrics and pictures; its encoder is `selfsup_jax.Encoder.load(workdir)`.
+`run_job(config, workdir)` does the same on all devices, as `selfsup --config=... --workdir=...`,
+and keeps checkpoints, metrics and pictures; its encoder is `selfsup_jax.Encoder.load(workdir)`.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def run_job(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     from selfsup_jax.training import pretrain, sweep
 
     check_fields(config)
-    ours = {"pretrain": pretrain.pretrain, "sweep": sweep.run}
-    return ours.get(config.job, jobs.run)(config, os.path.expanduser(workdir))
+    runners: dict[str, Callable[[ConfigDict, str], dict[str, Any]]]
+    runners = {"pretrain": pretrain.pretrain, "sweep": sweep.run}
+    return runners.get(config.job, jobs.run)(config, os.path.expanduser(workdir))
 
 
 def _resolved(config: ConfigDict) -> ConfigDict:

@@ -8,6 +8,7 @@ import re
 import sys
 import types
 
+import jax
 import pytest
 import tiny_runs
 from conftest import REPOSITORY
@@ -40,8 +41,12 @@ def test_what_the_site_adds_is_documented():
 
 @pytest.mark.slow
 def test_the_examples_run(tmp_path, monkeypatch):
-    """In an empty folder; with an encoder that compiles at once."""
+    """In an empty folder; with an encoder that compiles at once, on one device."""
     monkeypatch.chdir(tmp_path)
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda *_, **__: one)
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    monkeypatch.setattr(jax, "local_device_count", lambda *_: 1)
     monkeypatch.setitem(resnet.STAGES, 10, tiny_runs.ONE_BLOCK)
     page = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", page)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import subprocess
+import sys
+import types
 
 import pytest
 from conftest import REPOSITORY, process_env
@@ -89,6 +94,52 @@ TINY = {
 }
 
 
+IMPORTING = ("own_images", "compare_methods", "write_your_own_method")
+
+
+def read(name):
+    return nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+@pytest.mark.parametrize("name", IMPORTING)
+def test_each_is_valid_and_holds_no_outputs(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+    assert code[0].source == read(IMPORTING[0]).cells[1].source  # the installation
+
+
+def test_what_is_installed(tmp_path, monkeypatch):
+    """Nothing where the library is there; else a clone's address, or the one uploaded file."""
+    commands = []
+    install = read(IMPORTING[0]).cells[1].source
+
+    def pip(command, status=0):
+        commands.append(command[-1])
+        return types.SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(REPOSITORY / "notebooks")
+    exec(install, {})
+    assert not commands and sys.path[0] == str(REPOSITORY)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    with pytest.raises(SystemExit, match=r"SOURCE is empty: give the address .*: \[\]$"):
+        exec(install, {})
+    exec(install.replace('SOURCE = ""', 'SOURCE = "https://example.org/a"'), {})
+    (tmp_path / "main.zip").touch()
+    exec(install, {})
+    expected = ["selfsup-jax[gpu] @ git+https://example.org/a", f"{tmp_path}/main.zip[gpu]"]
+    assert commands == expected
+    monkeypatch.setattr(subprocess, "run", lambda command: pip(command, status=1))
+    with pytest.raises(SystemExit, match=r"cannot be installed: pip's lines above say why$"):
+        exec(install, {})
+
+
 def execute(notebook, folder):
     """Runs all cells in a kernel of their own; raises what a cell raises."""
     client = nbclient.NotebookClient(
@@ -101,7 +152,7 @@ def execute(notebook, folder):
 
 def run_notebook(name, tmp_path, monkeypatch, **settings):
     """What the cells of a notebook show: (its text, the kinds of its other outputs)."""
-    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+    notebook = read(name)
     env = process_env() | {
         "NOTEBOOK_SETTINGS": repr(TINY | settings),
         "NOTEBOOK_RUN": str(tmp_path / "run"),
