@@ -196,7 +196,6 @@ def test_write_your_own_method(tmp_path, monkeypatch):
     settings = {
         "steps": 30,
         "optimizer__learning_rate": 3.0,
-        "projector__output_norm": "none",  # with it a collapse takes some hundred steps
         "projector__output_size": 8,
         "predictor__output_size": 8,
         "eval__enabled": False,
