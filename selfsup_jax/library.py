@@ -93,7 +93,7 @@ def run_job(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Runs a config in this process: pretraining, a sweep, or an evaluation of an encoder.
 
     The same as `selfsup --config=... --workdir=...`, on all devices that JAX has. Where it was
-    stopped it goes on; a finished run is not repeated.
+    stopped it goes on; no step is repeated.
 
     Args:
         config: see `load_config`. It is left as it is.

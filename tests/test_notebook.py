@@ -79,6 +79,8 @@ TINY = {
     "batch_size": 16,
     "encoder__width": 0.0625,
     "projector__hidden_sizes": (8,),
+    "views__global__view_1__jitter_prob": 0.0,
+    "views__global__view_1__blur_prob": 0.0,
     "data__image_size": 8,
     "data__test_resize": 8,
     "monitor__knn_train_images": 64,
