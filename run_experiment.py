@@ -79,16 +79,14 @@ _PLAN_PRICE = flags.DEFINE_float("plan_price", None, "of a chip for an hour, for
 
 def run_job(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Runs the job `config.job`."""
-    from selfsup_jax import jobs
-    from selfsup_jax.training import pretrain, sweep
+    from selfsup_jax import library
+    from selfsup_jax.training import pretrain
 
-    all_jobs = dict.fromkeys(jobs.NAMES, jobs.run)
-    all_jobs |= {"pretrain": pretrain.pretrain, "sweep": sweep.run}
-    if _COMPILE_ONLY.value:
-        if config.job != "pretrain":
-            raise UserError(f"--compile_only: is for pretraining, not for config.job={config.job}")
-        return pretrain.pretrain(config, workdir, compile_only=True)
-    return all_jobs[config.job](config, workdir)
+    if not _COMPILE_ONLY.value:
+        return library.run_job(config, workdir)
+    if config.job != "pretrain":
+        raise UserError(f"--compile_only: is for pretraining, not for config.job={config.job}")
+    return pretrain.pretrain(config, workdir, compile_only=True)
 
 
 def main(argv: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Code that all methods share: data, encoders, optimizers, devices, the training loop.
 
-For programs: `load_config`, `build_method` and `make_views` pretrain with a loop of one's own (see
-`library.py`); `Encoder` is a trained encoder.
+For programs: `run_job` runs a config; `load_config`, `build_method` and `make_views` pretrain with
+a loop of one's own (see `library.py`); `Encoder` is a trained encoder.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _LIBRARY = {
     "build_method": "library",
     "load_config": "presets",
     "make_views": "library",
+    "run_job": "library",
 }
 
 

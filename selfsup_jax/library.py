@@ -9,14 +9,16 @@
         state, metrics = step(state, views(i, batch))
     features = selfsup_jax.Encoder.of_state(config, state).transform(images)
 
-A run of `selfsup --config=...` does the same on all devices, and keeps checkpoints, metrics and
-pictures; its encoder is `selfsup_jax.Encoder.load(workdir)`.
+`run_job(config, workdir)` does the same on all devices, as `selfsup --config=... --workdir=...`,
+and keeps checkpoints, metrics and pictures; its encoder is `selfsup_jax.Encoder.load(workdir)`.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,33 @@ def make_views(config: ConfigDict) -> Callable[..., Batch]:
         return crop(jnp.int32(step), batch)
 
     return views
+
+
+def run_job(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Runs a config in this process: pretraining, a sweep, or an evaluation of an encoder.
+
+    The same as `selfsup --config=... --workdir=...`, on all devices that JAX has. Where it was
+    stopped it goes on; no step is repeated.
+
+    Args:
+        config: see `load_config`. It is left as it is.
+        workdir: where everything of this run is written.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        UserError: an error in the config, the data or the workdir, a loss that is not finite, or a
+            full disk.
+        Stopped: after SIGTERM or Ctrl-C, once the current step is saved.
+    """
+    from selfsup_jax import jobs
+    from selfsup_jax.training import pretrain, sweep
+
+    check_fields(config)
+    runners: dict[str, Callable[[ConfigDict, str], dict[str, Any]]]
+    runners = {"pretrain": pretrain.pretrain, "sweep": sweep.run}
+    return runners.get(config.job, jobs.run)(config, os.path.expanduser(workdir))
 
 
 def _resolved(config: ConfigDict) -> ConfigDict:

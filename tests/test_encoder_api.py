@@ -48,6 +48,18 @@ def images(tmp_path):
     return paths
 
 
+def test_it_is_saved_as_it_is(imported, tmp_path):
+    encoder = selfsup_jax.Encoder.load(imported)
+    encoder.save(tmp_path / "saved")
+    again = selfsup_jax.Encoder.load(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, again.variables, encoder.variables)
+    assert again.origin == encoder.origin and again.image_size == encoder.image_size == 8
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has a config\.json that is not of an export"):
+        encoder.save(tmp_path / "other")
+
+
 @pytest.mark.slow
 def test_features_are_those_of_the_jobs(imported, tmp_path):
     """Of an import that a job takes like a run: the same decoding, resizing and normalisation."""

@@ -43,6 +43,7 @@ class Encoder:
     """
 
     def __init__(self, frozen: FrozenEncoder):
+        self._frozen = frozen
         self.variables, self.config = frozen.variables, frozen.config
         self.origin = frozen.described
         self.image_size: int = frozen.config["data"]["image_size"]
@@ -84,6 +85,18 @@ class Encoder:
         step = int(state.step)
         about = f"step {step} of {config.method}"
         return cls(FrozenEncoder(host, resolved, about, None, step, about))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the encoder alone to a folder, for `load` and for a job's `config.checkpoint`.
+
+        Args:
+            folder: is created; an encoder that it holds is replaced.
+
+        Raises:
+            UserError: the folder cannot be written to, or has files that are not of an encoder.
+        """
+        folder = os.path.expanduser(os.fspath(folder))
+        encoder.export(self._frozen._replace(variables=self.variables), folder)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """`[..., 3]` uint8 to the float32 input of `apply`; raises `TypeError` for others."""

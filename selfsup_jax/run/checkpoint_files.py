@@ -57,7 +57,7 @@ def read(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> tupl
     meta = read_meta(folder)
     saved = meta.get(_CHECKSUMS)
     try:
-        arrays = _read_arrays(epath.Path(folder) / STATE, wanted, saved)
+        arrays = _read_arrays(epath.Path(paths.absolute(folder)) / STATE, wanted, saved)
     except Damaged as e:
         raise Damaged(f"the checkpoint {folder} is damaged: {e}") from e
     except Exception as e:  # Orbax, TensorStore and the disk raise many types
