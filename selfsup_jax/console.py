@@ -47,9 +47,11 @@ def run(argv: list[str]) -> int | None:
     elif word == "list" and not rest:
         print("\n".join(_list()))
     elif word == "demo":
-        method = rest.pop(0) if rest and not rest[0].startswith("-") else "byol"
-        folder = os.path.join("runs", "demo" if method == "byol" else f"demo_{method}")
-        flags = {"--config": f"{method}:demo", "--workdir": folder}
+        named = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
+        flags = {
+            "--config": f"{named[0]}:demo" if named else "byol:demo",
+            "--workdir": os.path.join("runs", "_".join(["demo", *named])),
+        }
         given = {arg.partition("=")[0] for arg in rest}
         argv[1:] = [f"{k}={v}" for k, v in flags.items() if k not in given] + rest
         return None

@@ -53,13 +53,14 @@ def _made(name: str) -> ConfigDict:
             if get_config is None:
                 raise UserError(f"{path}: has no function get_config")
             config = get_config(*([preset] if preset else []))
+            if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+                made = type(config).__name__
+                raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
+            configs_parsing.field_names(config)  # an error if it is a part of itself
         except (UserError, configs_parsing.ConfigError) as e:
             raise UserError(e) from e
         except (Exception, SystemExit) as e:
             raise UserError(command_line.raised_by(path, e)) from e
-    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
-        made = type(config).__name__
-        raise UserError(f"{path}: get_config returns no ConfigDict but {made}")
     return config
 
 
