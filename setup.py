@@ -45,7 +45,7 @@ setup(
         "clu>=0.0.12",
         "ml-collections>=1.1.0",
         "tensorflow-datasets>=4.9.10",
-        # Reads TFDS's files; it uses no accelerator.
+        # Prepares TFDS's sets, which are then read without it; it uses no accelerator.
         f"tensorflow-cpu>=2.21.0; {ELSEWHERE}",
         f"tensorflow>=2.21.0; {ON_ARM}",
         "pillow>=11",  # decodes images
@@ -71,6 +71,7 @@ setup(
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],  # `--to=onnx`; the runtime is for tests
         # The tests that compare with PyTorch itself; gigabytes, so not in `test`.
         "torch": ["torch>=2.6", "torchvision>=0.21", "timm>=1.0"],
+        "wandb": ["wandb>=0.19"],  # `--config.wandb.project=`
         "docs": [
             "mkdocs-material>=9.6",  # the site
             "mkdocstrings[python]>=0.29",  # its pages on Python's functions, from docstrings
@@ -82,6 +83,7 @@ setup(
             "onnxruntime>=1.20",
             "gcsfs>=2025.2",
             "setuptools>=77",  # builds it
+            "psutil>=5.9",  # memory and processes, in tests and benchmarks
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # two test files in parallel: compilation uses one core
             "hypothesis>=6.100",  # random mistakes in configs and flags

@@ -1,4 +1,4 @@
-"""Eight methods on CIFAR-10 with one narrow encoder and one budget: the table in the README.
+"""Eight methods on CIFAR-10 with one narrow encoder and one budget: docs/comparisons.md.
 
     python run_experiment.py --config=configs/cifar10_methods.py --workdir=runs/cifar10_methods
     python run_experiment.py --config=configs/cifar10_methods.py:tune --workdir=runs/cifar10_tuning
