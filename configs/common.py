@@ -95,6 +95,7 @@ def pretrain_defaults() -> ConfigDict:
 
     config.eval = ConfigDict()  # the evaluation of the last step's encoder
     config.eval.enabled = True
+    config.eval.network = "online"  # whose encoder is evaluated and exported; or `target`
     config.eval.batch_size = 256
     config.eval.max_train_images = 20000  # labelled images for the probes
     config.eval.max_test_images = 50000

@@ -29,6 +29,7 @@ from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import representations
 from selfsup_jax.models import encoders, heads
 from selfsup_jax.run import wandb_writer
+from selfsup_jax.state import NETWORKS
 from selfsup_jax.training import reference
 
 _COUNT, _COUNT_OR_0, _LENGTH = whole(1), whole(0), optional(whole(0))
@@ -80,6 +81,7 @@ _RUN: checks.Table = {  # of every pretraining config
     "monitor.*": _COUNT,
     **{"profile.first_step": _COUNT_OR_0, "profile.num_steps": _COUNT},
     **{"eval.batch_size": _BATCH, "eval.knn_temperature": positive},
+    "eval.network": one_of(NETWORKS),
     **{f"eval.{field}": flag for field in ("enabled", "random_init", "pixels")},
     **{f"eval.linear.{field}": rule for field, rule in _PROBE.items()},
     "eval.linear.C": different(positive, "numbers above 0"),

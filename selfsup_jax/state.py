@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 PyTree = Any
 Batch = dict[str, jax.Array]
+NETWORKS = ("online", "target")  # the encoder of one of them is evaluated: `config.eval.network`
 Metrics = dict[str, Any]  # scalars; from a whole step also "outputs", see `Outputs`
 
 
@@ -92,12 +93,10 @@ def fresh_state(
     )
 
 
-def encoder_variables(state: TrainState) -> PyTree:
-    """The online encoder's variables, which are evaluated and exported."""
-    return {
-        "params": state.online_params["encoder"],
-        "batch_stats": state.online_stats.get("encoder", {}),
-    }
+def encoder_variables(state: TrainState, network: str = "online") -> PyTree:
+    """The variables of the `online` or the `target` encoder, which is evaluated and exported."""
+    params, stats = getattr(state, f"{network}_params"), getattr(state, f"{network}_stats")
+    return {"params": params["encoder"], "batch_stats": stats.get("encoder", {})}
 
 
 def all_finite(metrics: Metrics) -> jax.Array:

@@ -29,8 +29,10 @@ from selfsup_jax import durations, optim
 from selfsup_jax.build import find
 from selfsup_jax.data import inputs
 from selfsup_jax.errors import UserError
+from selfsup_jax.evaluation import encoder
 from selfsup_jax.models import heads, vit
 from selfsup_jax.run import checkpoint
+from selfsup_jax.state import encoder_variables
 from selfsup_jax.training import diagnostics, init_from, pretrain
 from selfsup_jax.viz import plots
 
@@ -467,6 +469,24 @@ def test_a_run(whole):
     assert (prototypes[0] != prototypes[1]).any() and states[1].centre.any()
     with Image.open(workdir / "plots" / "view_pairs.png") as picture:
         assert picture.height > 100
+
+
+@pytest.mark.slow
+def test_the_teacher_is_evaluated(whole, monkeypatch):
+    """As by the authors."""
+    config, workdir = whole
+    monkeypatch.setattr(encoder, "check", lambda frozen: None)  # not the config's architecture
+    state = restore(config, workdir)
+    teacher, student = state.target_params["encoder"], state.online_params["encoder"]
+    assert_same(encoder.load(str(workdir)).variables["params"], teacher)
+    assert_same(encoder_variables(state, config.eval.network)["params"], teacher)
+    assert_same(encoder_variables(state)["params"], student)
+
+
+def test_without_a_target_network_there_is_none_to_evaluate(images, tmp_path):
+    config = tiny_runs.tiny_config(images, eval__network="target", use_target_network=False)
+    with pytest.raises(UserError, match=r"config\.eval\.network='target': must be online: this"):
+        pretrain.pretrain(config, str(tmp_path))
 
 
 class Killed(Exception):

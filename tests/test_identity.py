@@ -115,7 +115,7 @@ def earlier(config: dict) -> dict:
     for name in ("stage1_projection", "zero_init_basic", *computed, "name", "vit"):
         del old["encoder"][name]
     del old["whole_epochs"], old["online_probe"], old["init_from"]
-    del old["eval"]["linear"], old["steps_per_call"], old["wandb"]
+    del old["eval"]["linear"], old["eval"]["network"], old["steps_per_call"], old["wandb"]
     for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
         del old["data"][name]
     for name in ("crop_on", "canvas", "processes"):
@@ -316,7 +316,7 @@ KEEP = {"keep_every_steps"}
 WHICH_RUN = {"seed", "data_info.train_images", "data_info.classes"}
 EVAL = {name for name in DEMO if name.startswith("eval.")}
 MONITOR = {name for name in DEMO if name.startswith("monitor.")}
-OTHER_QUANTITIES = {"eval.knn_k", "eval.knn_temperature", "monitor.max_rows"}
+OTHER_QUANTITIES = {"eval.knn_k", "eval.knn_temperature", "eval.network", "monitor.max_rows"}
 OTHER_QUANTITIES |= {"monitor.knn_train_images", "monitor.knn_test_images"}
 FREE = {
     "SAME_STEPS": PLACES | INTERVALS | EVAL | MONITOR | {"data.test_split"},

@@ -526,9 +526,9 @@ def test_a_watched_run(whole_run, folders, tmp_path, capfd, monkeypatch):
     shown = {}
     view_pairs = plots.view_pairs
 
-    def spy(path, first, second, *, step):
+    def spy(path, first, second, local, *, step):
         shown[step] = np.stack([first, second])
-        view_pairs(path, first, second, step=step)
+        view_pairs(path, first, second, local, step=step)
 
     monkeypatch.setattr(plots, "view_pairs", spy)
     results = pretrain.pretrain(config, str(tmp_path), build)

@@ -517,8 +517,8 @@ def run(tmp_path_factory):
 def test_a_runs_encoder_is_read_exported_and_used(run, tmp_path):
     frozen = encoder.load(str(run), 2)
     assert frozen.variables["batch_stats"] == {} and frozen.variables["params"]["class_token"].any()
-    with pytest.raises(UserError, match="--to=timm: holds ResNets"):
-        exporting.check(frozen.config, "timm", measured=False)
+    with pytest.raises(UserError, match="--to=torchvision: holds ResNets"):
+        exporting.check(frozen.config, "torchvision", measured=False)
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
     expected = Encoder(frozen).transform([pixels])
     for to, file in (("npz", ""), ("safetensors", "model.safetensors")):

@@ -20,6 +20,7 @@ from selfsup_jax.models import encoders
 from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
 from selfsup_jax.run.identity import upgraded_tree
+from selfsup_jax.state import NETWORKS
 
 # The two files of an exported or imported encoder.
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"
@@ -28,8 +29,8 @@ TRAINING = "training.npz"
 _IMPORT = "; other files are imported first: python -m selfsup_jax.interop import"
 _SECTIONS = ("encoder", "views", "data")
 # An encoder's variables -> their parts of a run's state.
-_OF_RUN = {"params": "online_params", "batch_stats": "online_stats"}
-_PARTS = tuple(f"{part}/encoder/" for part in _OF_RUN.values())
+_OF_RUN = {"params": "params", "batch_stats": "stats"}  # after `online_` or `target_`
+_PARTS = tuple(f"{net}_{part}/encoder/" for net in NETWORKS for part in _OF_RUN.values())
 
 
 class FrozenEncoder(NamedTuple):
@@ -153,7 +154,9 @@ def _load_step(run: str, step: int) -> FrozenEncoder:
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the checkpoint {folder} cannot be read: its meta has no {e}") from e
     tree = unflatten_dict(arrays, sep="/")
-    variables = {k: tree.get(v, {}).get("encoder", {}) for k, v in _OF_RUN.items()}
+    network = config.get("eval", {}).get("network", "online")
+    parts = {k: tree.get(f"{network}_{v}", {}) for k, v in _OF_RUN.items()}
+    variables = {k: part.get("encoder", {}) for k, part in parts.items()}
     frozen = FrozenEncoder(variables, config, folder, run, step)
     check(frozen)
     return frozen

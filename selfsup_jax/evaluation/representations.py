@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from selfsup_jax.errors import bad_field
-from selfsup_jax.evaluation import encoder
 
 _LAST = 4  # blocks
 
@@ -61,6 +60,8 @@ def of(config: Mapping[str, Any], compute_dtype: str = "", features: str = "") -
     Raises:
         UserError: the encoder has no such tokens.
     """
+    from selfsup_jax.evaluation import encoder  # needs Orbax, which a config's checks do without
+
     module: Any = encoder.module(dict(config), compute_dtype)
     if not features:
         return Representation(module.apply, module.num_features)

@@ -79,8 +79,8 @@ class Encoder:
 
     @classmethod
     def of_state(cls, config: ConfigDict, state: TrainState) -> Encoder:
-        """The online encoder of a training state, of a run with this config."""
-        host = jax.tree.map(np.asarray, encoder_variables(state))
+        """The encoder of a training state, of a run with this config."""
+        host = jax.tree.map(np.asarray, encoder_variables(state, config.eval.network))
         resolved = json.loads(config.copy_and_resolve_references().to_json())
         step = int(state.step)
         about = f"step {step} of {config.method}"

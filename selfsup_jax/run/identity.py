@@ -191,7 +191,7 @@ _ADDED: dict[str, Flat] = {
         "online_probe.kernel_init": "lecun",
         "online_probe.every_view": False,
         "online_probe.lars_ratio": True,
-        **{"wandb.project": "", "wandb.entity": ""},
+        **{"wandb.project": "", "wandb.entity": "", "eval.network": "online"},
     },
 }
 

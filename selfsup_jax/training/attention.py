@@ -41,13 +41,13 @@ class AttentionMaps:
             normalized = normalize(scaled, config.views.mean, config.views.std)
             return module.apply(variables, normalized, method="attention")
 
-        self._attention = attention
+        self._attention, self._network = attention, config.eval.network
 
     def draw(self, path: str, step: int, state: TrainState) -> None:
         """Writes the picture, on one host, of its own images; nothing for a ResNet."""
         if not self._there:
             return
-        variables = parallel.unreplicate(encoder_variables(state))
+        variables = parallel.unreplicate(encoder_variables(state, self._network))
         images = self._some_images()
         maps = np.asarray(self._attention(variables, images))
         plots.attention_maps(path, images, maps, step=step)

@@ -47,7 +47,7 @@ def compile_all(
     init = jax.jit(method.init_state)
     state, timed = compiled.timed(lambda: jax.device_get(init(jax.random.PRNGKey(config.seed))))
     rows = [Compiled("first state", timed)]
-    variables = encoder_variables(state)
+    variables = encoder_variables(state, config.eval.network)
     on_devices, timed = compiled.timed(lambda: parallel.replicate(lambda s: s, state))
     rows.append(Compiled("state on the devices", timed))
 

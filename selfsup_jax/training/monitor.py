@@ -125,7 +125,7 @@ class Monitor:
     def _take_snapshot(self, step: int, state: TrainState) -> Snapshot:
         """Features and small images of the training split and, if there is one, the test split."""
         if self._snapshot is None or self._snapshot.step != step:
-            variables = parallel.unreplicate(encoder_variables(state))
+            variables = parallel.unreplicate(encoder_variables(state, self._config.eval.network))
             self._snapshot = self._snapshot_of(step, variables)
         return self._snapshot
 

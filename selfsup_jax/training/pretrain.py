@@ -91,6 +91,7 @@ def pretrain(
         return finished
     feed = inputs.feed(config, data.train)
     method = build(config, data.train.num_classes, total, warmup)
+    _check_evaluated(config, method)
     source = None
     if config.get("init_from") and checkpoint.newest_step(directory) is None:
         source = init_from.load(config.init_from, config)
@@ -106,6 +107,14 @@ def pretrain(
         )
         with files.disk_errors(directory, checkpoints.committed_step):
             return _pretrain(run)
+
+
+def _check_evaluated(config: ConfigDict, method: Method) -> None:
+    if config.eval.network != "online":
+        state = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
+        if "encoder" not in state.target_params:
+            valid = "must be online: this method has no target network"
+            raise bad_field("eval.network", config.eval.network, valid)
 
 
 def _check_lengths(config: ConfigDict, data: inputs.Data, total_steps: int, directory: str) -> None:
@@ -171,7 +180,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
                 recorder,
                 progress,
                 run.workdir,
-                encoder_variables(initial),
+                encoder_variables(initial, run.config.eval.network),
             ),
         )
     )
@@ -224,11 +233,12 @@ def _evaluate(run: Run, state: TrainState, initial: TrainState) -> dict[str, Any
         read = inputs.eval_batches(config.data, source, config.eval.batch_size, limit)
         return closing.Batches(read, min(limit, source.num_examples))
 
+    network = config.eval.network
     return closing.evaluate(
         run.extract,
-        encoder_variables(state),
+        encoder_variables(state, network),
         # The encoder exactly as it was before this run's first step.
-        encoder_variables(initial) if config.eval.random_init else None,
+        encoder_variables(initial, network) if config.eval.random_init else None,
         batches(data.train, config.eval.max_train_images),
         batches(data.test, config.eval.max_test_images),
         data.train.num_classes or 0,
