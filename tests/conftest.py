@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import math
 import os
 import pathlib
@@ -235,6 +236,19 @@ def process_env(devices: int = 1) -> dict[str, str]:
     """The environment of a process that a test starts: on the CPU, with so many devices."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return os.environ | {"XLA_FLAGS": flags}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs before they have all the mappings that Linux gives to a process.
+
+    Each has several, and the compiler crashes where there are no more (65,530 by default).
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
