@@ -1,6 +1,6 @@
 """Measures how soon a run in the middle of ImageNet's 1.28 million images has its next batch.
 
-python -m benchmarks.input_resume --folder=/tmp/million --json=resume.json
+python -m benchmarks.input_resume --folder=FOLDER --json=resume.json
 
 It writes as many tiny images, once, into FOLDER: in 1,024 TFRecord files as TFDS does, and with
 `--files` as a folder of 1,000 classes too. Then it starts as a run does: a process of its own, with

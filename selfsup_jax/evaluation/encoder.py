@@ -20,7 +20,6 @@ from selfsup_jax.models import encoders
 from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
 from selfsup_jax.run.identity import upgraded_tree
-from selfsup_jax.state import NETWORKS
 
 # The two files of an exported or imported encoder.
 ABOUT, VARIABLES = "encoder.json", "encoder.npz"
@@ -30,7 +29,6 @@ _IMPORT = "; other files are imported first: python -m selfsup_jax.interop impor
 _SECTIONS = ("encoder", "views", "data")
 # An encoder's variables -> their parts of a run's state.
 _OF_RUN = {"params": "params", "batch_stats": "stats"}  # after `online_` or `target_`
-_PARTS = tuple(f"{net}_{part}/encoder/" for net in NETWORKS for part in _OF_RUN.values())
 
 
 class FrozenEncoder(NamedTuple):
@@ -143,23 +141,29 @@ def load(path: str, step: int | None = None) -> FrozenEncoder:
 def _load_step(run: str, step: int) -> FrozenEncoder:
     folder = os.path.join(run, "checkpoints", str(step))
     try:
-        meta, arrays = checkpoint_files.read(folder, lambda name: name.startswith(_PARTS))
+        config = _config_of(folder)
+        network = config.get("eval", {}).get("network", "online")
+        parts = {name: f"{network}_{part}" for name, part in _OF_RUN.items()}
+        wanted = tuple(f"{part}/encoder/" for part in parts.values())
+        arrays = checkpoint_files.read(folder, lambda name: name.startswith(wanted))[1]
     except checkpoint_files.Damaged as e:
         others = [other for other in checkpoint_steps(run) if other != step]
         hint = f"; there are also those of steps {', '.join(map(str, others))}" if others else ""
         raise checkpoint_files.Damaged(f"{e}{hint}") from e
-    try:
-        meta = checkpoint_files.upgraded_meta(meta)
-        config = upgraded_tree(meta["config"] | {"data_info": meta["data_info"]})
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"the checkpoint {folder} cannot be read: its meta has no {e}") from e
     tree = unflatten_dict(arrays, sep="/")
-    network = config.get("eval", {}).get("network", "online")
-    parts = {k: tree.get(f"{network}_{v}", {}) for k, v in _OF_RUN.items()}
-    variables = {k: part.get("encoder", {}) for k, part in parts.items()}
+    variables = {name: tree.get(part, {}).get("encoder", {}) for name, part in parts.items()}
     frozen = FrozenEncoder(variables, config, folder, run, step)
     check(frozen)
     return frozen
+
+
+def _config_of(folder: str) -> dict[str, Any]:
+    """The config of the run of a checkpoint."""
+    try:
+        meta = checkpoint_files.upgraded_meta(checkpoint_files.read_meta(folder))
+        return upgraded_tree(meta["config"] | {"data_info": meta["data_info"]})
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"the checkpoint {folder} cannot be read: its meta has no {e}") from e
 
 
 def check(frozen: FrozenEncoder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,9 +42,9 @@ def tell(
 
 def _job(job: str, run: str) -> str:
     workdir_ = f"--workdir={run}_{job}" if not run.endswith("'") else "--workdir=DIR"
-    return (
-        f"python run_experiment.py --config=configs/{job}.py --config.checkpoint={run} {workdir_}"
-    )
+    installed = os.path.basename(sys.argv[0]) == "selfsup"  # where there may be no clone
+    program = "selfsup" if installed else "python run_experiment.py"
+    return f"{program} --config=configs/{job}.py --config.checkpoint={run} {workdir_}"
 
 
 def results_of_finished(
