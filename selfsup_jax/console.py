@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int | None:
         return None
     elif word in _MODULES:
         sys.argv = [f"selfsup {word}", *([word] if word == "import" else []), *rest]
-        return importlib.import_module(_MODULES[word]).main()
+        return importlib.import_module(_MODULES[word]).main() or 0  # `export` returns nothing
     elif word.startswith("-"):
         return None
     else:

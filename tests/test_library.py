@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,15 @@ def test_commands_of_other_modules(tmp_path, monkeypatch, capsys):
         run_experiment.console()
     assert ended.value.code == 2 and "holds no checkpoint" in capsys.readouterr().err
     assert console.run(["selfsup"]) == 0 and "selfsup list" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", console._MODULES)
+def test_a_command_ends_with_its_module(word, monkeypatch):
+    """Also if that returns nothing: its words are not read as flags of a run."""
+    module = importlib.import_module(console._MODULES[word])
+    for returned, status in ((None, 0), (0, 0), (2, 2)):
+        monkeypatch.setattr(module, "main", lambda returned=returned: returned)
+        assert console.run(["selfsup", word, "a", "b"]) == status
 
 
 def test_a_misspelt_command_is_one_line():
