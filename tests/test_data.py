@@ -631,12 +631,41 @@ def test_the_order_is_that_of_tfds(tfds_dir, split):
     examples = list(builder.as_dataset(split=split, read_config=config).as_numpy_iterator())
     for options in ({}, LARGE):
         source = load_tfds(tfds_dir, split, **options)
-        images, labels, names = source.read(source.images)
-        assert names.tolist() == [x["tfds_id"].decode() for x in examples]
+        rows = np.arange(source.num_examples)
+        names = [x["tfds_id"].decode() for x in examples]
+        assert [source.describe(i) for i in rows] == names
+        labels = source.labels
+        if source.read is not None:
+            _, labels, found = source.read(source.images)
+            assert found.tolist() == names
         assert labels.tolist() == [x["label"] for x in examples]
-        assert [source.describe(i) for i in range(len(names))] == names.tolist()
-        for image, example in zip(images, examples, strict=True):
+        for image, example in zip(source.encoded(rows), examples, strict=True):
             np.testing.assert_array_equal(pixels.decoded(image, source.reading), example["image"])
+
+
+def test_only_the_image_of_a_record_is_read(tfds_dir):
+    """Of a split whose records have all been taken apart at the start; the batches are the same."""
+    source, later = (load_tfds(tfds_dir, **options) for options in ({}, LARGE))
+    assert source.read is None
+    rows = np.arange(source.num_examples)
+    encoded = source.encoded(rows)
+    assert encoded == later.encoded(rows)
+    assert source.images["length"].tolist() == [len(image) for image in encoded]
+    for a, b in zip(batches(source, 8, 7), batches(later, 8, 7), strict=True):
+        assert_same(a, b)
+
+
+def test_parts_of_records_are_found():
+    places = np.zeros(4, records.PLACE)
+    places["start"], places["length"], places["number"] = 100, 200, np.arange(4)
+    begin = bytes(range(64))
+    whole = [b"head" + begin + b"other" + begin + b"image" + b"tail", b"image", b"", b"image"]
+    found = records.inside(places, whole, [begin + b"image", b"image", b"", b""])
+    assert found["start"].tolist() == [100 + 4 + 64 + 5, 100, 100, 100]
+    assert found["length"].tolist() == [64 + 5, 5, 0, 0]
+    assert found["number"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError):
+        records.inside(places[:1], whole[:1], [begin + b"elsewhere"])
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,13 @@ def pool():
 
 
 @pytest.mark.slow
-def test_shared_memory_is_used_again_once_nothing_refers_to_it(pool):
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_memory_is_used_again_once_nothing_refers_to_it(kind, request):
+    if kind == "threads":
+        pool = workers.Threads(tiny_work.work)
+        request.addfinalizer(pool.close)
+    else:
+        pool = request.getfixturevalue("pool")
     kept, seen = [], set()
     for number in range(1, 40):
         made, submit = pool.batch(tiny_work.LAYOUT)

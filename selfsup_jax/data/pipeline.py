@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from selfsup_jax.errors import UserError
 
 _BATCHES_AHEAD = 3
 _IMAGES_AT_ONCE = 8  # of one thread or process: their boxes are drawn in one call
+_ROOM = 16 * 2**20  # bytes for these images: 2 MiB for each, four times what ImageNet's need
 
 
 class Encoded(NamedTuple):
@@ -31,7 +33,8 @@ class Encoded(NamedTuple):
     Attributes:
         step: the steps before it.
         positions: `[b]`, in the global batch.
-        images: `[b]` paths or bytes, or places for `Source.read`, which gives labels and names.
+        images: `[b]` paths or bytes, or places for `Source.fetch`, or for `Source.read`, which
+            gives labels and names.
         labels: `[b]` int32 (`[b, classes]` if an image can have several), -1 without labels.
         names: `[b]` str.
     """
@@ -87,7 +90,8 @@ def train_batches(
         put = functools.partial(_put_views, seed=seed, specs=tuple(specs))
         sides = enumerate((spec.size for spec in specs), start=1)
         layout = {f"view_{i}": ((count, side, side, 3), "uint8") for i, side in sides}
-    work = Decode(source.read, bool(source.class_names), source.reading, put, canvas)
+    labelled = bool(source.class_names)
+    work = Decode(source.fetch, source.read, labelled, source.reading, put, canvas)
     raw = _batches_of_rows(source, seed, batch_size, positions, first_step)
     for encoded, made, good in _ahead(raw, layout, work, processes):
         batch = made | {"index": positions, "label": encoded.labels}
@@ -124,7 +128,7 @@ class Decode:
     """The work of a thread or process on a few images of a batch.
 
     Attributes:
-        read: see `Source.read`; None if it is given paths or bytes.
+        fetch, read: see `Source`; both None if it is given paths or bytes.
         labelled: whether its labels count.
         reading: how encoded images become pixels.
         put: `(images, step, index, arrays)`: puts decoded images, or None for one that is broken,
@@ -133,6 +137,7 @@ class Decode:
         shape: (height, width) that an image must have, or None.
     """
 
+    fetch: Callable[..., Any] | None
     read: Callable[..., Any] | None
     labelled: bool
     reading: pixels.Reading
@@ -147,11 +152,25 @@ class Decode:
         labels = names = None
         if self.read is not None:
             encoded, labels, names = self.read(encoded)
-        images = [pixels.decoded(image, self.reading, self.canvas) for image in encoded]
+        elif self.fetch is not None:
+            encoded = self.fetch(encoded)
+        room = _room()
+        images = [pixels.decoded(image, self.reading, self.canvas, room) for image in encoded]
         if self.shape is not None:  # an image of another size than all others is broken, too
             images = [x if x is not None and x.shape[:2] == self.shape else None for x in images]
         self.put(images, step, index, made)
         return [image is not None for image in images], labels, names
+
+
+_of_thread = threading.local()
+
+
+def _room() -> pixels.Room:
+    """This thread's memory for decoded images; those that were in it are forgotten."""
+    if not hasattr(_of_thread, "room"):
+        _of_thread.room = pixels.Room(_ROOM)
+    _of_thread.room.clear()
+    return _of_thread.room
 
 
 def _ahead(
@@ -270,7 +289,8 @@ def eval_batches(
     blocks = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
     raw = (_rows(source, rows, np.arange(len(rows))) for rows in blocks)
     put = functools.partial(_put_test_view, resize=resize, size=size, method=method)
-    work = Decode(source.read, bool(source.class_names), source.reading, put, shape=source.shape)
+    labelled, shape = bool(source.class_names), source.shape
+    work = Decode(source.fetch, source.read, labelled, source.reading, put, shape=shape)
     layout: workers.Layout = {"image": ((batch_size, size, size, 3), "uint8")}
     for encoded, made, good in _ahead(raw, layout, work):
         for name in encoded.names[~good]:

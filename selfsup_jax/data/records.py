@@ -1,4 +1,4 @@
-"""The records of TFRecord files, read at any place: where each lies, and its bytes.
+"""The records of TFRecord files, read at any place: where each and its image lie, and the bytes.
 
 A TFRecord file has no index. One is made by hopping from the head of a record to the next, and for
 large splits kept in `$XDG_CACHE_HOME/selfsup_jax`, by default `~/.cache/selfsup_jax`.
@@ -20,14 +20,15 @@ from selfsup_jax.errors import UserError
 
 # A record: the bytes' count, its checksum, the bytes, their checksum.
 _COUNT, _HEAD, _AROUND = 8, 12, 16
-# Of a record: its file, its number in the file, and its bytes there.
+# Of a record, or of a part of it: its file, the record's number in it, and the bytes there.
 PLACE = np.dtype([("file", "i4"), ("number", "i4"), ("start", "i8"), ("length", "i8")])
 _THREADS = 32  # they wait for the disk
+_BEGIN = 64  # bytes of an image, which are looked for first
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Reads records by their places.
+    """Reads records, or parts of them, by their places.
 
     Every process of a host reads the same files, so the host's memory (its page cache) has each
     record once, however many processes there are.
@@ -84,6 +85,30 @@ def places(files: Sequence[str], counts: Sequence[int], keep: bool) -> np.ndarra
             partial = f"{kept}.{os.getpid()}.npy"
             np.save(partial, found)
             os.replace(partial, kept)
+    return found
+
+
+def inside(places: np.ndarray, records: Sequence[bytes], parts: Sequence[bytes]) -> np.ndarray:
+    """Where parts of records lie, so that `Files` reads them without what is around them.
+
+    Args:
+        places: `[b]` of `PLACE`, of the records.
+        records: their bytes.
+        parts: of each record some bytes that are in it, such as its image.
+
+    Returns:
+        `[b]` of `PLACE`.
+
+    Raises:
+        ValueError: a part is not in its record.
+    """
+    found = places.copy()
+    for i, (record, part) in enumerate(zip(records, parts, strict=True)):
+        at = record.index(part[:_BEGIN])  # to look for all of it takes a hundred times as long
+        while not record.startswith(part, at):
+            at = record.index(part[:_BEGIN], at + 1)
+        found["start"][i] += at
+        found["length"][i] = len(part)
     return found
 
 

@@ -27,7 +27,7 @@ class Source:
         class_names: names of the classes; None if there are no labels, or only one class.
         kind: what `images` contains: `array` (pixels), `path`, or `encoded` (TFDS).
         images: uint8 `[N, H, W, 3]`, or `[N]` paths, or `[N]` bytes of encoded images; or with
-            `read` the places of `[N]` examples.
+            `fetch` the places of `[N]` images, with `read` those of `[N]` examples.
         labels: `[N]` int32, or `[N, classes]` of zeros and ones if an image can have several
             labels; None if there are none, or if only `read` knows them.
         describe: index of an example -> its name for the log.
@@ -37,6 +37,7 @@ class Source:
         broken: indices of the images in an array that could not be decoded.
         left_out: what lies beside the images and is not taken, in words; empty if nothing.
         reading: how encoded images become pixels.
+        fetch: places of images -> their bytes, for images that stay in their files; picklable.
         read: places of examples -> (encoded images, labels, names), for examples that stay in
             their files; picklable. Labels are -1 without `class_names`.
     """
@@ -53,6 +54,7 @@ class Source:
     broken: tuple[int, ...] = ()
     left_out: str = ""
     reading: Reading = dataclasses.field(default_factory=Reading)
+    fetch: Callable[[np.ndarray], list[bytes]] | None = None
     read: Callable[[np.ndarray], tuple[list[bytes], np.ndarray, np.ndarray]] | None = None
 
     @property
@@ -67,19 +69,15 @@ class Source:
 
     def encoded(self, rows: np.ndarray) -> Sequence[Encoded]:
         """Some images, to be decoded."""
-        return self.images[rows] if self.read is None else self.read(self.images[rows])[0]
+        if self.read is not None:
+            return self.read(self.images[rows])[0]
+        return self.images[rows] if self.fetch is None else self.fetch(self.images[rows])
 
-    def columns(self, with_images: bool = False) -> tuple[Any, np.ndarray, np.ndarray]:
-        """(encoded images or None, labels, names) of all examples, read from the files."""
-        assert self.read is not None
-        images, labels, names = [], [], []
-        for start in range(0, self.num_examples, _BLOCK):
-            block = self.read(self.images[start : start + _BLOCK])
-            images += block[0] if with_images else []
-            labels.append(block[1])
-            names.append(block[2])
-        held = np.asarray(images, object) if with_images else None
-        return held, np.concatenate(labels), np.concatenate(names)
+    def columns(self, read: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+        """What `read` gives of all examples, such as labels; it is called with many places."""
+        starts = range(0, self.num_examples, _BLOCK)
+        blocks = [read(self.images[start : start + _BLOCK]) for start in starts]
+        return [np.concatenate(column) for column in zip(*blocks, strict=True)]
 
     def facts(self, directory: str) -> dict[str, Any]:
         """What tells this split from another: numbers, hashes, the first and the last example.
@@ -119,7 +117,9 @@ def subset(source: Source, choose: Callable[[np.ndarray, list[str]], np.ndarray]
     if source.scanned and source.labels is not None:
         labels, names = source.labels, [source.describe(i) for i in range(source.num_examples)]
     else:
-        _, labels, ids = source.columns()
+        read = source.read
+        assert read is not None
+        labels, ids = source.columns(lambda places: read(places)[1:])
         names = ids.tolist()
     indices = np.asarray(choose(labels, names), np.int64)
     broken = set(source.broken)

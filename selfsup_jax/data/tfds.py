@@ -64,9 +64,12 @@ def load(
     )
     if not small:
         return source
-    encoded, labels, ids = source.columns(with_images=paths.is_bucket(str(builder.data_dir)))
-    if encoded is not None:
+    in_bucket = paths.is_bucket(str(builder.data_dir))
+    encoded, labels, ids = source.columns(functools.partial(examples.scan, held=in_bucket))
+    if in_bucket:
         source = dataclasses.replace(source, images=encoded, read=None)
+    elif isinstance(fetch, records.Files):
+        source = dataclasses.replace(source, images=encoded, read=None, fetch=fetch)
     known = labels if names else None
     return dataclasses.replace(source, labels=known, describe=lambda i: str(ids[i]))
 
@@ -91,7 +94,22 @@ class Examples:
 
     def __call__(self, places: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
         """(images, labels, names); the image of a damaged record is empty, which is no image."""
-        examples = [self._decoded(record) for record in self.fetch(places)]
+        return self._taken_apart(self.fetch(places), places)
+
+    def scan(self, places: np.ndarray, held: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, with the images' own places, for TFRecord files, unless they are held."""
+        fetched = self.fetch(places)
+        images, labels, names = self._taken_apart(fetched, places)
+        if held:
+            return np.asarray(images, object), labels, names
+        if isinstance(self.fetch, records.Files):
+            places = records.inside(places, fetched, images)
+        return places, labels, names
+
+    def _taken_apart(
+        self, fetched: list[bytes], places: np.ndarray
+    ) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+        examples = [self._decoded(record) for record in fetched]
         labels = np.asarray([self._label_of(example) for example in examples], np.int32)
         names = [_file_name(x) or self.id_of(p) for x, p in zip(examples, places, strict=True)]
         return [example["image"] for example in examples], labels, np.asarray(names)

@@ -50,10 +50,11 @@ class Threads:
     def __init__(self, work: Callable[..., Any]):
         self._work = work
         self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
+        self._memories = _Memories(_Memory)
 
     def batch(self, layout: Layout) -> tuple[Arrays, Submit]:
         """See `Pool`."""
-        arrays = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
+        arrays = arrays_in(self._memories.take(layout)[0], layout)
 
         def submit(rows: slice, *task: Any) -> concurrent.futures.Future:
             part = {name: x[rows] for name, x in arrays.items()}
@@ -82,13 +83,11 @@ class Processes:
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = concurrent.futures.ThreadPoolExecutor(count, "worker")
-        self._free: collections.deque[_Memory] = collections.deque()
+        self._memories = _Memories(_SharedMemory)
 
     def batch(self, layout: Layout) -> tuple[Arrays, Submit]:
-        """See `Pool`. The memory is used again once nothing refers to the arrays."""
-        memory = self._free.popleft() if self._free else _Memory(size_of(layout))
-        whole = np.frombuffer(memory.mapped, np.uint8)
-        weakref.finalize(whole, self._free.append, memory).atexit = False
+        """See `Pool`."""
+        whole, memory = self._memories.take(layout)
 
         def submit(rows: slice, *task: Any) -> concurrent.futures.Future:
             return self._threads.submit(self._run, memory.path, layout, rows, task)
@@ -109,7 +108,32 @@ class Processes:
             worker.end()
 
 
+class _Memories:
+    """The memory of batches, used again once nothing refers to their arrays.
+
+    Fresh memory costs time: the system fills it with zeros.
+    """
+
+    def __init__(self, new: Callable[[int], _Memory]):
+        self._new = new  # bytes -> memory
+        self._free: collections.deque[Any] = collections.deque()
+
+    def take(self, layout: Layout) -> tuple[np.ndarray, Any]:
+        """(`[bytes]` uint8 to which all arrays made from it refer, the memory below it)."""
+        memory = self._free.popleft() if self._free else self._new(size_of(layout))
+        whole = np.frombuffer(memory.mapped, np.uint8)
+        weakref.finalize(whole, self._free.append, memory).atexit = False
+        return whole, memory
+
+
 class _Memory:
+    """Memory of this process."""
+
+    def __init__(self, size: int):
+        self.mapped = mmap.mmap(-1, size)
+
+
+class _SharedMemory(_Memory):
     """Memory without a name, which other processes find through this one; it ends with them."""
 
     def __init__(self, size: int):
