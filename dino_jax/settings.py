@@ -23,7 +23,9 @@ def check(config: Any) -> None:
         ("teacher_warmup_steps", "teacher_warmup_examples"), checks.optional(checks.whole(0))
     )
     rules["teacher_warmup_epochs"] = checks.optional(checks.not_negative)
-    rules |= dict.fromkeys(("monitor.collapse_entropy", "monitor.collapse_uniform_kl"), checks.share)
+    rules |= dict.fromkeys(
+        ("monitor.collapse_entropy", "monitor.collapse_uniform_kl"), checks.share
+    )
     checks.fields(config, rules)
     checks.equals(config, "bn_groups", 1, "DINO's batch norm is global, over the views of a size")
 
