@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     state = jax.eval_shape(method.init_state, jax.random.PRNGKey(0))
-    batch = report.fake_batch(config.batch_size, config.data.image_size)
+    batch = report.fake_batch(config.batch_size, report.sides(config))
     start = time.perf_counter()
     compiled = step.lower(
         jax.tree.map(functools.partial(on_each, cut=False), state),

@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
         data[placement] = inputs.load_data(configs[placement])
     classes = data[_PLACEMENTS.value[0]].train.num_classes
     method = find(config.method)(config, classes, _STEPS.value, 1)
-    batch = report.fake_batch(config.batch_size, config.data.image_size)
+    batch = report.fake_batch(config.batch_size, report.sides(config))
     bare = Bare(method, batch if classes else {k: v for k, v in batch.items() if k != "label"})
     times: dict[str, list[float]] = {"bare step": []}
     for _ in range(_ROUNDS.value):

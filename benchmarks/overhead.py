@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
     process.use_cpu_devices(0, config.batch_size, config.accumulate_steps, config.bn_groups)
     process.keep_freed_memory()
     method = byol_jax.method.build(config, _CLASSES.value, 1000, 10)
-    batch = parallel.shard(report.fake_batch(config.batch_size, config.data.image_size))
+    batch = parallel.shard(report.fake_batch(config.batch_size, report.sides(config)))
     rows, step_seconds, state, metrics = in_the_step(method, batch, _REPEATS.value)
     rows += diagnosing(config, method, metrics["outputs"], state, step_seconds)
     rows += saving(config, method, state, step_seconds)

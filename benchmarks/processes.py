@@ -92,7 +92,7 @@ def _steps(args: argparse.Namespace) -> Any:
     state = parallel.replicate(method.init_state, jax.random.PRNGKey(0))
     step = parallel.step_over_devices(method.train_step)
     mine = parallel.host_positions(config.batch_size)
-    fake = report.fake_batch(config.batch_size, config.data.image_size)
+    fake = report.fake_batch(config.batch_size, report.sides(config))
     batch = parallel.shard({name: rows[mine] for name, rows in fake.items()})
 
     def answer(line: str) -> dict[str, Any]:

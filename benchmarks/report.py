@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from selfsup_jax import command_line
+from selfsup_jax.data import views
 from selfsup_jax.errors import UserError
 
 Row = tuple[str, float, str]  # name, value, unit
@@ -41,16 +42,19 @@ def median_seconds(fn: Callable[..., Any], *args: Any, repeats: int = 5) -> floa
     return statistics.median(times)
 
 
-def fake_batch(size: int, image_size: int) -> dict[str, np.ndarray]:
-    """A batch of noise with the shapes and dtypes of the input pipeline."""
+def sides(config: Any) -> list[int]:
+    """The pixels of each view of a config."""
+    return [group.size for _, group in views.groups_of(config.views) for _ in range(group.count)]
+
+
+def fake_batch(size: int, sides: Sequence[int]) -> dict[str, np.ndarray]:
+    """A batch of noise with the shapes and dtypes of the input pipeline: views of these sides."""
     rng = np.random.default_rng(0)
-    shape = (size, image_size, image_size, 3)
-    return {
-        "view_1": rng.integers(0, 256, shape, np.uint8),
-        "view_2": rng.integers(0, 256, shape, np.uint8),
-        "index": np.arange(size, dtype=np.int32),
-        "label": np.zeros(size, np.int32),
+    images = {
+        f"view_{i}": rng.integers(0, 256, (size, side, side, 3), np.uint8)
+        for i, side in enumerate(sides, start=1)
     }
+    return images | {"index": np.arange(size, dtype=np.int32), "label": np.zeros(size, np.int32)}
 
 
 def show(title: str, rows: list[Row], json_path: str = "") -> None:

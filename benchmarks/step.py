@@ -6,13 +6,15 @@
 
 Each part is compiled alone, on the same shapes:
 
-- augmentation: both views, from uint8 to normalised float;
+- augmentation: all views, from uint8 to normalised float;
+- encoder forward: all its passes, of the online and of the target network, each on its own views;
+  with views of several sizes also those of each size;
 - layers: the encoder's convolutions and 1x1 matmuls in order, or a ViT's linear layers, without
-  what is between them;
-- rest of the encoder: its forward pass minus these (norms, ReLUs, sums, pooling; attention, GELUs);
-- forward of all networks: online and target, each on its own views;
-- all networks alone: the same plus the online network's backward pass. The rest of a step is
-  augmentation, loss, queue, optimizer and EMA;
+  what is between them; rest of the encoder: its forward passes minus these (norms, ReLUs, sums,
+  pooling; attention, GELUs);
+- heads and loss forward: the forward pass minus the encoder; forward: all of it;
+- forward and backward: the same with the gradient; backward: the difference. The rest of a step is
+  augmentation, queue or centre, optimizer and EMA;
 - optimizer + EMA.
 
 XLA fuses operations across the parts, so their sum may differ from the step. FLOPs and bytes are
@@ -24,25 +26,21 @@ images, from a data set on the device. `benchmarks.loop` measures what the train
 
 from __future__ import annotations
 
+import collections
 import time
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks import report
+from benchmarks import report, step_parts
 from selfsup_jax.build import find
 from selfsup_jax.data import inputs, sources
-from selfsup_jax.devices import collectives, parallel, process
-from selfsup_jax.method import apply, stack_views
+from selfsup_jax.devices import parallel, process
 from selfsup_jax.models import encoders
-from selfsup_jax.models.resnet import Conv
-from selfsup_jax.state import encoder_variables
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/byol.py")
 _JSON = flags.DEFINE_string("json", "", "where to write the same as flat JSON")
@@ -133,105 +131,10 @@ def ceilings(dtype: str, repeats: int) -> tuple[float, float]:
     return 2 * n**3 / matmul, 2 * flat.nbytes / copy
 
 
-def layers(encoder: nn.Module, variables: Any, images: jax.Array) -> Any:
-    """A jitted function of all convolutions and linear layers, its inputs and its parameters."""
-    seen: list[tuple[nn.Module, tuple[int, ...]]] = []
-
-    def record(next_fn, args, kwargs, context):
-        if isinstance(context.module, Conv | nn.Dense) and context.method_name == "__call__":
-            seen.append((context.module.clone(parent=None), args[0].shape))
-        return next_fn(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(encoder.apply, variables, images)
-    rng = jax.random.PRNGKey(1)
-    shapes = sorted({shape for _, shape in seen})
-    inputs = {shape: jax.random.normal(rng, shape, encoder.dtype) for shape in shapes}
-    params = [
-        jax.tree.map(
-            lambda x: jnp.full(x.shape, 0.01, x.dtype),
-            jax.eval_shape(module.init, rng, inputs[shape]),
-        )
-        for module, shape in seen
-    ]
-
-    def run(inputs: dict, params: list) -> list:
-        return [
-            module.apply(own, inputs[shape])
-            for (module, shape), own in zip(seen, params, strict=True)
-        ]
-
-    return jax.jit(run), inputs, params
-
-
-def networks_alone(config: Any, method: Any, state: Any) -> tuple[Any, Any]:
-    """Two functions of normalised images `[V, B, H, W, 3]`: forward, and forward with backward.
-
-    They contain only the necessary network passes: the online network on its views and the target
-    network on its views. MoCo computes queries from one view and keys from the other, unless it is
-    symmetric.
-    """
-    one_sided = config.method == "moco" and not config.symmetric
-    views = 1 if one_sided else 2
-    # In SimCLR, both views share one batch for batch norm.
-    layout = collectives.batch_layout(
-        config.bn_groups, 1 if config.method == "simclr" else views, None
-    )
-    net = method.network
-
-    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        online = {"params": params, "batch_stats": state.online_stats}
-        outputs, _ = apply(net, online, stack_views(images[:views]), layout)
-        z, projected = outputs[-1], None
-        if state.target_params:
-            target = {"params": state.target_params, "batch_stats": state.target_stats}
-            seen = stack_views(images[1:] if one_sided else images)
-            project = getattr(net, "project", None)  # without the predictor
-            projected, _ = apply(net, target, seen, layout, method=project)
-        # An arbitrary direction: XLA would simplify the gradient of a plain sum.
-        direction = jnp.sin(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)
-        return jnp.vdot(z, direction), projected
-
-    return jax.jit(forward), jax.jit(jax.grad(forward, has_aux=True))
-
-
-def parts(config: Any, method: Any, batch: dict, repeats: int) -> dict[str, float]:
-    """Seconds of each part, run alone on one device."""
-    encoder_module, optimizer = method.network.encoder, method.optimizer
-    state = jax.jit(method.init_state)(jax.random.PRNGKey(0))
-    layout = collectives.batch_layout(1, 2, None)
-
-    @jax.jit
-    def augmentation(rng, batch):
-        return method.augment.normalized(rng, batch)["global"]
-
-    def timed(fn, *args):
-        return report.median_seconds(fn, *args, repeats=repeats)
-
-    seconds = {"augmentation": timed(augmentation, state.rng, batch)}
-    views = augmentation(state.rng, batch)
-    images = stack_views(views)
-
-    variables = encoder_variables(state)
-    seconds["layers"] = timed(*layers(encoder_module, variables, images))
-    encode = jax.jit(lambda v, x: apply(encoder_module, v, x, layout))
-    encoder = timed(encode, variables, images)
-    seconds["encoder forward"] = encoder
-    seconds["rest of the encoder"] = max(0.0, encoder - seconds["layers"])
-
-    forward, gradient = networks_alone(config, method, state)
-    seconds["forward of all networks"] = timed(forward, state.online_params, views)
-    seconds["all networks alone"] = timed(gradient, state.online_params, views)
-
-    @jax.jit
-    def update(state, grads):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.online_params)
-        params = optax.apply_updates(state.online_params, updates)
-        online = {part: params[part] for part in state.target_params}
-        return params, opt_state, optax.incremental_update(online, state.target_params, 0.01)
-
-    seconds["optimizer + EMA"] = timed(update, state, state.online_params)
-    return seconds
+def crops_of(config: Any) -> str:
+    """The views in words: `2 x 224 px + 8 x 96 px`."""
+    counts = collections.Counter(report.sides(config))
+    return " + ".join(f"{count} x {side} px" for side, count in counts.items())
 
 
 def main(argv: list[str]) -> None:
@@ -240,7 +143,7 @@ def main(argv: list[str]) -> None:
     process.keep_freed_memory()
     config = _CONFIG.value
     method = find(config.method)(config, _CLASSES.value, 1000, 10)
-    batch = report.fake_batch(config.batch_size, config.data.image_size)
+    batch = report.fake_batch(config.batch_size, report.sides(config))
     train_step, given = method.train_step, parallel.shard(batch)
     repeats, crops = _REPEATS.value, 0.0
     if _VIEWS.value == "device":
@@ -261,22 +164,22 @@ def main(argv: list[str]) -> None:
         ("least time by arithmetic", 1e3 * by_arithmetic, "ms"),
         ("least time by bytes, unfused", 1e3 * by_bytes, "ms"),
     ]
-    seconds = parts(config, method, batch, repeats)
+    seconds = step_parts.seconds(method, batch, repeats)
     if crops:
         seconds["gather and crops"] = crops
     rows += [(name, value * 1e3, "ms") for name, value in seconds.items()]
+    alone, of_encoder = seconds["forward and backward"], seconds["encoder forward"]
+    rows += [("step, over forward and backward", 100 * (step / alone - 1), "%")]
     rows += [
-        ("step, over its networks alone", 100 * (step / seconds["all networks alone"] - 1), "%"),
-        ("augmentation, share of the step", 100 * seconds["augmentation"] / step, "%"),
-        (
-            "rest of the encoder, share of the encoder",
-            100 * seconds["rest of the encoder"] / seconds["encoder forward"],
-            "%",
-        ),
+        (f"{name}, share of the step", 100 * value / step, "%")
+        for name, value in seconds.items()
+        if name not in ("layers", "rest of the encoder", "forward", "forward and backward")
     ]
+    rest = 100 * seconds["rest of the encoder"] / of_encoder
+    rows += [("rest of the encoder, share of the encoder", rest, "%")]
     title = (
         f"step: {config.method}, {encoders.describe(config.encoder)}, "
-        f"{config.data.image_size} px, batch {config.batch_size}, {dtype}, views {_VIEWS.value}"
+        f"{crops_of(config)}, batch {config.batch_size}, {dtype}, views {_VIEWS.value}"
     )
     report.show(title, rows, _JSON.value)
 

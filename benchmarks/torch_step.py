@@ -55,7 +55,7 @@ def our_step(args: argparse.Namespace, case: Case) -> Callable[[], Any]:
     process.keep_freed_memory()
     build = importlib.import_module(f"{case.method}_jax.method").build
     method = build(config, step_shared.CLASSES if args.full else None, 10_000, 0)
-    batch = report.fake_batch(case.batch, case.px)
+    batch = report.fake_batch(case.batch, (case.px, case.px))
     if not args.full:
         del batch["label"]
     batch = parallel.shard(batch)

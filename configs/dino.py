@@ -100,6 +100,9 @@ def _paper() -> ConfigDict:
         config, _view(blur_prob=1.0), _view(blur_prob=0.1, solarize_prob=0.2), area=(0.4, 1.0)
     )
     common.local_views(config, _view(blur_prob=0.5), count=8, size=96, area=(0.05, 0.4))
+    # Above these shares of log K, the largest value, the teacher's output counts as collapsed.
+    config.monitor.collapse_entropy = 0.995  # `teacher_entropy`: uniform for every image
+    config.monitor.collapse_uniform_kl = 0.9  # `teacher_uniform_kl`: one prototype has all images
     config.eval.network = "target"  # the teacher, as in the paper
     config.eval.knn_k = 20
     config.eval.knn_temperature = 0.07

@@ -164,8 +164,14 @@ def demo() -> ConfigDict:
 
 
 def v3(epochs: float = 300) -> ConfigDict:
-    """MoCo v3 on ImageNet with ResNet-50, as in its paper."""
-    return datasets.on_imagenet(_v3(epochs))
+    """MoCo v3 on ImageNet with ResNet-50, as in its code.
+
+    There a ResNet's predictor has no norm after its last layer; in the paper all layers have one,
+    as in the other presets.
+    """
+    config = datasets.on_imagenet(_v3(epochs))
+    config.predictor.output_norm = "none"
+    return config
 
 
 def _v3(epochs: float) -> ConfigDict:
@@ -196,7 +202,7 @@ def _v3(epochs: float) -> ConfigDict:
 
 def v3_vit() -> ConfigDict:
     """MoCo v3 on ImageNet with a Vision Transformer."""
-    config = v3()
+    config = datasets.on_imagenet(_v3(300))
     config.encoder.name = "vit_s16"
     config.encoder.vit.update(heads=12, positions="sincos", frozen_patches=True, init="xavier")
     config.temperature = 0.2

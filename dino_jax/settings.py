@@ -12,9 +12,6 @@ import jax.numpy as jnp
 from selfsup_jax import checks
 from selfsup_jax.state import Sign
 
-# Shares of the largest value, log K, above which the teacher's outputs have collapsed.
-_UNIFORM, _SINGLE = 0.995, 0.9
-
 
 def check(config: Any) -> None:
     """Raises `UserError` if a field that only DINO has is invalid."""
@@ -26,6 +23,9 @@ def check(config: Any) -> None:
         ("teacher_warmup_steps", "teacher_warmup_examples"), checks.optional(checks.whole(0))
     )
     rules["teacher_warmup_epochs"] = checks.optional(checks.not_negative)
+    rules |= dict.fromkeys(
+        ("monitor.collapse_entropy", "monitor.collapse_uniform_kl"), checks.share
+    )
     checks.fields(config, rules)
     checks.equals(config, "bn_groups", 1, "DINO's batch norm is global, over the views of a size")
 
@@ -47,14 +47,14 @@ def temperatures(config: Any) -> dict[str, Any]:
 
 def signs(config: Any) -> tuple[Sign, ...]:
     """The two collapses of section 5.3."""
-    most = math.log(config.prototypes)
+    most, monitor = math.log(config.prototypes), config.monitor
     uniform = "the teacher's output is uniform for all images, because it is not sharpened enough: "
     uniform += "lower config.teacher_temperature"
     single = "one prototype has nearly all images, because the centring does not hold: lower "
     single += "config.centre_momentum"
     return (
-        Sign("teacher_entropy", _UNIFORM * most, uniform),
-        Sign("teacher_uniform_kl", _SINGLE * most, single),
+        Sign("teacher_entropy", monitor.collapse_entropy * most, uniform),
+        Sign("teacher_uniform_kl", monitor.collapse_uniform_kl * most, single),
     )
 
 

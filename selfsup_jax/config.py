@@ -76,6 +76,7 @@ _RUN: checks.Table = {  # of every pretraining config
     **{"keep_checkpoints": _COUNT, "keep_every_steps": _COUNT_OR_0},
     "monitor.*_every_steps": _interval(0),
     **{f"monitor.{field}": not_negative for field in ("collapse_std", "collapse_rank")},
+    "monitor.collapse_*": not_negative,  # of one method
     "monitor.reference": text,
     "wandb.*": text,
     "monitor.*": _COUNT,

@@ -553,6 +553,7 @@ of_the_first: dict = {}
         ({"views.global.count": 3}, "views.global.count=3: must be 2"),
         ({"teacher_temperature": 0.0}, "teacher_temperature=0.0: must be above 0"),
         ({"centre_momentum": 1.5}, "centre_momentum=1.5: must be from 0 to 1"),
+        ({"monitor.collapse_entropy": 1.5}, "monitor.collapse_entropy=1.5: must be from 0 to 1"),
         ({"prototypes": 1}, "prototypes=1: must be at least 2"),
         ({"optimizer.freeze": ("^prototype/",)}, "optimizer.freeze='.prototype/': matches no"),
     ],
@@ -606,6 +607,11 @@ def test_both_collapses_are_told_as_such():
     told = diagnostics.collapse_warning(2, single, min_std=0.1, signs=signs)
     assert "one prototype" in told and "lower config.centre_momentum" in told
     assert diagnostics.collapsed_at(single, min_std=0.1, min_rank=1.5) is None
+    shares = {"monitor.collapse_entropy": 0.04, "monitor.collapse_uniform_kl": 0.2}
+    limits["signs"] = settings.signs(tiny_config(**shares))
+    assert diagnostics.collapsed_at(history(**sharp), **limits) == 2  # 0.1 and 0.5 of log 7 = 1.95
+    limits["signs"] = settings.signs(tiny_config(**dict.fromkeys(shares, 1.0)))
+    assert diagnostics.collapsed_at(single, **limits) is None
     notes = " ".join(settings.notes(tiny_config(centre_momentum=1.0, teacher_temperature=0.15)))
     assert "no centring" in notes and "no sharpening" in notes
 

@@ -14,7 +14,7 @@ import tiny_jobs
 from conftest import REPOSITORY, assert_same
 from tiny_jobs import read
 
-from configs import byol, finetune, knn, linear_probe, moco, simclr, simsiam, transfer
+from configs import byol, dino, finetune, knn, linear_probe, moco, simclr, simsiam, transfer
 from selfsup_jax import durations
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
@@ -267,6 +267,14 @@ def test_an_earlier_run_on_deep_images_is_continued_only_with_their_higher_byte(
 
 
 # --------------------------------------------------------------------------- what differs
+
+
+def test_an_earlier_run_of_dino_had_the_shares_of_today():
+    now = flat(dino.get_config("demo"))
+    new = {"monitor.collapse_entropy": 0.995, "monitor.collapse_uniform_kl": 0.9}
+    assert new.items() <= now.items()
+    assert upgraded({name: value for name, value in now.items() if name not in new}) == now
+    assert not differences(now | dict.fromkeys(new, 0.5), now, identity.SAME_STEPS)
 
 
 def test_every_difference_is_named_with_both_values():

@@ -20,8 +20,9 @@ from conftest import flatten
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from configs import byol, simclr
+from configs import byol, moco, simclr
 from selfsup_jax import Encoder, export
+from selfsup_jax.build import find
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.interop import __main__ as interop
@@ -148,22 +149,35 @@ def test_moco_v1_and_v3_and_dino(tmp_path):
     for root in ("base_encoder.fc", "momentum_encoder.fc", "predictor"):
         for i, shape in ((0, (8, 4)), (3, (4, 8))):
             state[f"module.{root}.{i}.weight"] = rng.normal(size=shape).astype(np.float32)
+            # In its code a ResNet's predictor has no norm after the last layer.
             parts = ("weight", "bias", "running_mean", "running_var")[2 * (i == 3) :]
+            parts = () if (root, i) == ("predictor", 3) else parts
             state |= {f"module.{root}.{i + 1}.{p}": np.ones(shape[0], np.float32) for p in parts}
     path = write(tmp_path / "v3.pth.tar", foreign.torch_bytes({"state_dict": state}))
     frozen, weights = importing.read(path)
     check_features(frozen, first, "torch")
     heads = {n for n in weights.arrays if "/projector/" in n or "/predictor/" in n}
-    assert len(heads) == 3 * 8 and "online_stats/predictor/output_bn/var" in heads
+    assert heads == heads_of(moco.get_config("v3"))
     accounted(torch_files.names_of({"state_dict": state}), weights)
 
     tree = {
         "student": foreign.torch_state(first, "module.backbone."),
-        "teacher": foreign.torch_state(second, "backbone."),
+        "teacher": foreign.torch_state(second, "module.backbone."),  # for its SyncBatchNorm
     }
     frozen, weights = importing.read(write(tmp_path / "dino.pth", foreign.torch_bytes(tree)))
     check_features(frozen, second, "torch")
     assert sum(name.startswith("student.") for name in weights.left_out) == len(tree["student"])
+
+
+def heads_of(config) -> set[str]:
+    """The paths of all parameters and statistics of the projectors and the predictor."""
+    state = jax.eval_shape(find("moco")(config, None, 10, 0).init_state, jax.random.PRNGKey(0))
+    return {
+        "/".join([collection, *(key.key for key in path)])
+        for collection in ("online_params", "online_stats", "target_params", "target_stats")
+        for path, _ in jax.tree_util.tree_flatten_with_path(getattr(state, collection))[0]
+        if path[0].key in ("projector", "predictor")
+    }
 
 
 def test_several_encoders_are_chosen_from(tmp_path):

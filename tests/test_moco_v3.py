@@ -319,7 +319,10 @@ def test_every_preset_is_valid(preset):
 
 
 def test_imagenet_is_the_papers_recipe():
-    """Of the code for each length: LARS, asymmetric views, two-layer heads that end in a norm."""
+    """Of the code for each length: LARS, asymmetric views, two-layer heads.
+
+    There a ResNet's predictor has no norm after its last layer; in the paper it has.
+    """
     heads = {
         f"{head}.{name}": value
         for head in ("projector", "predictor")
@@ -330,6 +333,7 @@ def test_imagenet_is_the_papers_recipe():
         }.items()
     }
     expected = heads | {
+        "predictor.output_norm": "none",
         **{"method": "moco", "batch_size": 4096, "bn_groups": 1, "temperature": 1.0},
         **{"tau_schedule": "cosine", "data.image_size": 224, "whole_epochs": True},
         **{"encoder.depth": 50, "encoder.padding": "torch", "encoder.zero_init_gamma": True},
@@ -362,6 +366,7 @@ def test_the_recipe_for_vits():
         **{"projector.hidden_sizes": (4096, 4096), "predictor.hidden_sizes": (4096,)},
         **{"optimizer.name": "adamw", "optimizer.learning_rate": 1.5e-4},
         **{"optimizer.weight_decay": 0.1, "optimizer.warmup_epochs": 40, "optimizer.exclude": ()},
+        **{"projector.output_norm": "plain", "predictor.output_norm": "plain"},
         "views.global.area": (0.08, 1.0),
     }
     assert_fields(config, expected)
@@ -383,7 +388,8 @@ def test_the_recipe_for_vits():
 def test_cifar10_is_lightlys_recipe():
     """Lightly's loss is the mean of two directions; ours, 2 tau times their sum, is 0.8 of it."""
     expected = LIGHTLY | {"optimizer.learning_rate": 0.12 / 0.8, "temperature": 0.2}
-    assert_fields(moco.get_config("v3_cifar10"), expected | {"projector.output_norm": "plain"})
+    norms = {f"{head}.output_norm": "plain" for head in ("projector", "predictor")}
+    assert_fields(moco.get_config("v3_cifar10"), expected | norms)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ _ADDED: dict[str, Flat] = {
     "predictor.output_size": {"predictor.activation": "relu"},
     "feature_batch_size": {"features": ""},
     "label_share": {"layer_decay": 1.0},
+    "centre_momentum": {"monitor.collapse_entropy": 0.995, "monitor.collapse_uniform_kl": 0.9},
     "monitor.max_rows": {
         "init_from": "",
         "online_probe.kernel_init": "lecun",
