@@ -40,9 +40,14 @@ def bad_field(field: str, value: Any, valid: str) -> UserError:
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """The choices that are close to `name`, or all if none is, for "did you mean"."""
+    """The choices that are close to `name`, for "did you mean".
+
+    If none is: all of them, or of more than 20 the three that are the least far away.
+    """
     choices = list(dict.fromkeys(choices))  # TFDS names some data sets twice
     close = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
+    if not close and len(choices) > 20:
+        close = difflib.get_close_matches(name, choices, n=3, cutoff=0.0)
     return ", ".join(close or sorted(choices))
 
 
