@@ -36,8 +36,7 @@ def on_cifar10(config: ConfigDict) -> ConfigDict:
     config.data.name = "cifar10"
     config.data.image_size = 32
     config.data.test_resize = 32
-    config.encoder.depth = 18
-    config.encoder.stem = "cifar"
+    config.encoder.update(depth=18, stem="cifar")
     for view in common.sections_of_views(config):
         view.update(blur_prob=0.0, solarize_prob=0.0)
     config.views.mean = (0.4914, 0.4822, 0.4465)
@@ -99,9 +98,7 @@ def on_folder(config: ConfigDict) -> ConfigDict:
     """Your own images at 96 px, for any machine: a small encoder, a batch of 64."""
     config = our_recipe(config)
     config.log_every_steps = -1  # any number of images: the length is not known here
-    config.monitor.diagnostics_every_steps = -1
-    config.monitor.knn_every_steps = -1
-    config.monitor.plots_every_steps = -1
+    config.monitor.update(diagnostics_every_steps=-1, knn_every_steps=-1, plots_every_steps=-1)
     config.batch_size = 64
     config.data.name = "folder"
     config.data.image_size = 96
@@ -126,10 +123,7 @@ def on_digits(config: ConfigDict) -> ConfigDict:
     config.data.test_resize = 20  # a digit fills 20 of 28 pixels: this removes the margins
     config.views["global"].area = (0.4, 1.0)
     config.data.resize_method = "area"  # bicubic without antialiasing skips lines (28 to 16 px)
-    config.encoder.depth = 10
-    config.encoder.width = 0.25
-    config.encoder.stem = "cifar"
-    config.encoder.zero_init_gamma = False
+    config.encoder.update(depth=10, width=0.25, stem="cifar", zero_init_gamma=False)
     for view in common.sections_of_views(config):
         view.update(
             flip_prob=0.0,
