@@ -25,7 +25,7 @@ Finished runs are not repeated: the same command continues an interrupted sweep.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ class _Method(NamedTuple):
     title: str
     preset: Callable[[], ConfigDict]
     best: int
-    tries: dict[str, tuple[float, ...]]
+    tries: Mapping[str, tuple[float, ...]]
 
 
 _OF_QUEUE = {_RATE: (0.2, 0.2, 0.5, 0.5), "tau_base": (0.99, 0.995, 0.99, 0.995)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -298,7 +300,7 @@ def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
 
 
 # What differs in a view where the authors' code has torchvision's augmentation.
-TORCHVISION = {"jitter_style": "torchvision", "blur_padding": "reflect"}
+TORCHVISION: dict[str, Any] = {"jitter_style": "torchvision", "blur_padding": "reflect"}
 
 
 def view(**changes) -> ConfigDict:

@@ -51,6 +51,11 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     return ", ".join(close or sorted(choices))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the error's type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Stopped(Exception):
     """A signal stopped the run, which saved its state first.
 

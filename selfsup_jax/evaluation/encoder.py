@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selfsup_jax import paths, stored
 from selfsup_jax.devices import process
-from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.errors import UserError, bad_field, first_line
 from selfsup_jax.models import encoders
 from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
@@ -283,8 +283,8 @@ def _load_exported(folder: str) -> FrozenEncoder:
     except UserError:
         raise
     except Exception as e:  # there is no end to what a stranger's files may hold
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"the exported encoder {folder} cannot be read: {reason[:200]}") from e
+        reason = first_line(e)[:200]
+        raise UserError(f"the exported encoder {folder} cannot be read: {reason}") from e
 
 
 def _read_exported(folder: str, about: dict[str, Any], path: str) -> FrozenEncoder:

@@ -16,7 +16,7 @@ import jinja2
 
 from selfsup_jax import __version__, paths
 from selfsup_jax.errors import UserError
-from selfsup_jax.run.files import whole_file
+from selfsup_jax.run.files import whole_file, writing_to
 from selfsup_jax.viz import titles
 from selfsup_jax.viz.report import charts, curves, measures, recipes, summary
 from selfsup_jax.viz.report.confusion import mistakes
@@ -65,11 +65,8 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
     records = read(workdirs)
     text = render(records, workdirs, title)
     partial = f"{output}.{os.getpid()}.partial"
-    try:
-        with whole_file(output, "w", partial, encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise UserError(f"{output}: cannot be written: {e.strerror or e}") from e
+    with writing_to(output), whole_file(output, "w", partial, encoding="utf-8") as f:
+        f.write(text)
     size = len(text.encode()) / 1e6
     return f"wrote {output} ({size:.1f} MB): {_count(records)}"
 
