@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from selfsup_jax import command_line, presets
 from selfsup_jax.devices import cluster
-from selfsup_jax.errors import Stopped, UserError
+from selfsup_jax.errors import Stopped, UserError, first_line
 from selfsup_jax.paths import BucketError
 
 parsing = presets.parsing()
@@ -125,11 +125,8 @@ def main(argv: list[str]) -> None:
         if hosts.several():
             hosts.check_same("the devices", process.local_devices())
         run_job(_CONFIG.value, workdir)
-    except UserError as e:
-        _tell_other_hosts(2, str(e), e)
-        _fail(e)
-    except BucketError as e:
-        line = f"{e.filename}: {e.strerror}"
+    except (UserError, BucketError) as e:
+        line = f"{e.filename}: {e.strerror}" if isinstance(e, BucketError) else str(e)
         _tell_other_hosts(2, line, e)
         _fail(line)
     except Stopped as e:
@@ -142,7 +139,7 @@ def main(argv: list[str]) -> None:
         print(line, file=sys.stderr, flush=True)
         _exit(status)
     except Exception as e:
-        _tell_other_hosts(1, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}", e)
+        _tell_other_hosts(1, f"{type(e).__name__}: {first_line(e)}", e)
         if not _several_hosts():
             raise
         traceback.print_exc()
@@ -182,7 +179,7 @@ def _plan(config: ConfigDict, workdir: str) -> None:
 
 def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
     """Batch size, microbatches, batch-norm groups; for a sweep the gcd and the two maxima."""
-    runs = list(config.variants.values()) if "variants" in config else [config]
+    runs = _runs(config)
     batch_size = math.gcd(*(run.get("batch_size", 0) for run in runs))  # 0: no batch size
     accumulate, groups = (max(r.get(k, 1) for r in runs) for k in ("accumulate_steps", "bn_groups"))
     return batch_size, accumulate, groups
@@ -190,8 +187,11 @@ def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
 
 def _step_pixels(config: ConfigDict) -> int:
     """Of the images of a training step: the most in a sweep."""
-    runs = list(config.variants.values()) if "variants" in config else [config]
-    return max(run.get("batch_size", 0) * run.data.image_size**2 for run in runs)
+    return max(run.get("batch_size", 0) * run.data.image_size**2 for run in _runs(config))
+
+
+def _runs(config: ConfigDict) -> list[ConfigDict]:
+    return list(config.variants.values()) if "variants" in config else [config]
 
 
 def parse_flags(argv: list[str]) -> list[str]:

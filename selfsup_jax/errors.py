@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # The exit status if another process of the job is lost: EX_TEMPFAIL of sysexits.h. The same command
@@ -49,6 +49,12 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     if not close and len(choices) > 20:
         close = difflib.get_close_matches(name, choices, n=3, cutoff=0.0)
     return ", ".join(close or sorted(choices))
+
+
+def some_of(names: Sequence[object], most: int = 3) -> str:
+    """`a, b, c and 4 more`: the first names of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -70,15 +70,7 @@ def probe(
 ) -> dict[str, float]:
     """Linear probe, kNN and few labels on one set of features, as in the jobs of these names."""
     linear = probes.linear(train, test, num_classes, seed=seed, **config.linear)
-    knn = probes.nearest_neighbours(
-        train,
-        test,
-        num_classes,
-        k=(config.knn_k,),
-        temperatures=(config.knn_temperature,),
-        held_out_images=0,
-        seed=seed,
-    )
+    knn = probes.knn_of_run(train, test, num_classes, config, seed)
     few = probes.few_labels(
         train,
         test,

@@ -166,6 +166,15 @@ def nearest_neighbours(
     return Measured(results | used, vote)
 
 
+def knn_of_run(
+    train: Features, test: Features, num_classes: int, config: Any, seed: int = 0
+) -> Measured:
+    """`nearest_neighbours` with the one k and temperature of a run's section `eval`."""
+    k, temperatures = (config.knn_k,), (config.knn_temperature,)
+    choice = {"k": k, "temperatures": temperatures, "held_out_images": 0, "seed": seed}
+    return nearest_neighbours(train, test, num_classes, **choice)
+
+
 _BLOCK = 4096  # rows of which the features are on every host at once
 
 

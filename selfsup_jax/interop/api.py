@@ -15,9 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from selfsup_jax.data import crops, pixels
+from selfsup_jax.data import pixels, resident
 from selfsup_jax.data.augment import normalize
-from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
@@ -28,7 +27,6 @@ from selfsup_jax.state import TrainState, encoder_variables
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 _BLOCK = 128  # images are padded to multiples of it: few sizes are compiled
-_test_view = jax.jit(crops.test_view, static_argnames=("resize", "size", "method"))
 
 
 class Encoder:
@@ -170,16 +168,8 @@ class Encoder:
             first, count = first + len(batch), len(batch)
             if first > count:  # of the size of the first batch, which is compiled already
                 batch += batch[-1:] * (batch_size - count)
-            images_, sizes = _stacked(batch)
-            with process.on_cpu():
-                views = _test_view(
-                    images_,
-                    sizes,
-                    resize=data["test_resize"],
-                    size=self.image_size,
-                    method=data["resize_method"],
-                )
-            yield np.asarray(views), count
+            options = {"resize": data["test_resize"], "method": data["resize_method"]}
+            yield resident.test_views(*_stacked(batch), size=self.image_size, **options), count
         if small:
             warnings.warn(
                 f"{small} of {first} images are less than half as large as the {self.image_size} "

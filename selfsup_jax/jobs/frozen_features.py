@@ -26,7 +26,7 @@ Measure = Callable[[Features, Features, int, ConfigDict], Measured]
 
 
 def prepare_for(
-    measure: Measure, check: Callable[[ConfigDict, int], None]
+    measure: Measure, check: Callable[[ConfigDict, int], None] = lambda config, train_images: None
 ) -> Callable[[ConfigDict, FrozenEncoder], EvalJob]:
     """Returns the `Prepare` of a job that uses the features of a training and a test split."""
 
@@ -120,11 +120,6 @@ def check_labels(
 # ------------------------------------------------------------------------ the measures
 
 
-def _check_linear(config: ConfigDict, train_images: int) -> None:
-    del train_images
-    check_held_out(config, len(config.C), "C")
-
-
 def _linear(train: Features, test: Features, num_classes: int, config: ConfigDict) -> Measured:
     return probes.linear(
         train,
@@ -160,10 +155,6 @@ def _knn(train: Features, test: Features, num_classes: int, config: ConfigDict) 
     )
 
 
-def _check_nothing(config: ConfigDict, train_images: int) -> None:
-    """The table of fields has it all."""
-
-
 def _fewshot(train: Features, test: Features, num_classes: int, config: ConfigDict) -> Measured:
     smallest = int(np.bincount(train.labels, minlength=num_classes).min())
     results: dict[str, Any] = {"fewshot_draws": config.draws}
@@ -185,6 +176,6 @@ def check_held_out(config: ConfigDict, choices: int, field: str) -> None:
         raise bad_field("held_out_images", config.held_out_images, valid)
 
 
-linear = prepare_for(_linear, _check_linear)
+linear = prepare_for(_linear, lambda config, _: check_held_out(config, len(config.C), "C"))
 nearest_neighbours = prepare_for(_knn, _check_knn)
-fewshot = prepare_for(_fewshot, _check_nothing)
+fewshot = prepare_for(_fewshot)

@@ -7,7 +7,7 @@ matrices, so they add no cost to the step itself. `target_distance` reads the pa
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ import optax
 from threadpoolctl import ThreadpoolController
 
 from selfsup_jax.state import Outputs, Sign
-
-# Name -> (steps, values), as in `metrics.Recorder.history`.
-History = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+from selfsup_jax.viz.verdict import History
 
 
 @jax.jit
