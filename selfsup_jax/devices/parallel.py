@@ -244,6 +244,7 @@ def pmap_over_local(
     return bind
 
 
+@functools.cache  # each function is compiled only once
 def pmap_reduce(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Maps `fn(part, shared, axis_name)` over all devices of all hosts; returns the first result.
 

@@ -77,9 +77,7 @@ class FrozenEncoder(NamedTuple):
 # ------------------------------------------------------------------------------- finding
 
 
-def checkpoint_steps(run: str) -> list[int]:
-    """The sorted steps of a run's complete checkpoints, without one that is being written."""
-    return checkpoint_files.steps(run)
+checkpoint_steps = checkpoint_files.steps  # of a run
 
 
 def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tuple[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import warnings
@@ -163,7 +164,8 @@ class Encoder:
         data = self.config["data"]
         given = iter(images)
         first, small = 0, 0
-        while batch := [self._decoded(x, first + i) for i, x in _some(given, batch_size)]:
+        while some := list(itertools.islice(given, batch_size)):
+            batch = [self._decoded(image, first + i) for i, image in enumerate(some)]
             small += sum(2 * min(image.shape[:2]) < self.image_size for image in batch)
             first, count = first + len(batch), len(batch)
             if first > count:  # of the size of the first batch, which is compiled already
@@ -210,10 +212,6 @@ def _check_normalized(images: jax.Array) -> None:
     if largest > 50:  # ImageNet's white is 2.6, and with the demo's deviation of 0.31 it is 2.8
         why = "as if not normalised" if largest < 300 else "out of range"
         raise ValueError(f"apply: images have values up to {largest:.3g}, {why}{hint}")
-
-
-def _some(given: Iterator[ImageLike], count: int) -> Iterator[tuple[int, ImageLike]]:
-    yield from zip(range(count), given)  # noqa: B905 - the last batch may have fewer
 
 
 def _stacked(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

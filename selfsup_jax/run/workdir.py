@@ -13,7 +13,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax import paths
-from selfsup_jax.data.inputs import Data
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import Stopped, UserError
@@ -148,11 +147,6 @@ def checked_meta(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
     return saved
 
 
-def take_over(data: Data, saved: dict[str, Any]) -> None:
-    """Restores the broken images listed in `meta`."""
-    data.undecodable.names.update(saved["undecodable"])
-
-
 def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> None:
     """Checks that a run may resume from a checkpoint: no field that affects its steps differs.
 
@@ -167,7 +161,7 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
     now, before = identity.flat(config_json(run)), identity.flat(config_json(saved))
     different = identity.differences(now, before, identity.steps_free(now, before))
     if different:
-        length = any(identity.is_length(field) for field in different)
+        length = any(field in identity.LENGTHS for field in different)
         why = " (its schedules depend on its length)" if length else ""
         text = identity.described(different, f"the run in {workdir}")
         raise UserError(f"{text}{why}; use the same value, or another --workdir")

@@ -142,7 +142,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
         if "init_from" in saved["data_info"]:  # the source may be gone
             run.description["data_info"]["init_from"] = saved["data_info"]["init_from"]
         workdir.check_same_run(run.description, saved, run.workdir)
-        workdir.take_over(run.data, saved)
+        run.data.undecodable.names.update(saved["undecodable"])
     else:
         owner.check_unfinished(identity.flat(workdir.config_json(run.description)), run.workdir)
     workdir.write_config(run.description, run.workdir)
