@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -396,6 +397,6 @@ def _changed(what: str, fields: dict, changes: dict) -> ConfigDict:
     return ConfigDict(fields | changes)
 
 
-def by_length(values: dict[int, tuple[float, ...]], epochs: float) -> tuple[float, ...]:
+def by_length(values: Mapping[int, tuple[float, ...]], epochs: float) -> tuple[float, ...]:
     """The values for so many epochs; for a length without values those of the next shorter one."""
     return values[max((length for length in values if length <= epochs), default=min(values))]

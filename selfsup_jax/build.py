@@ -81,6 +81,10 @@ def parts_from_config(
     if "tau_base" in config:
         shared["tau"] = optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps)
 
+    classifier = None
+    if num_classes:
+        classifier = heads.LinearClassifier(num_classes, probe.kernel_init, probe.every_view)
+
     def head(section: str) -> nn.Module:
         return heads.from_config(config[section], config.encoder, dtype)
 
@@ -88,11 +92,7 @@ def parts_from_config(
         encoder=encoders.make_encoder(config.encoder, dtype),
         projector=head("projector"),
         predictor=head("predictor") if "predictor" in config else None,
-        classifier=(
-            heads.LinearClassifier(num_classes, probe.kernel_init, probe.every_view)
-            if num_classes
-            else None
-        ),
+        classifier=classifier,
         image_shape=image_shape,
         shared=shared,
     )

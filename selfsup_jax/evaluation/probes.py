@@ -82,9 +82,8 @@ def linear(
     C: Sequence[float],
     held_out_images: int,
     seed: int,
-    standardize: bool = True,
-    max_iterations: int = 200,
     tolerance: float = 1e-3,
+    **solver: Any,
 ) -> Measured:
     """Logistic regression: chooses one of several L2 strengths, then fits it to all rows.
 
@@ -94,16 +93,9 @@ def linear(
         C: scikit-learn's inverse L2 strengths.
         held_out_images: number of training rows for the choice, at most a fifth of all.
         seed: for the draw of these rows.
-        standardize, max_iterations, tolerance: see `logistic.fit`.
+        tolerance, solver: `standardize`, `max_iterations` and `tolerance` of `logistic.fit`.
     """
-    fit = functools.partial(
-        logistic.fit,
-        train,
-        num_classes,
-        standardize=standardize,
-        max_iterations=max_iterations,
-        tolerance=tolerance,
-    )
+    fit = functools.partial(logistic.fit, train, num_classes, tolerance=tolerance, **solver)
     held = held_out_rows(train.labels, held_out_images, seed)
     # The largest of equally good values is chosen; the middle one where there is nothing to test.
     values = sorted(C, reverse=True) if held.any() else [sorted(C)[len(C) // 2]]
@@ -171,8 +163,8 @@ def knn_of_run(
 ) -> Measured:
     """`nearest_neighbours` with the one k and temperature of a run's section `eval`."""
     k, temperatures = (config.knn_k,), (config.knn_temperature,)
-    choice = {"k": k, "temperatures": temperatures, "held_out_images": 0, "seed": seed}
-    return nearest_neighbours(train, test, num_classes, **choice)
+    choice: dict[str, Any] = {"k": k, "temperatures": temperatures, "held_out_images": 0}
+    return nearest_neighbours(train, test, num_classes, seed=seed, **choice)
 
 
 _BLOCK = 4096  # rows of which the features are on every host at once

@@ -82,12 +82,8 @@ class Block(nn.Module):
             maps: the result is the class token's attention to all tokens, `[R, heads, T]` float32.
         """
         width = x.shape[-1]
-        q, k, v = (
-            a.reshape(*a.shape[:2], self.heads, -1)
-            for a in jnp.split(
-                self._dense("qkv", 3 * width, "qkv")(self._norm("norm1")(x)), 3, axis=-1
-            )
-        )
+        qkv = self._dense("qkv", 3 * width, "qkv")(self._norm("norm1")(x))
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
         if maps:
             return weights(q[:, :1], k)[:, :, 0]
         y = attend(q, k, v, self.attention).reshape(x.shape)
