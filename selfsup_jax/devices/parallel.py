@@ -44,25 +44,19 @@ def check_batch(
     devices = devices or jax.device_count()
     unit = devices * accumulate_steps
     if batch_size % unit:
-        raise bad_field(
-            "batch_size",
-            batch_size,
-            f"must be a multiple of {unit} (devices {devices} x accumulate_steps "
-            f"{accumulate_steps}); nearest: {max(1, round(batch_size / unit)) * unit}",
-        )
+        parts = f"(devices {devices} x accumulate_steps {accumulate_steps})"
+        nearest = max(1, round(batch_size / unit)) * unit
+        valid = f"must be a multiple of {unit} {parts}; nearest: {nearest}"
+        raise bad_field("batch_size", batch_size, valid)
     if bn_groups % accumulate_steps and bn_groups != 1:
-        raise bad_field(
-            "bn_groups",
-            bn_groups,
-            f"must be 1 or a multiple of accumulate_steps={accumulate_steps}",
-        )
+        valid = f"must be 1 or a multiple of accumulate_steps={accumulate_steps}"
+        raise bad_field("bn_groups", bn_groups, valid)
     groups = groups_of_microbatch(bn_groups, accumulate_steps)
     if (batch_size // accumulate_steps) % groups:
         raise bad_field("bn_groups", bn_groups, f"must divide batch_size={batch_size}")
     if max(groups, devices) % min(groups, devices):
-        raise bad_field(
-            "bn_groups", bn_groups, f"must divide, or be a multiple of, the {devices} devices"
-        )
+        valid = f"must divide, or be a multiple of, the {devices} devices"
+        raise bad_field("bn_groups", bn_groups, valid)
 
 
 def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:

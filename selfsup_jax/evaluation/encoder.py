@@ -111,9 +111,8 @@ def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tup
         root = os.path.dirname(root)
     steps = checkpoint_steps(root)
     if not steps:
-        raise bad_field(
-            field, path, f"holds no checkpoint of a run, nor an exported encoder{_IMPORT}"
-        )
+        hint = f"holds no checkpoint of a run, nor an exported encoder{_IMPORT}"
+        raise bad_field(field, path, hint)
     if step is not None and step not in steps:
         available = ", ".join(map(str, steps))
         raise bad_field(field, path, f"there is no checkpoint of step {step}: {available}")

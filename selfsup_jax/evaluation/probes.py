@@ -82,8 +82,9 @@ def linear(
     C: Sequence[float],
     held_out_images: int,
     seed: int,
+    standardize: bool = True,
+    max_iterations: int = 200,
     tolerance: float = 1e-3,
-    **solver: Any,
 ) -> Measured:
     """Logistic regression: chooses one of several L2 strengths, then fits it to all rows.
 
@@ -93,8 +94,10 @@ def linear(
         C: scikit-learn's inverse L2 strengths.
         held_out_images: number of training rows for the choice, at most a fifth of all.
         seed: for the draw of these rows.
-        tolerance, solver: `standardize`, `max_iterations` and `tolerance` of `logistic.fit`.
+        standardize, max_iterations, tolerance: see `logistic.fit`.
     """
+
+    solver: dict[str, Any] = {"standardize": standardize, "max_iterations": max_iterations}
     fit = functools.partial(logistic.fit, train, num_classes, tolerance=tolerance, **solver)
     held = held_out_rows(train.labels, held_out_images, seed)
     # The largest of equally good values is chosen; the middle one where there is nothing to test.

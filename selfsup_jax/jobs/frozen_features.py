@@ -76,11 +76,8 @@ def class_count(train: Source, test: Source) -> int:
         UserError: the splits have different classes.
     """
     if train.class_names != test.class_names:
-        raise bad_field(
-            "data.test_split",
-            test.name,
-            f"its {test.num_classes} classes are not the {train.num_classes} of {train.name}",
-        )
+        why = f"its {test.num_classes} classes are not the {train.num_classes} of {train.name}"
+        raise bad_field("data.test_split", test.name, why)
     return train.num_classes or 0
 
 
@@ -100,9 +97,8 @@ def check_labels(
             raise bad_field(field, split, "holds no image that can be decoded")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
-            raise bad_field(
-                field, split, f"has labels from {low} to {high}, but {num_classes} classes"
-            )
+            why = f"has labels from {low} to {high}, but {num_classes} classes"
+            raise bad_field(field, split, why)
     if train.ndim > 1:
         return
     classes = np.unique(train)

@@ -116,9 +116,8 @@ def _check_encoder(path: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]
     if differ:
         flags = " ".join(f"--config.encoder.{name}={theirs[name]}" for name in differ)
         has = ", ".join(f"{name} {ours[name]}" for name in differ if name in ours)
-        raise bad_field(
-            "init_from", path, f"has another encoder than this run ({has}): add {flags}"
-        )
+        why = f"has another encoder than this run ({has}): add {flags}"
+        raise bad_field("init_from", path, why)
 
 
 def normalization_note(source: Source, views: Any) -> str:
