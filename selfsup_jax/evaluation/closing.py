@@ -10,6 +10,7 @@ import numpy as np
 from selfsup_jax.evaluation import probes
 from selfsup_jax.evaluation.features import Extractor, Features, pixels
 from selfsup_jax.run.progress import log
+from selfsup_jax.viz import titles
 
 
 class Batches(NamedTuple):
@@ -20,7 +21,7 @@ class Batches(NamedTuple):
 
 
 # Prefix of a result's name -> the features that were measured.
-BASELINES = {"": "this encoder", "random_init_": "never trained", "pixels_": "raw pixels"}
+BASELINES = {"": "this encoder"} | titles.BASELINES
 
 
 def evaluate(

@@ -97,8 +97,14 @@ def linear(
         standardize, max_iterations, tolerance: see `logistic.fit`.
     """
 
-    solver: dict[str, Any] = {"standardize": standardize, "max_iterations": max_iterations}
-    fit = functools.partial(logistic.fit, train, num_classes, tolerance=tolerance, **solver)
+    fit = functools.partial(
+        logistic.fit,
+        train,
+        num_classes,
+        standardize=standardize,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+    )
     held = held_out_rows(train.labels, held_out_images, seed)
     # The largest of equally good values is chosen; the middle one where there is nothing to test.
     values = sorted(C, reverse=True) if held.any() else [sorted(C)[len(C) // 2]]
