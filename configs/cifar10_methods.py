@@ -98,8 +98,7 @@ def tune() -> ConfigDict:
     for index, name in itertools.product(range(4), _METHODS):
         config = _run(name, index)
         config.epochs = 1.0
-        config.data.train_split = "train[:45000]"
-        config.data.test_split = "train[45000:]"
+        config.data.update(train_split="train[:45000]", test_split="train[45000:]")
         config.eval.random_init = False
         config.eval.max_train_images = 10000
         variants[f"{name}_try_{index + 1}"] = config
@@ -118,16 +117,12 @@ def _run(name: str, index: int) -> ConfigDict:
     config.optimizer = common.optimizer(
         name="sgd", weight_decay=5e-4, warmup_epochs=0.1, exclude=()
     )
-    config.data.train_split = "train"
-    config.data.test_split = "test"
-    config.data.image_size = 24
-    config.data.test_resize = 28
-    config.data.resize_method = "bilinear"
+    config.data.update(train_split="train", test_split="test")
+    config.data.update(image_size=24, test_resize=28, resize_method="bilinear")
     # torchvision's jitter at half of SimCLR's strength, no blur.
     view = common.view(saturation=0.4, jitter_style="torchvision", blur_prob=0.0)
     config.views = common.views(config, view, area=(0.2, 1.0))
-    config.views.mean = (0.4914, 0.4822, 0.4465)
-    config.views.std = (0.247, 0.2435, 0.2616)
+    config.views.update(datasets.CIFAR10_PIXELS)
     config.eval.max_train_images = 20000
     config.monitor.update(knn_every_steps=0, plots_every_steps=0)
     config.checkpoint_every_steps = 400

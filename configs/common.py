@@ -300,6 +300,8 @@ def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
     return _changed("an optimizer", fields, changes)
 
 
+# Mean and deviation of ImageNet's pixels, per channel.
+IMAGENET_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # What differs in a view where the authors' code has torchvision's augmentation.
 TORCHVISION: dict[str, Any] = {"jitter_style": "torchvision", "blur_padding": "reflect"}
 
@@ -350,8 +352,7 @@ def views(
     group.aspect = (3 / 4, 4 / 3)  # width / height, log-uniform
     section = ConfigDict()
     section["global"] = group
-    section.mean = (0.485, 0.456, 0.406)
-    section.std = (0.229, 0.224, 0.225)
+    section.update(IMAGENET_PIXELS)
     return section
 
 

@@ -30,15 +30,10 @@ def job_defaults(job: str) -> ConfigDict:
     config.follow_patience_hours = 24.0  # stop after so long without a new checkpoint
 
     config.data = common.data_access()
-    config.data.name = ""
-    config.data.dir = ""
-    config.data.train_split = ""
-    config.data.test_split = ""
-    config.data.intensity = ""
+    of_run = ("name", "dir", "train_split", "test_split", "intensity", "resize_method")
+    config.data.update(dict.fromkeys(of_run, ""))
+    config.data.update(image_size=0, test_resize=0)
     config.data.exif_orientation = config_dict.placeholder(bool)
-    config.data.image_size = 0
-    config.data.test_resize = 0
-    config.data.resize_method = ""
     config.data.max_train_images = 0  # maximum, evenly spread over the split; 0: all
     config.data.allow_unseen_classes = False  # in the test split; True: they count as wrong
     return config

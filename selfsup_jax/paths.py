@@ -27,7 +27,7 @@ from typing import IO, Any, TypeVar
 from selfsup_jax.errors import UserError
 
 _SCHEME = "gs://"
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class BucketError(OSError):
@@ -98,7 +98,7 @@ def _bucket(address: str) -> Iterator[tuple[Any, str]]:
         raise BucketError(errno.EIO, reason(e), address) from e
 
 
-def _at(path: str, local: Callable[[str], T], in_bucket: Callable[[Any, str], T]) -> T:
+def _at(path: str, local: Callable[[str], _T], in_bucket: Callable[[Any, str], _T]) -> _T:
     """`local(path)`; or, of an address, `in_bucket(gcsfs, name)`."""
     if not is_bucket(path):
         return local(path)
