@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
         _fail(line)
     except Stopped as e:
         print(e, file=sys.stderr, flush=True)
-        _finish()
+        _hosts().finish()
         _exit(e.status)
     except KeyboardInterrupt:
         line, status = "stopped; nothing that was saved is lost", 128 + signal.SIGINT
@@ -140,34 +140,26 @@ def main(argv: list[str]) -> None:
         _exit(status)
     except Exception as e:
         _tell_other_hosts(1, f"{type(e).__name__}: {first_line(e)}", e)
-        if not _several_hosts():
+        if not _hosts().several():
             raise
         traceback.print_exc()
         _exit(1)
-    _finish()
-    if _several_hosts():
+    _hosts().finish()
+    if _hosts().several():
         _exit(0)
 
 
 def _tell_other_hosts(status: int, line: str, error: Exception | None = None) -> None:
     """Ends the other hosts of the job, if there are any, with this status and line."""
     if "selfsup_jax.devices.hosts" in sys.modules:
-        from selfsup_jax.devices import hosts
-
-        hosts.end(status, line, error)
+        _hosts().end(status, line, error)
 
 
-def _finish() -> None:
-    """Waits for the other hosts of the job, if there are any."""
+def _hosts() -> Any:
+    """The module, which imports JAX: that takes longer than to read the flags."""
     from selfsup_jax.devices import hosts
 
-    hosts.finish()
-
-
-def _several_hosts() -> bool:
-    from selfsup_jax.devices import hosts
-
-    return hosts.several()
+    return hosts
 
 
 def _plan(config: ConfigDict, workdir: str) -> None:
@@ -272,7 +264,7 @@ def _refuse_sections(fields: Sequence[str], argv: list[str]) -> None:
 
 
 def _fail(message: object) -> NoReturn:
-    joined = "selfsup_jax.devices.hosts" in sys.modules and _several_hosts()
+    joined = "selfsup_jax.devices.hosts" in sys.modules and _hosts().several()
     others = () if joined else cluster.still_to_join(sys.argv)
     note = "; the other hosts are told when they start" if others else ""
     print(f"error: {message}{note}", file=sys.stderr, flush=True)
