@@ -478,8 +478,8 @@ def test_the_page_begins_with_what_came_of_it(tmp_path, read):
     page = read(tmp_path)
     assert "On digits, the best linear probe (top-1) is that of a: 90.0 %" in page.text
     assert "next is b with 80.0 %. No run collapsed; " in page.text
-    assert "plain: learned, as far as that can be told without labels" in page.text
-    assert "flat: shows no clear sign that it learned" in page.text
+    assert "plain: learned, as far as its loss can tell" in page.text
+    assert "flat: shows no clear sign in its loss that it learned" in page.text
     assert "Not measured, as their data has no labels: flat, plain." in page.text
     # Losses of two methods are not compared; kNN has its settings.
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", (tmp_path / "page.html").read_text())

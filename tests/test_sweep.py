@@ -482,6 +482,10 @@ def test_fields_that_some_variants_have(images, pretended, tmp_path):
     assert [row["optimizer learning rate"] for row in rows.values()] == ["0.1", "0.5"]
     assert [row["queue size"] for row in rows.values()] == ["", "64"]
 
+    config.only = ("low",)  # which alone has no queue
+    sweep.run(config, str(tmp_path / "one"), BUILDS)
+    assert [row["queue size"] for row in read_table(tmp_path / "one").values()] == [""]
+
 
 def test_each_variant_is_built_by_its_method(images, monkeypatch, tmp_path):
     built = {}

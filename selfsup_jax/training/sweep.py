@@ -95,7 +95,7 @@ def _runs(config: ConfigDict, find: Callable[[str], Build]) -> Iterator[Run]:
     if not only or set(only) - set(config.variants) or len(set(only)) < len(only):
         names = ", ".join(config.variants)
         raise bad_field("only", only, f"must be one or more different ones of {names}")
-    fields = {field for name in only for field in identity.flat(config.variants[name])}
+    fields = {field for variant in config.variants.values() for field in identity.flat(variant)}
     for what, known in (("columns", fields), ("metrics", titles.METRICS)):
         for name in (name for name in config[what] if name not in known):
             hint = f"there is no {name}; did you mean {nearest(name, known)}?"

@@ -15,8 +15,9 @@ History = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 def course(history: History, results: Mapping[str, Any]) -> str:
     """Describes a run, as one sentence without its subject and without a full stop.
 
-    With labels, what counts is whether the encoder is better than before training. Without, a loss
-    that fell is a sign that the run learned, and no proof; a collapse shows that it did not.
+    What counts is whether the encoder is better than before training. Where the probes of one of
+    them are missing (no labels), a loss that fell is a sign that the run learned, and no proof; one
+    that rose is no sign against it if the targets move. A collapse shows that it did not learn.
 
     Args:
         history: what the run logged.
@@ -38,9 +39,9 @@ def course(history: History, results: Mapping[str, Any]) -> str:
     elif loss is None:
         what = "logged too little to tell whether it learned"
     elif loss[1] < loss[0] - 0.01 * abs(loss[0]):
-        what = "learned, as far as that can be told without labels"
+        what = "learned, as far as its loss can tell"
     else:
-        what = "shows no clear sign that it learned"
+        what = "shows no clear sign in its loss that it learned"
     facts += [_loss(*loss)] if loss else []
     if std and not collapsed:
         facts.append(f"no collapse (projection std {std[1]:.2f}, where 1 is healthy)")
