@@ -97,12 +97,15 @@ def _paper() -> ConfigDict:
         freeze_epochs=1.0,
     )
     config.views = common.byol_views(config, area=(0.4, 1.0), **common.TORCHVISION)
-    view = common.view(blur_prob=0.5, **common.TORCHVISION)
-    common.local_views(config, view, count=8, size=96, area=(0.05, 0.4))
+    common.local_views(config, _view(blur_prob=0.5), count=8, size=96, area=(0.05, 0.4))
     config.eval.network = "target"  # the teacher, as in the paper
     config.eval.knn_k = 20
     config.eval.knn_temperature = 0.07
     return config
+
+
+def _view(**changes) -> ConfigDict:
+    return common.view(**common.TORCHVISION, **changes)
 
 
 def as_resnet(config: ConfigDict) -> ConfigDict:
