@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from selfsup_jax import command_line, presets
 from selfsup_jax.devices import cluster
-from selfsup_jax.errors import Stopped, UserError
+from selfsup_jax.errors import Stopped, UserError, first_line
 from selfsup_jax.paths import BucketError
 
 parsing = presets.parsing()
@@ -125,16 +125,13 @@ def main(argv: list[str]) -> None:
         if hosts.several():
             hosts.check_same("the devices", process.local_devices())
         run_job(_CONFIG.value, workdir)
-    except UserError as e:
-        _tell_other_hosts(2, str(e), e)
-        _fail(e)
-    except BucketError as e:
-        line = f"{e.filename}: {e.strerror}"
+    except (UserError, BucketError) as e:
+        line = f"{e.filename}: {e.strerror}" if isinstance(e, BucketError) else str(e)
         _tell_other_hosts(2, line, e)
         _fail(line)
     except Stopped as e:
         print(e, file=sys.stderr, flush=True)
-        _finish()
+        _hosts().finish()
         _exit(e.status)
     except KeyboardInterrupt:
         line, status = "stopped; nothing that was saved is lost", 128 + signal.SIGINT
@@ -142,35 +139,27 @@ def main(argv: list[str]) -> None:
         print(line, file=sys.stderr, flush=True)
         _exit(status)
     except Exception as e:
-        _tell_other_hosts(1, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}", e)
-        if not _several_hosts():
+        _tell_other_hosts(1, f"{type(e).__name__}: {first_line(e)}", e)
+        if not _hosts().several():
             raise
         traceback.print_exc()
         _exit(1)
-    _finish()
-    if _several_hosts():
+    _hosts().finish()
+    if _hosts().several():
         _exit(0)
 
 
 def _tell_other_hosts(status: int, line: str, error: Exception | None = None) -> None:
     """Ends the other hosts of the job, if there are any, with this status and line."""
     if "selfsup_jax.devices.hosts" in sys.modules:
-        from selfsup_jax.devices import hosts
-
-        hosts.end(status, line, error)
+        _hosts().end(status, line, error)
 
 
-def _finish() -> None:
-    """Waits for the other hosts of the job, if there are any."""
+def _hosts() -> Any:
+    """The module, which imports JAX: that takes longer than to read the flags."""
     from selfsup_jax.devices import hosts
 
-    hosts.finish()
-
-
-def _several_hosts() -> bool:
-    from selfsup_jax.devices import hosts
-
-    return hosts.several()
+    return hosts
 
 
 def _plan(config: ConfigDict, workdir: str) -> None:
@@ -182,7 +171,7 @@ def _plan(config: ConfigDict, workdir: str) -> None:
 
 def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
     """Batch size, microbatches, batch-norm groups; for a sweep the gcd and the two maxima."""
-    runs = list(config.variants.values()) if "variants" in config else [config]
+    runs = _runs(config)
     batch_size = math.gcd(*(run.get("batch_size", 0) for run in runs))  # 0: no batch size
     accumulate, groups = (max(r.get(k, 1) for r in runs) for k in ("accumulate_steps", "bn_groups"))
     return batch_size, accumulate, groups
@@ -190,8 +179,11 @@ def _cut_of_the_batch(config: ConfigDict) -> tuple[int, int, int]:
 
 def _step_pixels(config: ConfigDict) -> int:
     """Of the images of a training step: the most in a sweep."""
-    runs = list(config.variants.values()) if "variants" in config else [config]
-    return max(run.get("batch_size", 0) * run.data.image_size**2 for run in runs)
+    return max(run.get("batch_size", 0) * run.data.image_size**2 for run in _runs(config))
+
+
+def _runs(config: ConfigDict) -> list[ConfigDict]:
+    return list(config.variants.values()) if "variants" in config else [config]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -272,7 +264,7 @@ def _refuse_sections(fields: Sequence[str], argv: list[str]) -> None:
 
 
 def _fail(message: object) -> NoReturn:
-    joined = "selfsup_jax.devices.hosts" in sys.modules and _several_hosts()
+    joined = "selfsup_jax.devices.hosts" in sys.modules and _hosts().several()
     others = () if joined else cluster.still_to_join(sys.argv)
     note = "; the other hosts are told when they start" if others else ""
     print(f"error: {message}{note}", file=sys.stderr, flush=True)

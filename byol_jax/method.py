@@ -77,12 +77,8 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
     rules |= {"tau_base": checks.share, "temperature": checks.positive}
     checks.fields(config, rules | {"negatives_weight": checks.not_negative})
     if config.use_predictor:
-        checks.equals(
-            config,
-            "predictor.output_size",
-            config.projector.output_size,
-            "that of the projector, which it is compared with",
-        )
+        size, why = config.projector.output_size, "that of the projector, which it is compared with"
+        checks.equals(config, "predictor.output_size", size, why)
     if config.negatives_weight:
         why = f"with negatives_weight={config.negatives_weight} all are of one global batch"
         checks.equals(config, "accumulate_steps", 1, why)

@@ -49,12 +49,7 @@ def _paper() -> ConfigDict:
         end_fraction=1e-3,
         excluded_rate=0.0048 / 0.2,  # biases and norms: 0.0048 x batch / 256
     )
-    view = {"jitter_style": "torchvision", "blur_padding": "reflect"}
-    config.views = common.views(
-        config,
-        common.view(blur_prob=1.0, solarize_prob=0.0, **view),
-        common.view(blur_prob=0.1, solarize_prob=0.2, **view),
-    )
+    config.views = common.byol_views(config, **common.TORCHVISION)
     return config
 
 

@@ -53,8 +53,7 @@ def imagenet(epochs: float = 1000) -> ConfigDict:
 
 def _paper(epochs: float = 1000) -> ConfigDict:
     """The paper's recipe for any data, with the code's values for its length."""
-    lengths = [length for length in _BY_LENGTH if length <= epochs] or [min(_BY_LENGTH)]
-    learning_rate, weight_decay, tau_base = _BY_LENGTH[max(lengths)]
+    learning_rate, weight_decay, tau_base = common.by_length(_BY_LENGTH, epochs)
 
     config = common.pretrain_defaults()
     config.method = "byol"
@@ -74,11 +73,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.predictor = common.head()
     config.online_probe.kernel_init = "haiku"
     config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
-    config.views = common.views(
-        config,
-        common.view(blur_prob=1.0, solarize_prob=0.0),
-        common.view(blur_prob=0.1, solarize_prob=0.2),
-    )
+    config.views = common.byol_views(config)
     return config
 
 
@@ -108,8 +103,7 @@ def cifar10_fast() -> ConfigDict:
 def imagenette() -> ConfigDict:
     """Imagenette as in the authors' README."""
     config = datasets.on_imagenette(_paper())
-    config.optimizer.learning_rate = 2.0
-    config.optimizer.weight_decay = 1e-6
+    config.optimizer.update(learning_rate=2.0, weight_decay=1e-6)
     return config
 
 
@@ -117,8 +111,8 @@ def folder() -> ConfigDict:
     """Your own images: the 300-epoch recipe with a small batch for one device."""
     config = datasets.on_folder(_paper(epochs=300))
     config.tau_base = 0.99
-    config.projector.hidden_sizes = (1024,)
-    config.predictor.hidden_sizes = (1024,)
+    for head in (config.projector, config.predictor):
+        head.hidden_sizes = (1024,)
     return config
 
 
@@ -137,13 +131,8 @@ def demo() -> ConfigDict:
     config = datasets.on_digits(_paper())
     config.epochs = 36.0
     config.tau_base = 0.98
-    config.projector.hidden_sizes = (512,)
-    config.projector.output_size = 128
-    config.predictor.hidden_sizes = (512,)
-    config.predictor.output_size = 128
-    config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = 0.3
-    config.optimizer.weight_decay = 4e-4
-    config.optimizer.warmup_epochs = 2.0
+    for head in (config.projector, config.predictor):
+        head.update(hidden_sizes=(512,), output_size=128)
+    config.optimizer.update(name="sgd", learning_rate=0.3, weight_decay=4e-4, warmup_epochs=2.0)
     config.monitor.reference = "byol_demo"
     return config

@@ -54,8 +54,7 @@ def demo() -> ConfigDict:
     base.encoder.depth = 18
     base.encoder.zero_init_gamma = True
     base.monitor.reference = ""  # the reference curve has another length
-    base.monitor.knn_every_steps = 0
-    base.monitor.plots_every_steps = 0
+    base.monitor.update(knn_every_steps=0, plots_every_steps=0)
     return _variants(base, "the embedded digits")
 
 

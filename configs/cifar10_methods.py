@@ -25,80 +25,57 @@ Finished runs are not repeated: the same command continues an interrupted sweep.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs import barlow_twins, byol, common, datasets, moco, parsing, simclr, simsiam, vicreg
 
-_NAMES = {
-    "moco_v1": "MoCo_v1",
-    "moco_v2": "MoCo_v2",
-    "moco_v3": "MoCo_v3",
-    "simclr": "SimCLR",
-    "byol": "BYOL",
-    "simsiam": "SimSiam",
-    "barlow_twins": "Barlow_Twins",
-    "vicreg": "VICReg",
-}
-_PRESETS = {  # of CIFAR-10
-    "moco_v1": (moco, "cifar10"),
-    "moco_v2": (moco, "cifar10"),
-    "moco_v3": (moco, "v3_cifar10"),
-    "simclr": (simclr, "cifar10_lars"),  # for the authors' head
-    "byol": (byol, "cifar10"),
-    "simsiam": (simsiam, "cifar10"),
-    "barlow_twins": (barlow_twins, "cifar10"),
-    "vicreg": (vicreg, "cifar10"),
-}
+_RATE = "optimizer.learning_rate"
 
 
-def _tries(**values: Any) -> tuple[dict[str, Any], ...]:
-    """Four tries; a field has one value for all of them, or four; `__` stands for a dot."""
-    columns = (v if isinstance(v, tuple) else (v,) * 4 for v in values.values())
-    fields = [name.replace("__", ".") for name in values]
-    return tuple(dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True))
+class _Method(NamedTuple):
+    """A method of the table.
+
+    Attributes:
+        title: in the table.
+        preset: makes its config of CIFAR-10.
+        best: index of the try with the best linear probe on train[45000:].
+        tries: field -> its value in each of the four tries. Learning rates are for batch 256; the
+            runs, with batch 64, use a quarter of them.
+    """
+
+    title: str
+    preset: Callable[[], ConfigDict]
+    best: int
+    tries: Mapping[str, tuple[float, ...]]
 
 
-# Learning rates are for batch 256; the runs, with batch 64, use a quarter of them.
-_TRIES = {
-    "moco_v1": _tries(
-        optimizer__learning_rate=(0.2, 0.2, 0.5, 0.5),
-        tau_base=(0.99, 0.995, 0.99, 0.995),
-        temperature=(0.07, 0.15, 0.15, 0.07),
+_OF_QUEUE = {_RATE: (0.2, 0.2, 0.5, 0.5), "tau_base": (0.99, 0.995, 0.99, 0.995)}
+_TAUS = (0.97, 0.99, 0.97, 0.99)
+_WEIGHTS = (0.0051, 0.02, 0.0051, 0.02)
+_METHODS = {
+    "moco_v1": _Method(
+        "MoCo_v1", moco.cifar10, 3, _OF_QUEUE | {"temperature": (0.07, 0.15, 0.15, 0.07)}
     ),
-    "moco_v2": _tries(
-        optimizer__learning_rate=(0.2, 0.2, 0.5, 0.5),
-        tau_base=(0.99, 0.995, 0.99, 0.995),
-        temperature=(0.1, 0.2, 0.2, 0.1),
+    "moco_v2": _Method(
+        "MoCo_v2", moco.cifar10, 3, _OF_QUEUE | {"temperature": (0.1, 0.2, 0.2, 0.1)}
     ),
-    "moco_v3": _tries(
-        optimizer__learning_rate=(0.4, 0.4, 1.0, 1.0), tau_base=(0.97, 0.99, 0.97, 0.99)
+    "moco_v3": _Method(
+        "MoCo_v3", moco.v3_cifar10, 2, {_RATE: (0.4, 0.4, 1.0, 1.0), "tau_base": _TAUS}
     ),
-    "simclr": _tries(
-        optimizer__learning_rate=(0.2, 0.2, 0.5, 0.5), temperature=(0.2, 0.5, 0.2, 0.5)
+    "simclr": _Method(  # its preset with the authors' head
+        *("SimCLR", simclr.cifar10_lars, 0),
+        {_RATE: (0.2, 0.2, 0.5, 0.5), "temperature": (0.2, 0.5, 0.2, 0.5)},
     ),
-    "byol": _tries(
-        optimizer__learning_rate=(0.3, 0.3, 0.8, 0.8), tau_base=(0.97, 0.99, 0.97, 0.99)
+    "byol": _Method("BYOL", byol.cifar10, 3, {_RATE: (0.3, 0.3, 0.8, 0.8), "tau_base": _TAUS}),
+    "simsiam": _Method("SimSiam", simsiam.cifar10, 3, {_RATE: (0.1, 0.2, 0.4, 0.8)}),
+    "barlow_twins": _Method(
+        *("Barlow_Twins", barlow_twins.cifar10, 0),
+        {_RATE: (0.1, 0.1, 0.4, 0.4), "off_diagonal_weight": _WEIGHTS},
     ),
-    "simsiam": _tries(optimizer__learning_rate=(0.1, 0.2, 0.4, 0.8)),
-    "barlow_twins": _tries(
-        optimizer__learning_rate=(0.1, 0.1, 0.4, 0.4),
-        off_diagonal_weight=(0.0051, 0.02, 0.0051, 0.02),
-    ),
-    "vicreg": _tries(optimizer__learning_rate=(0.03, 0.1, 0.2, 0.4)),
-}
-
-# Index of the try with the best linear probe on train[45000:].
-_BEST = {
-    "moco_v1": 3,
-    "moco_v2": 3,
-    "moco_v3": 2,
-    "simclr": 0,
-    "byol": 3,
-    "simsiam": 3,
-    "barlow_twins": 0,
-    "vicreg": 2,
+    "vicreg": _Method("VICReg", vicreg.cifar10, 2, {_RATE: (0.03, 0.1, 0.2, 0.4)}),
 }
 
 
@@ -109,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def table() -> ConfigDict:
     """The methods with their tuned values, three seeds."""
-    variants = {name: _run(key, _TRIES[key][_BEST[key]]) for key, name in _NAMES.items()}
+    variants = {method.title: _run(name, method.best) for name, method in _METHODS.items()}
     sweep = common.sweep("CIFAR-10, ResNet-18 x 0.25", variants, seeds=(0, 1, 2))
     sweep.columns = ("epochs",)
     return sweep
@@ -118,47 +95,40 @@ def table() -> ConfigDict:
 def tune() -> ConfigDict:
     """Four tries of each method on a part of the training set, evaluated on the rest."""
     variants = {}
-    for index, key in itertools.product(range(4), _NAMES):
-        config = _run(key, _TRIES[key][index])
+    for index, name in itertools.product(range(4), _METHODS):
+        config = _run(name, index)
         config.epochs = 1.0
-        config.data.train_split = "train[:45000]"
-        config.data.test_split = "train[45000:]"
+        config.data.update(train_split="train[:45000]", test_split="train[45000:]")
         config.eval.random_init = False
         config.eval.max_train_images = 10000
-        variants[f"{key}_try_{index + 1}"] = config
+        variants[f"{name}_try_{index + 1}"] = config
     sweep = common.sweep("Tries on CIFAR-10's train[:45000]", variants, seeds=(0,))
     sweep.columns = ("optimizer.learning_rate", "tau_base", "temperature", "off_diagonal_weight")
     sweep.metrics = ("linear_probe_top1", "knn_top1")
     return sweep
 
 
-def _run(name: str, tuned: dict[str, Any]) -> ConfigDict:
-    """A run of one method: its own CIFAR-10 preset, with the settings that all methods share."""
-    module, preset = _PRESETS[name]
-    config = module.get_config(preset)
+def _run(name: str, index: int) -> ConfigDict:
+    """A method's try: its own CIFAR-10 preset, with the settings that all methods share."""
+    config = _METHODS[name].preset()
     config.epochs = 3.0
     config.batch_size = 64
     config.encoder = common.encoder(depth=18, width=0.25, stem="cifar")
     config.optimizer = common.optimizer(
         name="sgd", weight_decay=5e-4, warmup_epochs=0.1, exclude=()
     )
-    config.data.train_split = "train"
-    config.data.test_split = "test"
-    config.data.image_size = 24
-    config.data.test_resize = 28
-    config.data.resize_method = "bilinear"
+    config.data.update(train_split="train", test_split="test")
+    config.data.update(image_size=24, test_resize=28, resize_method="bilinear")
     # torchvision's jitter at half of SimCLR's strength, no blur.
     view = common.view(saturation=0.4, jitter_style="torchvision", blur_prob=0.0)
     config.views = common.views(config, view, area=(0.2, 1.0))
-    config.views.mean = (0.4914, 0.4822, 0.4465)
-    config.views.std = (0.247, 0.2435, 0.2616)
+    config.views.update(datasets.CIFAR10_PIXELS)
     config.eval.max_train_images = 20000
-    config.monitor.knn_every_steps = 0
-    config.monitor.plots_every_steps = 0
+    config.monitor.update(knn_every_steps=0, plots_every_steps=0)
     config.checkpoint_every_steps = 400
     config = datasets.our_recipe(_small_heads(name, config))
-    for field, value in tuned.items():
-        parsing.set_field(config, field, value)
+    for field, values in _METHODS[name].tries.items():
+        parsing.set_field(config, field, values[index])
     return config
 
 

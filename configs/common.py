@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -25,13 +28,11 @@ def pretrain_defaults() -> ConfigDict:
     # Of convolutions and matmuls: bfloat16, float32, or `auto`: bfloat16 on TPUs and recent GPUs.
     config.compute_dtype = "auto"
 
-    config.data = ConfigDict()
+    config.data = data_access()
     config.data.name = "imagenet2012"  # a TFDS name, `folder`, `arrays`, or `digits`
     config.data.dir = ""  # TFDS's data_dir (its own default if empty), or the folder of images
-    config.data.download = False  # let TFDS download and prepare data that is not in `dir`
     config.data.train_split = ""  # TFDS split syntax; empty: chosen from the data set's splits
     config.data.test_split = ""  # held-out images for the evaluation at the end
-    config.data.labels = "auto"  # a folder's are its sub-folders; `none`: as if there were none
     # Images of more than 8 bits per channel, such as microscopes' and radiology's, become 8 bits:
     # `LOW,HIGH`, the values that are black and white in every image, such as 0,4095; `auto`: the
     # range of 99.8 % of the training images' values, or `full` without such images; `per_image`:
@@ -41,21 +42,6 @@ def pretrain_defaults() -> ConfigDict:
     config.data.image_size = 224  # pixels, of the crops and of the test images
     config.data.test_resize = 256  # shorter side before the test's centre crop
     config.data.resize_method = "bicubic"
-    # A TFDS split up to this size is read once at the start, so that its labels are known and it
-    # may go to the devices; images of a larger one are only read when they are needed.
-    config.data.cache_gib = 4.0
-    # Where the images are during training: decoded in the memory of each `device`, which also crops
-    # them; on the `host`, which decodes and crops them for each step; `auto`: `device` if they fit.
-    config.data.placement = "auto"
-    config.data.device_share = 0.25  # of a device's memory, for a split
-    # Who crops images that the host decodes for each step: the `host`; or the `device`, which gets
-    # them whole, in a square of `canvas` pixels (larger images are made smaller). The host then has
-    # about half the work.
-    config.data.crop_on = "host"
-    config.data.canvas = 512
-    # Processes that decode, for hosts of many cores: such as one a core; 0: threads.
-    config.data.processes = 0
-    config.data.max_undecodable = 0.01  # share of images that may be broken before the run stops
 
     config.online_probe = online_probe()
 
@@ -106,6 +92,29 @@ def pretrain_defaults() -> ConfigDict:
     config.eval.fewshot_draws = 10
     config.eval.random_init = True  # the same probes on an untrained encoder
     config.eval.pixels = False  # the same probes on raw pixels
+    return config
+
+
+def data_access() -> ConfigDict:
+    """How the images of a run or a job are read, wherever they come from."""
+    config = ConfigDict()
+    config.download = False  # let TFDS download and prepare data that is not in `dir`
+    config.labels = "auto"  # a folder's are its sub-folders; `none`: as if there were none
+    # A TFDS split up to this size is read once at the start, so that its labels are known and it
+    # may go to the devices; images of a larger one are only read when they are needed.
+    config.cache_gib = 4.0
+    # Where the images are during training: decoded in the memory of each `device`, which also crops
+    # them; on the `host`, which decodes and crops them for each step; `auto`: `device` if they fit.
+    config.placement = "auto"
+    config.device_share = 0.25  # of a device's memory, for a split
+    # Who crops images that the host decodes for each step: the `host`; or the `device`, which gets
+    # them whole, in a square of `canvas` pixels (larger images are made smaller). The host then has
+    # about half the work.
+    config.crop_on = "host"
+    config.canvas = 512
+    # Processes that decode, for hosts of many cores: such as one a core; 0: threads.
+    config.processes = 0
+    config.max_undecodable = 0.01  # share of images that may be broken before it stops
     return config
 
 
@@ -291,6 +300,12 @@ def optimizer(warmup_epochs: float = 10.0, **changes) -> ConfigDict:
     return _changed("an optimizer", fields, changes)
 
 
+# Mean and deviation of ImageNet's pixels, per channel.
+IMAGENET_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# What differs in a view where the authors' code has torchvision's augmentation.
+TORCHVISION: dict[str, Any] = {"jitter_style": "torchvision", "blur_padding": "reflect"}
+
+
 def view(**changes) -> ConfigDict:
     """One view's augmentation; the defaults are BYOL's view 1 (Grill et al., appendix B).
 
@@ -337,9 +352,20 @@ def views(
     group.aspect = (3 / 4, 4 / 3)  # width / height, log-uniform
     section = ConfigDict()
     section["global"] = group
-    section.mean = (0.485, 0.456, 0.406)
-    section.std = (0.229, 0.224, 0.225)
+    section.update(IMAGENET_PIXELS)
     return section
+
+
+def byol_views(config: ConfigDict, area: tuple[float, ...] = (0.08, 1.0), **changes) -> ConfigDict:
+    """BYOL's two views: the first is always blurred, the second rarely, and sometimes solarised."""
+    view_1 = view(blur_prob=1.0, solarize_prob=0.0, **changes)
+    view_2 = view(blur_prob=0.1, solarize_prob=0.2, **changes)
+    return views(config, view_1, view_2, area=area)
+
+
+def moco_views(config: ConfigDict) -> ConfigDict:
+    """MoCo v2's two views, which are augmented alike; SimSiam has them too."""
+    return views(config, view(saturation=0.4, blur_prob=0.5, **TORCHVISION), area=(0.2, 1.0))
 
 
 def local_views(
@@ -370,3 +396,8 @@ def _changed(what: str, fields: dict, changes: dict) -> ConfigDict:
     if unknown:
         raise KeyError(f"no such field of {what}: {sorted(unknown)}")
     return ConfigDict(fields | changes)
+
+
+def by_length(values: Mapping[int, tuple[float, ...]], epochs: float) -> tuple[float, ...]:
+    """The values for so many epochs; for a length without values those of the next shorter one."""
+    return values[max((length for length in values if length <= epochs), default=min(values))]

@@ -6,6 +6,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+CIFAR10_PIXELS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
+
 
 def our_recipe(config: ConfigDict) -> ConfigDict:
     """Details in which BYOL's and SimCLR's code differ, alike for all methods.
@@ -26,22 +28,17 @@ def our_recipe(config: ConfigDict) -> ConfigDict:
 
 def on_imagenet(config: ConfigDict) -> ConfigDict:
     """ImageNet at 224 px; its test labels are not public, so `validation` is the test split."""
-    config.data.train_split = "train"
-    config.data.test_split = "validation"
+    config.data.update(train_split="train", test_split="validation")
     return config
 
 
 def on_cifar10(config: ConfigDict) -> ConfigDict:
     """CIFAR-10 for one accelerator: ResNet-18 with a 3x3 stem; no blur, as is usual for it."""
-    config.data.name = "cifar10"
-    config.data.image_size = 32
-    config.data.test_resize = 32
-    config.encoder.depth = 18
-    config.encoder.stem = "cifar"
+    config.data.update(name="cifar10", image_size=32, test_resize=32)
+    config.encoder.update(depth=18, stem="cifar")
     for view in common.sections_of_views(config):
         view.update(blur_prob=0.0, solarize_prob=0.0)
-    config.views.mean = (0.4914, 0.4822, 0.4465)
-    config.views.std = (0.247, 0.2435, 0.2616)
+    config.views.update(CIFAR10_PIXELS)
     config.checkpoint_every_steps = 2000
     config.eval.max_train_images = 50000
     return config
@@ -62,8 +59,7 @@ def like_lightly(config: ConfigDict, loss_scale: float = 1.0) -> ConfigDict:
     config.batch_size = 128
     config.data.resize_method = "bilinear"
     config.views["global"].area = (0.08, 1.0)
-    config.views.mean = (0.485, 0.456, 0.406)
-    config.views.std = (0.229, 0.224, 0.225)
+    config.views.update(common.IMAGENET_PIXELS)
     for view in common.sections_of_views(config):
         view.update(
             jitter_style="torchvision", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
@@ -86,9 +82,7 @@ def like_lightly(config: ConfigDict, loss_scale: float = 1.0) -> ConfigDict:
 def on_imagenette(config: ConfigDict) -> ConfigDict:
     """Imagenette: ResNet-18 on 128 px crops of the 160 px set, batch 256."""
     config.batch_size = 256
-    config.data.name = "imagenette/160px-v2"
-    config.data.image_size = 128
-    config.data.test_resize = 146
+    config.data.update(name="imagenette/160px-v2", image_size=128, test_resize=146)
     config.encoder.depth = 18
     for view in common.sections_of_views(config):
         view.blur_kernel = 13  # a tenth of the image, as 23 is of 224
@@ -99,13 +93,9 @@ def on_folder(config: ConfigDict) -> ConfigDict:
     """Your own images at 96 px, for any machine: a small encoder, a batch of 64."""
     config = our_recipe(config)
     config.log_every_steps = -1  # any number of images: the length is not known here
-    config.monitor.diagnostics_every_steps = -1
-    config.monitor.knn_every_steps = -1
-    config.monitor.plots_every_steps = -1
+    config.monitor.update(diagnostics_every_steps=-1, knn_every_steps=-1, plots_every_steps=-1)
     config.batch_size = 64
-    config.data.name = "folder"
-    config.data.image_size = 96
-    config.data.test_resize = 110
+    config.data.update(name="folder", image_size=96, test_resize=110)
     config.encoder.depth = 18
     for view in common.sections_of_views(config):
         view.blur_kernel = 9
@@ -126,10 +116,7 @@ def on_digits(config: ConfigDict) -> ConfigDict:
     config.data.test_resize = 20  # a digit fills 20 of 28 pixels: this removes the margins
     config.views["global"].area = (0.4, 1.0)
     config.data.resize_method = "area"  # bicubic without antialiasing skips lines (28 to 16 px)
-    config.encoder.depth = 10
-    config.encoder.width = 0.25
-    config.encoder.stem = "cifar"
-    config.encoder.zero_init_gamma = False
+    config.encoder.update(depth=10, width=0.25, stem="cifar", zero_init_gamma=False)
     for view in common.sections_of_views(config):
         view.update(
             flip_prob=0.0,
@@ -140,8 +127,7 @@ def on_digits(config: ConfigDict) -> ConfigDict:
             blur_prob=0.5,
             solarize_prob=0.0,
         )
-    config.views.mean = (0.13, 0.13, 0.13)
-    config.views.std = (0.31, 0.31, 0.31)
+    config.views.update(mean=(0.13, 0.13, 0.13), std=(0.31, 0.31, 0.31))
     config.log_every_steps = 62  # an epoch
     config.checkpoint_every_steps = 310
     config.monitor.diagnostics_every_steps = 62

@@ -96,9 +96,7 @@ def _paper() -> ConfigDict:
         freeze=("^prototypes/",),
         freeze_epochs=1.0,
     )
-    config.views = common.views(
-        config, _view(blur_prob=1.0), _view(blur_prob=0.1, solarize_prob=0.2), area=(0.4, 1.0)
-    )
+    config.views = common.byol_views(config, area=(0.4, 1.0), **common.TORCHVISION)
     common.local_views(config, _view(blur_prob=0.5), count=8, size=96, area=(0.05, 0.4))
     # Above these shares of log K, the largest value, the teacher's output counts as collapsed.
     config.monitor.collapse_entropy = 0.995  # `teacher_entropy`: uniform for every image
@@ -110,7 +108,7 @@ def _paper() -> ConfigDict:
 
 
 def _view(**changes) -> ConfigDict:
-    return common.view(jitter_style="torchvision", blur_padding="reflect", **changes)
+    return common.view(**common.TORCHVISION, **changes)
 
 
 def as_resnet(config: ConfigDict) -> ConfigDict:

@@ -28,8 +28,7 @@ def demo() -> ConfigDict:
     base = dino.get_config("demo")
     base.epochs = 6.0
     base.eval.random_init = base.eval.pixels = False
-    base.monitor.knn_every_steps = 0
-    base.monitor.plots_every_steps = 0
+    base.monitor.update(knn_every_steps=0, plots_every_steps=0)
     variants = {
         name: copy.deepcopy(base)
         for name in ("centring_and_sharpening", "no_centring", "no_sharpening")

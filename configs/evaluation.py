@@ -29,25 +29,11 @@ def job_defaults(job: str) -> ConfigDict:
     config.follow_poll_seconds = 30.0
     config.follow_patience_hours = 24.0  # stop after so long without a new checkpoint
 
-    config.data = ConfigDict()
-    config.data.name = ""
-    config.data.dir = ""
-    config.data.download = False
-    config.data.train_split = ""
-    config.data.test_split = ""
-    config.data.labels = "auto"  # `none`: as if there were no labels, to embed
-    config.data.intensity = ""
+    config.data = common.data_access()
+    of_run = ("name", "dir", "train_split", "test_split", "intensity", "resize_method")
+    config.data.update(dict.fromkeys(of_run, ""))
+    config.data.update(image_size=0, test_resize=0)
     config.data.exif_orientation = config_dict.placeholder(bool)
-    config.data.image_size = 0
-    config.data.test_resize = 0
-    config.data.resize_method = ""
-    config.data.cache_gib = 4.0  # a TFDS split up to this size is read once at the start
-    config.data.placement = "auto"  # `device`, `host`: where the images are, see `common.py`
-    config.data.device_share = 0.25  # of a device's memory, for a split
-    config.data.crop_on = "host"  # or `device`, see `common.py`
-    config.data.canvas = 512  # pixels
-    config.data.processes = 0  # that decode training images; 0: threads
-    config.data.max_undecodable = 0.01  # share of images that may be broken before the job stops
     config.data.max_train_images = 0  # maximum, evenly spread over the split; 0: all
     config.data.allow_unseen_classes = False  # in the test split; True: they count as wrong
     return config

@@ -91,9 +91,7 @@ def _v2() -> ConfigDict:
         warmup_epochs=0.0,
         exclude=(),  # weight decay for all parameters
     )
-    view = {"hue": 0.1, "saturation": 0.4, "jitter_style": "torchvision", "blur_prob": 0.5}
-    view |= {"blur_padding": "reflect"}
-    config.views = common.views(config, common.view(**view), area=(0.2, 1.0))
+    config.views = common.moco_views(config)
     config.data.resize_method = "bilinear"
     return config
 
@@ -152,11 +150,8 @@ def demo() -> ConfigDict:
     config.bn_groups = 2  # of 32 images, as in the paper; smaller ones are too noisy
     config.tau_base = 0.99
     config.queue_size = 1024  # a quarter of the images
-    config.projector.hidden_sizes = (128,)
-    config.projector.output_size = 64
-    config.optimizer.learning_rate = 0.24
-    config.optimizer.weight_decay = 4e-4
-    config.optimizer.warmup_epochs = 2.0
+    config.projector.update(hidden_sizes=(128,), output_size=64)
+    config.optimizer.update(learning_rate=0.24, weight_decay=4e-4, warmup_epochs=2.0)
     return config
 
 
@@ -176,8 +171,7 @@ def v3(epochs: float = 300) -> ConfigDict:
 
 def _v3(epochs: float) -> ConfigDict:
     """The recipe of v3 for ResNets and any data, with the code's values for its length."""
-    lengths = [length for length in _V3_BY_LENGTH if length <= epochs] or [min(_V3_BY_LENGTH)]
-    learning_rate, weight_decay, tau_base = _V3_BY_LENGTH[max(lengths)]
+    learning_rate, weight_decay, tau_base = common.by_length(_V3_BY_LENGTH, epochs)
 
     config = common.pretrain_defaults()
     config.method = "moco"  # without a `queue_size`: v3
@@ -189,13 +183,7 @@ def _v3(epochs: float) -> ConfigDict:
     config.projector = _v3_head()
     config.predictor = _v3_head()
     config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
-    view = {"jitter_style": "torchvision", "blur_padding": "reflect"}  # else BYOL's
-    config.views = common.views(
-        config,
-        common.view(blur_prob=1.0, solarize_prob=0.0, **view),
-        common.view(blur_prob=0.1, solarize_prob=0.2, **view),
-        area=(0.2, 1.0),
-    )
+    config.views = common.byol_views(config, area=(0.2, 1.0), **common.TORCHVISION)
     config.data.resize_method = "bilinear"
     return config
 

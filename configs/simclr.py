@@ -108,8 +108,7 @@ def cifar10_lars() -> ConfigDict:
     config.batch_size = 512
     config.temperature = 0.5
     config.projector.hidden_sizes = (512, 512)
-    config.optimizer.learning_rate = 1.0
-    config.optimizer.weight_decay = 1e-4
+    config.optimizer.update(learning_rate=1.0, weight_decay=1e-4)
     return config
 
 
@@ -145,10 +144,6 @@ def demo() -> ConfigDict:
     config = datasets.on_digits(_paper())
     config.epochs = 34.0
     config.temperature = 0.2
-    config.projector.hidden_sizes = (128,)
-    config.projector.output_size = 64
-    config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = 0.3
-    config.optimizer.weight_decay = 4e-4
-    config.optimizer.warmup_epochs = 2.0
+    config.projector.update(hidden_sizes=(128,), output_size=64)
+    config.optimizer.update(name="sgd", learning_rate=0.3, weight_decay=4e-4, warmup_epochs=2.0)
     return config

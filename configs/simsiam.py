@@ -64,9 +64,7 @@ def _paper() -> ConfigDict:
         exclude=(),  # weight decay for all parameters
         constant_rate=("^predictor/",),  # its learning rate is constant (section 4.2)
     )
-    view = {"saturation": 0.4, "jitter_style": "torchvision", "blur_prob": 0.5}
-    view |= {"blur_padding": "reflect"}
-    config.views = common.views(config, common.view(**view), area=(0.2, 1.0))
+    config.views = common.moco_views(config)
     config.data.resize_method = "bilinear"
     return config
 
@@ -104,7 +102,5 @@ def demo() -> ConfigDict:
     config = datasets.on_digits(_paper())
     config.epochs = 36.0
     _heads(config, hidden=(256,), output=256, predictor=64)
-    config.optimizer.learning_rate = 0.3
-    config.optimizer.weight_decay = 4e-4
-    config.optimizer.warmup_epochs = 2.0
+    config.optimizer.update(learning_rate=0.3, weight_decay=4e-4, warmup_epochs=2.0)
     return config

@@ -52,12 +52,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
         weight_decay=1e-6,
         end_fraction=1e-3,
     )
-    view = {"jitter_style": "torchvision", "blur_padding": "reflect"}
-    config.views = common.views(
-        config,
-        common.view(blur_prob=1.0, solarize_prob=0.0, **view),
-        common.view(blur_prob=0.1, solarize_prob=0.2, **view),
-    )
+    config.views = common.byol_views(config, **common.TORCHVISION)
     return config
 
 

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from dino_jax import losses, settings
-from selfsup_jax.build import parts_from_config
+from selfsup_jax.build import parts_from_config, start_with_copy
 from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.method import Context, Loss, Method, Views, apply, split_views, stack_views
-from selfsup_jax.models import network
 from selfsup_jax.models.heads import Prototypes, l2_normalize
-from selfsup_jax.state import Outputs, PyTree, TrainState, fresh_state
+from selfsup_jax.state import Outputs, PyTree, TrainState
 
 # The parts of the teacher: a moving average of these parts of the student.
 TEACHER_PARTS = ("encoder", "projector", "prototypes")
@@ -89,8 +88,7 @@ def carry(
 
 def start(rng: jax.Array, net: DINO, *, image_shape: tuple[int, ...]) -> DINOState:
     """The initial state: student and teacher are equal, the centre is 0."""
-    online_rng, step_rng = jax.random.split(rng)
-    state = fresh_state(*network.init(online_rng, net, image_shape), step_rng, TEACHER_PARTS)
+    state = start_with_copy(rng, net, image_shape=image_shape, target_parts=TEACHER_PARTS)
     return DINOState(**vars(state), centre=jnp.zeros(net.prototypes.count, jnp.float32))
 
 

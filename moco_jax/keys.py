@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from selfsup_jax.devices import collectives
+from selfsup_jax.devices.collectives import batch_shuffle, batch_unshuffle
 from selfsup_jax.method import Context, apply, split_views, stack_views
 from selfsup_jax.models.heads import l2_normalize
 from selfsup_jax.state import PyTree
@@ -35,7 +35,7 @@ def encode_keys(
     Returns:
         `[V, b, D]` unit vectors, and the new batch statistics.
     """
-    num_views, axis_name = len(views), context.axis_name
+    num_views, axis = len(views), context.axis_name
     layout = context.layout(num_views)
     if context.groups == 1:
         (_, keys), stats = apply(net, variables, stack_views(views), layout)
@@ -46,15 +46,10 @@ def encode_keys(
         shuffle_order(jax.random.fold_in(rng, view), context.index, context.groups)
         for view in range(num_views)
     ]
-    shuffled = [
-        collectives.batch_shuffle(x, order, axis_name)
-        for x, order in zip(views, orders, strict=True)
-    ]
+    shuffled = [batch_shuffle(x, order, axis) for x, order in zip(views, orders, strict=True)]
     (_, keys), stats = apply(net, variables, jnp.concatenate(shuffled), layout)
-    restored = [
-        collectives.batch_unshuffle(x, order, axis_name)
-        for x, order in zip(split_views(keys, num_views), orders, strict=True)
-    ]
+    keys = split_views(keys, num_views)
+    restored = [batch_unshuffle(x, order, axis) for x, order in zip(keys, orders, strict=True)]
     return jnp.stack(restored), stats
 
 

@@ -9,14 +9,13 @@ import jax
 
 from moco_jax.v3_losses import contrastive_loss
 from selfsup_jax import checks
-from selfsup_jax.build import parts_from_config
+from selfsup_jax.build import parts_from_config, start_with_copy
 from selfsup_jax.method import Context, Loss, Method, Views, apply, split_views, stack_views
-from selfsup_jax.models import network
 from selfsup_jax.models.heads import l2_normalize
 from selfsup_jax.models.network import SiameseWithPredictor
-from selfsup_jax.state import Outputs, PyTree, TrainState, fresh_state
+from selfsup_jax.state import Outputs, PyTree, TrainState
 
-# The parts of the momentum encoder: it has no predictor.
+# The parts of the momentum encoder, which starts as a copy; it has no predictor.
 KEY_PARTS = ("encoder", "projector")
 
 
@@ -50,12 +49,6 @@ def loss(
     return Loss(loss_1 + loss_2, rows, online_stats, target_stats, metrics)
 
 
-def start(rng: jax.Array, net: SiameseWithPredictor, *, image_shape: tuple[int, ...]) -> TrainState:
-    """The initial state: the momentum encoder starts as a copy."""
-    online_rng, step_rng = jax.random.split(rng)
-    return fresh_state(*network.init(online_rng, net, image_shape), step_rng, KEY_PARTS)
-
-
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
     """Builds MoCo v3 from `configs/moco.py`; raises `UserError` for an invalid field."""
     checks.fields(config, {"tau_base": checks.share, "temperature": checks.positive})
@@ -64,12 +57,14 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
     size = config.projector.output_size
     checks.equals(config, "predictor.output_size", size, "that of the projector, which makes keys")
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
+    shape = parts.image_shape
+    first = functools.partial(start_with_copy, image_shape=shape, target_parts=KEY_PARTS)
     of_config = {
         "network": SiameseWithPredictor(
             parts.encoder, parts.projector, parts.predictor, parts.classifier
         ),
         "loss": functools.partial(loss, temperature=config.temperature),
-        "start": functools.partial(start, image_shape=parts.image_shape),
+        "start": first,
         "notes": (f"negatives: the keys of the {config.batch_size - 1:,} other images of a batch",),
     }
     return Method(average_first=True, **(parts.shared | of_config))

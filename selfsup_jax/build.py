@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -71,7 +71,7 @@ def parts_from_config(
             raise bad_field(f"views.{name}.count", count, f"must be {needed} for {config.method}")
     image_shape = (config.views["global"].size, config.views["global"].size, 3)
     shared = {
-        "start": functools.partial(_start_without_target, image_shape=image_shape),
+        "start": functools.partial(start_with_copy, image_shape=image_shape),
         "optimizer": optimizer,
         "schedule": schedule,
         "augment": augment,
@@ -81,6 +81,10 @@ def parts_from_config(
     if "tau_base" in config:
         shared["tau"] = optim.tau_schedule(config.tau_schedule, config.tau_base, total_steps)
 
+    classifier = None
+    if num_classes:
+        classifier = heads.LinearClassifier(num_classes, probe.kernel_init, probe.every_view)
+
     def head(section: str) -> nn.Module:
         return heads.from_config(config[section], config.encoder, dtype)
 
@@ -88,22 +92,22 @@ def parts_from_config(
         encoder=encoders.make_encoder(config.encoder, dtype),
         projector=head("projector"),
         predictor=head("predictor") if "predictor" in config else None,
-        classifier=(
-            heads.LinearClassifier(num_classes, probe.kernel_init, probe.every_view)
-            if num_classes
-            else None
-        ),
+        classifier=classifier,
         image_shape=image_shape,
         shared=shared,
     )
 
 
-def _start_without_target(
-    rng: jax.Array, net: nn.Module, *, image_shape: tuple[int, ...]
+def start_with_copy(
+    rng: jax.Array,
+    net: nn.Module,
+    *,
+    image_shape: tuple[int, ...],
+    target_parts: Sequence[str] = (),
 ) -> TrainState:
-    """The initial state of a method with one network, without target parameters."""
+    """A method's first state; a target network of these parts starts as a copy."""
     online_rng, step_rng = jax.random.split(rng)
-    return fresh_state(*network.init(online_rng, net, image_shape), step_rng)
+    return fresh_state(*network.init(online_rng, net, image_shape), step_rng, target_parts)
 
 
 # ------------------------------------------------------------------------------ methods by name

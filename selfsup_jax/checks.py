@@ -144,7 +144,7 @@ def one_of(choices: Collection[Any]) -> Rule:
 
 def optional(rule: Rule, *empty: Any) -> Rule:
     """One of the values `empty` (None, if there are none), or what the rule accepts."""
-    return either(lambda value: "" if _among(value, empty or (None,)) else "no", rule)
+    return lambda value: "" if _among(value, empty or (None,)) else rule(value)
 
 
 def _among(value: Any, choices: Iterable[Any]) -> bool:
@@ -187,8 +187,3 @@ def low_high(top: float = 1000.0) -> Rule:
 def three(rule: Rule, valid: str) -> Rule:
     """A value for each colour."""
     return each(rule, valid, lambda values: len(values) == 3)
-
-
-def either(first: Rule, second: Rule) -> Rule:
-    """What one of two rules accepts."""
-    return lambda value: first(value) and second(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import glob
 import os
 import re
@@ -32,6 +33,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line; exit status 2."""
         self.exit(2, f"error: {message}\n")
+
+
+def returns_status(main: Callable[..., int | None]) -> Callable[..., int]:
+    """A command's `main` that returns its exit status: 2 after a `UserError`, told in one line."""
+
+    @functools.wraps(main)
+    def run(*args: Any) -> int:
+        try:
+            return main(*args) or 0
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+
+    return run
 
 
 def with_brackets(arg: str) -> str:

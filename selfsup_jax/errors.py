@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # The exit status if another process of the job is lost: EX_TEMPFAIL of sysexits.h. The same command
@@ -40,10 +40,26 @@ def bad_field(field: str, value: Any, valid: str) -> UserError:
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """The choices that are close to `name`, or all if none is, for "did you mean"."""
+    """The choices that are close to `name`, for "did you mean".
+
+    If none is: all of them, or of more than 20 the three that are the least far away.
+    """
     choices = list(dict.fromkeys(choices))  # TFDS names some data sets twice
     close = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
+    if not close and len(choices) > 20:
+        close = difflib.get_close_matches(name, choices, n=3, cutoff=0.0)
     return ", ".join(close or sorted(choices))
+
+
+def some_of(names: Sequence[object], most: int = 3) -> str:
+    """`a, b, c and 4 more`: the first names of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the error's type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Stopped(Exception):

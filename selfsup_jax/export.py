@@ -20,7 +20,6 @@ there, unless --measure names a folder of images on which the difference is then
 from __future__ import annotations
 
 import os
-import sys
 
 from selfsup_jax import paths
 from selfsup_jax.command_line import Parser
@@ -52,8 +51,7 @@ def main() -> None:
         known = known if known.get("steps") == frozen.step else {}  # of another checkpoint
         exporting.export(frozen, args.folder, args.to, known, measured)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(e))
     print(f"wrote {args.folder}: the encoder of {frozen.path}")
 
 

@@ -119,11 +119,8 @@ def path_mask(params: Any, exclude: Sequence[str], field: str = "exclude") -> An
     names = ["/".join(str(key.key) for key in path) for path, _ in paths]
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in names):
-            raise bad_field(
-                f"optimizer.{field}",
-                pattern,
-                f"matches no parameter; the first are {', '.join(names[:3])}",
-            )
+            why = f"matches no parameter; the first are {', '.join(names[:3])}"
+            raise bad_field(f"optimizer.{field}", pattern, why)
     kept = [not any(re.search(pattern, name) for pattern in exclude) for name in names]
     return jax.tree.unflatten(jax.tree.structure(params), kept)
 

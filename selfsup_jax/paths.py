@@ -21,12 +21,13 @@ import posixpath
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
 
 from selfsup_jax.errors import UserError
 
 _SCHEME = "gs://"
+_T = TypeVar("_T")
 
 
 class BucketError(OSError):
@@ -97,6 +98,14 @@ def _bucket(address: str) -> Iterator[tuple[Any, str]]:
         raise BucketError(errno.EIO, reason(e), address) from e
 
 
+def _at(path: str, local: Callable[[str], _T], in_bucket: Callable[[Any, str], _T]) -> _T:
+    """`local(path)`; or, of an address, `in_bucket(gcsfs, name)`."""
+    if not is_bucket(path):
+        return local(path)
+    with _bucket(path) as (files, name):
+        return in_bucket(files, name)
+
+
 # ----------------------------------------------------------------------------------- names
 
 
@@ -118,18 +127,12 @@ def real(path: str) -> str:
 
 def exists(path: str) -> bool:
     """Whether there is a file or folder."""
-    if not is_bucket(path):
-        return os.path.exists(path)
-    with _bucket(path) as (files, name):
-        return bool(files.exists(name))
+    return _at(path, os.path.exists, lambda files, name: bool(files.exists(name)))
 
 
 def isdir(path: str) -> bool:
     """Whether there is a folder."""
-    if not is_bucket(path):
-        return os.path.isdir(path)
-    with _bucket(path) as (files, name):
-        return bool(files.isdir(name))
+    return _at(path, os.path.isdir, lambda files, name: bool(files.isdir(name)))
 
 
 def listdir(path: str) -> list[str]:
@@ -168,18 +171,12 @@ def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def getsize(path: str) -> int:
     """The bytes of a file."""
-    if not is_bucket(path):
-        return os.path.getsize(path)
-    with _bucket(path) as (files, name):
-        return int(files.size(name))
+    return _at(path, os.path.getsize, lambda files, name: int(files.size(name)))
 
 
 def getmtime(path: str) -> float:
     """When a file was written, in seconds since 1970."""
-    if not is_bucket(path):
-        return os.path.getmtime(path)
-    with _bucket(path) as (files, name):
-        return float(files.modified(name).timestamp())
+    return _at(path, os.path.getmtime, lambda files, name: float(files.modified(name).timestamp()))
 
 
 # ----------------------------------------------------------------------------------- reading
@@ -241,20 +238,12 @@ def put(address: str, content: bytes, *, new: bool = False) -> None:
 
 def remove(path: str) -> None:
     """Removes a file."""
-    if not is_bucket(path):
-        os.remove(path)
-        return
-    with _bucket(path) as (files, name):
-        files.rm_file(name)
+    _at(path, os.remove, lambda files, name: files.rm_file(name))
 
 
 def rmtree(path: str) -> None:
     """Removes a folder and all in it."""
-    if not is_bucket(path):
-        shutil.rmtree(path)
-        return
-    with _bucket(path) as (files, name):
-        files.rm(name, recursive=True)
+    _at(path, shutil.rmtree, lambda files, name: files.rm(name, recursive=True))
 
 
 def move(path: str, target: str) -> None:

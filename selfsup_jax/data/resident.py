@@ -6,7 +6,6 @@ their images.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -148,14 +147,18 @@ def eval_batches(
         undecodable.add(source.describe(i))
     indices = indices[~np.isin(indices, source.broken)]
     labels = source.labels if source.labels is not None else np.full(source.num_examples, -1)
-    view = functools.partial(_test_view, resize=resize, size=size, method=method)
+    whole = np.tile(np.asarray(source.images.shape[1:3], np.int32), (batch_size, 1))
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
         padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")  # one compilation
         if source.sizes is None and min(source.images.shape[1:3]) == resize:
             images = _centre(source.images[rows], size)
         else:
-            images = view(source, padded)[: len(rows)]
+            sizes = whole if source.sizes is None else source.sizes[padded]
+            views = test_views(
+                source.images[padded], sizes, resize=resize, size=size, method=method
+            )
+            images = views[: len(rows)]
         names = np.asarray([source.describe(int(i)) for i in rows])
         yield {"image": images, "label": labels[rows].astype(np.int32), "name": names}
 
@@ -168,10 +171,7 @@ def _centre(images: np.ndarray, size: int) -> np.ndarray:
 _compiled_test_view = jax.jit(crops.test_view, static_argnames=("resize", "size", "method"))
 
 
-def _test_view(source: Source, rows: np.ndarray, **options: int | str) -> np.ndarray:
-    images = source.images[rows]
-    sizes = np.tile(np.asarray(images.shape[1:3], np.int32), (len(rows), 1))
-    if source.sizes is not None:
-        sizes = source.sizes[rows]
+def test_views(images: np.ndarray, sizes: np.ndarray, **options: int | str) -> np.ndarray:
+    """`crops.test_view` on the CPU, compiled once for arrays of a shape."""
     with process.on_cpu():
         return np.asarray(_compiled_test_view(images, sizes, **options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from selfsup_jax.data.host_tensorflow import tf
+from selfsup_jax.errors import first_line
 
 
 def read(prefix: str) -> dict[str, np.ndarray]:
@@ -22,5 +23,4 @@ def read(prefix: str) -> dict[str, np.ndarray]:
         numeric = [name for name, dtype in dtypes.items() if dtype.is_floating or dtype.is_integer]
         return {name: reader.get_tensor(name) for name in sorted(numeric)}
     except Exception as e:  # TensorFlow raises many types
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"is truncated or damaged: {reason[:100]}") from e
+        raise ValueError(f"is truncated or damaged: {first_line(e)[:100]}") from e

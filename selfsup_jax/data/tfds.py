@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from selfsup_jax import paths
 from selfsup_jax.data import records, sources
 from selfsup_jax.data.source import Source
-from selfsup_jax.errors import NoData, bad_field, nearest
+from selfsup_jax.errors import NoData, bad_field, first_line, nearest
 
 _FORMATS = tfds.core.file_adapters.FileFormat
 _ENCODED = {"image": tfds.decode.SkipDecoding()}
@@ -234,8 +234,8 @@ def _builder(name: str, directory: str, download: bool = False) -> tfds.core.Dat
         try:
             builder.download_and_prepare()
         except Exception as e:  # any error of the network, the disk or the data set's code
-            first_line = (str(e).splitlines() or [type(e).__name__])[0]
-            raise NoData(f"config.data.name={name!r}: could not be prepared: {first_line}") from e
+            hint = f"could not be prepared: {first_line(e)}"
+            raise NoData(str(bad_field("data.name", name, hint))) from e
     if not builder.info.splits:
         where = str(data_dir or builder._data_dir_root)
         there = sorted(paths.listdir(where)) if paths.isdir(where) else []

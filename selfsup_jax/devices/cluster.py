@@ -69,13 +69,8 @@ def in_environment() -> bool:
     many_tpu_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
     many_slices = "MEGASCALE_COORDINATOR_ADDRESS" in env
     coordinator = "JAX_COORDINATOR_ADDRESS" in env or "COORDINATOR_ADDRESS" in env
-    launched = any(
-        int(env.get(tasks, "1") or 1) > 1 and rank in env
-        for tasks, rank in (
-            ("SLURM_NTASKS", "SLURM_PROCID"),
-            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        )
-    )
+    ranks = {"SLURM_NTASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+    launched = any(int(env.get(n, "1") or 1) > 1 and rank in env for n, rank in ranks.items())
     return many_tpu_hosts or many_slices or coordinator or launched
 
 

@@ -93,7 +93,7 @@ def batch_layout(
     With fewer devices than groups, a device holds several whole groups; with more, a group spans
     neighbouring devices. `noise`: for the branches that learn.
     """
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    devices = num_devices(axis_name)
     if bn_groups == 1:
         return BatchLayout(num_views, 1, axis_name, noise=noise)
     span = max(1, devices // bn_groups)
@@ -210,7 +210,7 @@ def batch_shuffle(x: jax.Array, order: jax.Array, axis_name: str | None) -> jax.
 def batch_unshuffle(x: jax.Array, order: jax.Array, axis_name: str | None) -> jax.Array:
     """Puts the rows of `batch_shuffle` back in order: `[b, ...]` to `[b, ...]`."""
     groups = order.shape[1]
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    devices = num_devices(axis_name)
     local = max(1, groups // devices)  # groups (or one part of a group) on this device
     chunks = _exchange(x.reshape(local, -1, *x.shape[1:]), axis_name, split=1, join=0, parts=groups)
     inverse = jnp.argsort(order, axis=1)

@@ -200,7 +200,7 @@ def sigterm_agreed() -> Iterator[None]:
 def finish() -> None:
     """Waits until no host needs another any more; call it before the process ends well."""
     if _job is not None:
-        _job.finish()
+        _job.link.finish()
 
 
 def end(status: int, line: str, error: BaseException | None = None) -> None:
@@ -213,9 +213,9 @@ def end(status: int, line: str, error: BaseException | None = None) -> None:
     if error is not None:
         _job.wait_if_lost(error)
     if isinstance(error, HostsDiffer):
-        _job.finish()  # all have the same line of their own
+        _job.link.finish()  # all have the same line of their own
     else:
-        _job.end(status, line)
+        _job.link.end(status, line)
 
 
 def several() -> bool:

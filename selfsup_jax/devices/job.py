@@ -67,14 +67,6 @@ class Job:
             self.link.end(loss.status, line)
         leave(loss.status, line)
 
-    def end(self, status: int, line: str) -> None:
-        """Tells the others that this process ends with this status, and why; they end too."""
-        self.link.end(status, line)
-
-    def finish(self) -> None:
-        """Waits for all others before the process ends: it may still be needed."""
-        self.link.finish()
-
     def wait_if_lost(self, error: BaseException) -> None:
         """If the error may be that of a collective, waits until it is known if a process is lost.
 
@@ -119,7 +111,7 @@ class Job:
         """Ends this process and the others at once, as SIGTERM does where no step can be saved."""
         status = 128 + signal.SIGTERM
         line = f"SIGTERM: stopped; {self.saved()}"
-        self.end(status, line)
+        self.link.end(status, line)
         leave(status, line)
 
 

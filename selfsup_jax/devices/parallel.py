@@ -44,25 +44,19 @@ def check_batch(
     devices = devices or jax.device_count()
     unit = devices * accumulate_steps
     if batch_size % unit:
-        raise bad_field(
-            "batch_size",
-            batch_size,
-            f"must be a multiple of {unit} (devices {devices} x accumulate_steps "
-            f"{accumulate_steps}); nearest: {max(1, round(batch_size / unit)) * unit}",
-        )
+        parts = f"(devices {devices} x accumulate_steps {accumulate_steps})"
+        nearest = max(1, round(batch_size / unit)) * unit
+        valid = f"must be a multiple of {unit} {parts}; nearest: {nearest}"
+        raise bad_field("batch_size", batch_size, valid)
     if bn_groups % accumulate_steps and bn_groups != 1:
-        raise bad_field(
-            "bn_groups",
-            bn_groups,
-            f"must be 1 or a multiple of accumulate_steps={accumulate_steps}",
-        )
+        valid = f"must be 1 or a multiple of accumulate_steps={accumulate_steps}"
+        raise bad_field("bn_groups", bn_groups, valid)
     groups = groups_of_microbatch(bn_groups, accumulate_steps)
     if (batch_size // accumulate_steps) % groups:
         raise bad_field("bn_groups", bn_groups, f"must divide batch_size={batch_size}")
     if max(groups, devices) % min(groups, devices):
-        raise bad_field(
-            "bn_groups", bn_groups, f"must divide, or be a multiple of, the {devices} devices"
-        )
+        valid = f"must divide, or be a multiple of, the {devices} devices"
+        raise bad_field("bn_groups", bn_groups, valid)
 
 
 def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
@@ -77,10 +71,19 @@ def host_positions(batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
     devices = jax.device_count()
     index = np.arange(batch_size, dtype=np.int32).reshape(accumulate_steps, devices, -1)
     per_device = index.transpose(1, 0, 2).reshape(devices, -1)
-    # pmap's axis is ordered by host, even if the devices are numbered differently.
-    axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
-    mine = [i for i, d in enumerate(axis) if d.process_index == jax.process_index()]
+    mine = [i for i, d in enumerate(_axis()) if d.process_index == jax.process_index()]
     return per_device[mine].reshape(-1)
+
+
+def _axis() -> list[jax.Device]:
+    """All devices in the order of pmap's axis: by host, even if they are numbered differently."""
+    return [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
+
+
+def _along_axis() -> jax.sharding.NamedSharding:
+    """An array's first axis over all devices."""
+    mesh = jax.sharding.Mesh(np.array(_axis()), (AXIS_NAME,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS_NAME))
 
 
 def shard(batch: Any) -> Any:
@@ -173,18 +176,15 @@ def step_over_devices(
         result = step(*jax.tree.map(lambda x: x[0], (state, batch)))
         return jax.tree.map(lambda x: x[None], result)
 
-    axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
-    mesh = jax.sharding.Mesh(np.array(axis), (AXIS_NAME,))
-    spec = jax.sharding.PartitionSpec(AXIS_NAME)
+    sharding = _along_axis()
+    mesh, spec = sharding.mesh, sharding.spec
     # The step takes its own means over devices. With check_vma's default, JAX would also sum the
     # gradient of replicated parameters over the devices before that.
     mapped = jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     compiled = jax.jit(mapped, donate_argnums=(0,))
-    sharding = jax.sharding.NamedSharding(mesh, spec)
 
     def put(x: Any) -> jax.Array:  # what `replicate` made is on the devices already
-        on_devices = isinstance(x, jax.Array) and len(x.sharding.device_set) == len(axis)
-        if on_devices:
+        if isinstance(x, jax.Array) and len(x.sharding.device_set) == mesh.size:
             return x
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
@@ -238,6 +238,7 @@ def pmap_over_local(
     return bind
 
 
+@functools.cache  # each function is compiled only once
 def pmap_reduce(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Maps `fn(part, shared, axis_name)` over all devices of all hosts; returns the first result.
 
@@ -254,8 +255,5 @@ def pmap_reduce(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def joined(shards: list[jax.Array]) -> jax.Array:
     """One array of all devices of all hosts from `[1, ...]` on each of this host's devices."""
-    axis = [d for host in range(jax.process_count()) for d in jax.local_devices(host)]
-    mesh = jax.sharding.Mesh(np.array(axis), (AXIS_NAME,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS_NAME))
-    shape = (len(axis), *shards[0].shape[1:])
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    shape = (jax.device_count(), *shards[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, _along_axis(), shards)

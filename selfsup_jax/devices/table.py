@@ -6,7 +6,6 @@ array, which is placed as soon as it is full. On the CPU the device then uses th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -70,7 +69,8 @@ class Table:
         for start in range(0, len(wanted), at_once):
             block = wanted[start : start + at_once]
             padded = np.pad(block, (0, at_once - len(block)), constant_values=-1)
-            found[start : start + at_once] = _take()(self.part, padded)[: len(block)]
+            rows_there = parallel.pmap_reduce(_take_rows)(self.part, padded)
+            found[start : start + at_once] = rows_there[: len(block)]
         return found
 
     def column(self, values: np.ndarray) -> np.ndarray:
@@ -80,11 +80,6 @@ class Table:
         parts = np.split(np.asarray(values)[self._own], ends)
         widths = [(0, 0)] * (np.ndim(values) - 1)
         return np.stack([np.pad(part, [(0, size - len(part)), *widths]) for part in parts])
-
-
-@functools.cache
-def _take() -> Callable[..., np.ndarray]:
-    return parallel.pmap_reduce(_take_rows)
 
 
 def _take_rows(part: Part, wanted: jax.Array, axis_name: str | None) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 from selfsup_jax.evaluation import probes
 from selfsup_jax.evaluation.features import Extractor, Features, pixels
 from selfsup_jax.run.progress import log
+from selfsup_jax.viz import titles
 
 
 class Batches(NamedTuple):
@@ -20,7 +21,7 @@ class Batches(NamedTuple):
 
 
 # Prefix of a result's name -> the features that were measured.
-BASELINES = {"": "this encoder", "random_init_": "never trained", "pixels_": "raw pixels"}
+BASELINES = {"": "this encoder"} | titles.BASELINES
 
 
 def evaluate(
@@ -70,15 +71,7 @@ def probe(
 ) -> dict[str, float]:
     """Linear probe, kNN and few labels on one set of features, as in the jobs of these names."""
     linear = probes.linear(train, test, num_classes, seed=seed, **config.linear)
-    knn = probes.nearest_neighbours(
-        train,
-        test,
-        num_classes,
-        k=(config.knn_k,),
-        temperatures=(config.knn_temperature,),
-        held_out_images=0,
-        seed=seed,
-    )
+    knn = probes.knn_of_run(train, test, num_classes, config, seed)
     few = probes.few_labels(
         train,
         test,

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selfsup_jax import paths, stored
 from selfsup_jax.devices import process
-from selfsup_jax.errors import UserError, bad_field
+from selfsup_jax.errors import UserError, bad_field, first_line
 from selfsup_jax.models import encoders
 from selfsup_jax.run import checkpoint_files
 from selfsup_jax.run.files import read_json, whole_file, write_json, writing_to
@@ -77,9 +77,7 @@ class FrozenEncoder(NamedTuple):
 # ------------------------------------------------------------------------------- finding
 
 
-def checkpoint_steps(run: str) -> list[int]:
-    """The sorted steps of a run's complete checkpoints, without one that is being written."""
-    return checkpoint_files.steps(run)
+checkpoint_steps = checkpoint_files.steps  # of a run
 
 
 def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tuple[str, int | None]:
@@ -113,9 +111,8 @@ def locate(path: str, step: int | None = None, field: str = "checkpoint") -> tup
         root = os.path.dirname(root)
     steps = checkpoint_steps(root)
     if not steps:
-        raise bad_field(
-            field, path, f"holds no checkpoint of a run, nor an exported encoder{_IMPORT}"
-        )
+        hint = f"holds no checkpoint of a run, nor an exported encoder{_IMPORT}"
+        raise bad_field(field, path, hint)
     if step is not None and step not in steps:
         available = ", ".join(map(str, steps))
         raise bad_field(field, path, f"there is no checkpoint of step {step}: {available}")
@@ -283,8 +280,8 @@ def _load_exported(folder: str) -> FrozenEncoder:
     except UserError:
         raise
     except Exception as e:  # there is no end to what a stranger's files may hold
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"the exported encoder {folder} cannot be read: {reason[:200]}") from e
+        reason = first_line(e)[:200]
+        raise UserError(f"the exported encoder {folder} cannot be read: {reason}") from e
 
 
 def _read_exported(folder: str, about: dict[str, Any], path: str) -> FrozenEncoder:

@@ -83,11 +83,12 @@ def fit(
     """
     table = as_table(features.x)
     weights = np.ones(len(table), np.float32) if weights is None else weights
-    mean, scale = moments(table, weights) if standardize else _no_moments(table)
+    zeros, ones = np.zeros(table.shape[1], np.float32), np.ones(table.shape[1], np.float32)
+    mean, scale = moments(table, weights) if standardize else (zeros, ones)
     # Padding rows have weight 0.
     columns = {"y": features.labels, "weight": weights.astype(np.float32)}
     parts = {k: table.column(column) for k, column in columns.items()} | {"x": table.part.rows}
-    basis, curvature = _basis_of_parts()(parts, (mean, scale))
+    basis, curvature = parallel.pmap_reduce(_basis)(parts, (mean, scale))
     solve = _solver(num_classes, max_iterations, tolerance)
     gib_per_strength = table.shape[1] * num_classes * 4 * (2 * _HISTORY + 8) / 2**30
     at_once = max(1, int(memory_gib / gib_per_strength))
@@ -108,17 +109,9 @@ def moments(x: np.ndarray | Table, weights: np.ndarray | None = None) -> tuple[A
     table = as_table(x)
     used = np.ones(len(table), bool) if weights is None else weights > 0
     first = table[[int(np.argmax(used))]][0]
-    mean, scale = _moments_of_parts()((table.part.rows, table.column(used)), first)
+    parts = (table.part.rows, table.column(used))
+    mean, scale = parallel.pmap_reduce(_moments)(parts, first)
     return mean, np.where(scale < 1e-6, np.float32(1.0), scale)
-
-
-def _no_moments(table: Table) -> tuple[Any, Any]:
-    return np.zeros(table.shape[1], np.float32), np.ones(table.shape[1], np.float32)
-
-
-@functools.cache
-def _moments_of_parts() -> Callable[..., Any]:
-    return parallel.pmap_reduce(_moments)
 
 
 def _moments(parts: Any, first: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
@@ -135,11 +128,6 @@ def _moments(parts: Any, first: jax.Array, axis_name: str | None) -> tuple[jax.A
     shift = mean(lambda rows: rows - first)
     variance = mean(lambda rows: jnp.square(rows - first - shift))
     return first + shift, jnp.sqrt(variance)
-
-
-@functools.cache
-def _basis_of_parts() -> Callable[..., Any]:
-    return parallel.pmap_reduce(_basis)
 
 
 def _basis(parts: Any, shared: Any, axis_name: str | None) -> tuple[jax.Array, jax.Array]:

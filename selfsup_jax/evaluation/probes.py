@@ -96,6 +96,7 @@ def linear(
         seed: for the draw of these rows.
         standardize, max_iterations, tolerance: see `logistic.fit`.
     """
+
     fit = functools.partial(
         logistic.fit,
         train,
@@ -164,6 +165,15 @@ def nearest_neighbours(
         results["knn_top1_held_out"] = chosen
     used = {"knn_k": min(best[0], len(train.x)), "knn_temperature": best[1]}
     return Measured(results | used, vote)
+
+
+def knn_of_run(
+    train: Features, test: Features, num_classes: int, config: Any, seed: int = 0
+) -> Measured:
+    """`nearest_neighbours` with the one k and temperature of a run's section `eval`."""
+    k, temperatures = (config.knn_k,), (config.knn_temperature,)
+    choice: dict[str, Any] = {"k": k, "temperatures": temperatures, "held_out_images": 0}
+    return nearest_neighbours(train, test, num_classes, seed=seed, **choice)
 
 
 _BLOCK = 4096  # rows of which the features are on every host at once

@@ -26,26 +26,21 @@ class Representation(NamedTuple):
     num_features: int
 
 
-def _last4(module: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+def _of_tokens(module: nn.Module, features: str) -> Callable[[Any, jax.Array], jax.Array]:
     def apply(variables: Any, images: jax.Array) -> jax.Array:
-        blocks: Any = module.apply(variables, images, _LAST, method="intermediate")
-        return jnp.concatenate([tokens[:, 0] for tokens in blocks], axis=-1)
+        count = _LAST if features == "last4" else 1
+        blocks: Any = module.apply(variables, images, count, method="intermediate")
+        parts = [tokens[:, 0] for tokens in blocks]
+        if features == "class_mean":
+            parts.append(blocks[0][:, 1:].mean(1))
+        return jnp.concatenate(parts, axis=-1)
 
     return apply
 
 
-def _class_mean(module: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
-    def apply(variables: Any, images: jax.Array) -> jax.Array:
-        blocks: Any = module.apply(variables, images, 1, method="intermediate")
-        tokens = blocks[0]
-        return jnp.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], axis=-1)
-
-    return apply
-
-
-# `config.features` -> (function of a module, its D in widths): DINO's for ViT-S, and for ViT-B.
-_TOKENS = {"last4": (_last4, _LAST), "class_mean": (_class_mean, 2)}
-CHOICES = ("", *_TOKENS)
+# `config.features` -> its D in widths: DINO's for ViT-S, and for ViT-B.
+_WIDTHS = {"last4": _LAST, "class_mean": 2}
+CHOICES = ("", *_WIDTHS)
 
 
 def of(config: Mapping[str, Any], compute_dtype: str = "", features: str = "") -> Representation:
@@ -69,5 +64,4 @@ def of(config: Mapping[str, Any], compute_dtype: str = "", features: str = "") -
         raise bad_field("features", features, "must be '': a ResNet has no tokens")
     if features == "last4" and module.depth < _LAST:
         raise bad_field("features", features, f"must be '' or class_mean: {module.depth} blocks")
-    make, widths = _TOKENS[features]
-    return Representation(make(module), widths * module.width)
+    return Representation(_of_tokens(module, features), _WIDTHS[features] * module.width)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import sys
 
-from selfsup_jax.command_line import Parser
+from selfsup_jax.command_line import Parser, returns_status
 from selfsup_jax.data.views import RESIZE_METHODS
-from selfsup_jax.errors import UserError
 
 
-def main() -> int:
-    """Runs the command in this file's docstring; returns the exit status."""
+@returns_status
+def main() -> None:
+    """Runs the command in this file's docstring."""
     parser = Parser(prog="python -m selfsup_jax.interop", description="Imports a checkpoint.")
     commands = parser.add_subparsers(dest="command", required=True)
     options = commands.add_parser("import", description="Reads another project's checkpoint.")
@@ -35,19 +35,12 @@ def main() -> int:
     if not args.out:
         parser.error("--out: must name a folder")
     images = {k: getattr(args, k) for k in ("mean", "std", "image_size", "resize_method")}
-    try:
-        from selfsup_jax.interop import importing
+    from selfsup_jax.interop import importing
 
-        frozen, weights = importing.read(
-            args.source, args.prefix, test_resize=args.resize, **images
-        )
-        importing.save(frozen, weights, args.out)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    frozen, weights = importing.read(args.source, args.prefix, test_resize=args.resize, **images)
+    importing.save(frozen, weights, args.out)
     print("\n".join(importing.described(frozen, weights)))
     print(f"wrote {args.out}: use it as --config.checkpoint, or --config.init_from")
-    return 0
 
 
 if __name__ == "__main__":

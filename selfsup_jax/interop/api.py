@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import warnings
@@ -15,9 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from selfsup_jax.data import crops, pixels
+from selfsup_jax.data import pixels, resident
 from selfsup_jax.data.augment import normalize
-from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
@@ -28,7 +28,6 @@ from selfsup_jax.state import TrainState, encoder_variables
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 _BLOCK = 128  # images are padded to multiples of it: few sizes are compiled
-_test_view = jax.jit(crops.test_view, static_argnames=("resize", "size", "method"))
 
 
 class Encoder:
@@ -165,21 +164,14 @@ class Encoder:
         data = self.config["data"]
         given = iter(images)
         first, small = 0, 0
-        while batch := [self._decoded(x, first + i) for i, x in _some(given, batch_size)]:
+        while some := list(itertools.islice(given, batch_size)):
+            batch = [self._decoded(image, first + i) for i, image in enumerate(some)]
             small += sum(2 * min(image.shape[:2]) < self.image_size for image in batch)
             first, count = first + len(batch), len(batch)
             if first > count:  # of the size of the first batch, which is compiled already
                 batch += batch[-1:] * (batch_size - count)
-            images_, sizes = _stacked(batch)
-            with process.on_cpu():
-                views = _test_view(
-                    images_,
-                    sizes,
-                    resize=data["test_resize"],
-                    size=self.image_size,
-                    method=data["resize_method"],
-                )
-            yield np.asarray(views), count
+            options = {"resize": data["test_resize"], "method": data["resize_method"]}
+            yield resident.test_views(*_stacked(batch), size=self.image_size, **options), count
         if small:
             warnings.warn(
                 f"{small} of {first} images are less than half as large as the {self.image_size} "
@@ -220,10 +212,6 @@ def _check_normalized(images: jax.Array) -> None:
     if largest > 50:  # ImageNet's white is 2.6, and with the demo's deviation of 0.31 it is 2.8
         why = "as if not normalised" if largest < 300 else "out of range"
         raise ValueError(f"apply: images have values up to {largest:.3g}, {why}{hint}")
-
-
-def _some(given: Iterator[ImageLike], count: int) -> Iterator[tuple[int, ImageLike]]:
-    yield from zip(range(count), given)  # noqa: B905 - the last batch may have fewer
 
 
 def _stacked(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

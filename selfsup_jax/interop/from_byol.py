@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import IO, Any
@@ -93,7 +94,7 @@ def weights(tensors: Mapping[str, np.ndarray]) -> Weights:
     for network in ("online", "target", _MOMENTUM):
         if not any(name.startswith(f"{network}_params:{root}/") for name in rest):
             continue
-        layer = _Layers(rest, root, network)
+        layer = functools.partial(_layer, rest, root, network)
         arrays |= encoder_arrays(encoder, layer, network)
         arrays |= _head(rest, "projector", network)
         if network == "target":  # it needs no others
@@ -127,16 +128,11 @@ def _norm(tensors: Tensors, norm: str, network: str) -> dict[str, np.ndarray]:
     return tensors.norm(names.norm_in_haiku(norm, network), optional=network == _MOMENTUM)
 
 
-class _Layers:
-    """The layers of one network's encoder."""
-
-    def __init__(self, tensors: Tensors, root: str, network: str):
-        self._tensors, self._root, self._network = tensors, root, network
-
-    def __call__(self, conv: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        module, norm = names.of_haiku(conv, self._root)
-        kernel = self._tensors.take(f"{self._network}_params:{module}:w")
-        return kernel, _norm(self._tensors, norm, self._network)
+def _layer(
+    tensors: Tensors, root: str, network: str, conv: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    module, norm = names.of_haiku(conv, root)
+    return tensors.take(f"{network}_params:{module}:w"), _norm(tensors, norm, network)
 
 
 def _head(tensors: Tensors, part: str, network: str) -> Arrays:

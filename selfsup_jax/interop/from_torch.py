@@ -14,6 +14,7 @@ from selfsup_jax.interop.weights import (
     Arrays,
     Tensors,
     Weights,
+    chosen_root,
     config,
     encoder_arrays,
     head_names,
@@ -86,16 +87,8 @@ def _root(tensors: Tensors, prefix: str | None) -> str:
             "has no ResNet: no tensors conv1.weight, bn1.weight and layer1.0.conv1.weight"
             + (f"; its first is {first}" if (first := next(iter(tensors), "")) else "")
         )
-    if prefix is not None:
-        if prefix not in roots:
-            there = ", ".join(map(repr, roots))
-            raise ValueError(f"has no encoder with the prefix {prefix!r}; there is {there}")
-        return prefix
-    known = [r for r in roots if r.endswith(tuple(_ONLINE)) or re.search(r"^teacher\.", r)]
-    chosen = known or roots
-    if len(chosen) > 1:
-        raise ValueError(f"has several encoders: choose one by --prefix: {', '.join(chosen)}")
-    return chosen[0]
+    known = [r for r in roots if r.endswith(tuple(_ONLINE)) or r.startswith("teacher.")]
+    return chosen_root(roots, known, prefix)
 
 
 def _encoder(tensors: Tensors, root: str) -> dict[str, Any]:

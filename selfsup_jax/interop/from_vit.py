@@ -11,7 +11,7 @@ import numpy as np
 
 from selfsup_jax.interop import vit_names
 from selfsup_jax.interop.from_torch import head
-from selfsup_jax.interop.weights import Arrays, Tensors, Weights, config
+from selfsup_jax.interop.weights import Arrays, Tensors, Weights, chosen_root, config
 from selfsup_jax.models import encoders, positions, vit
 
 _FIRST = "patch_embed.proj.weight"
@@ -68,15 +68,8 @@ def weights(tensors: Mapping[str, np.ndarray], prefix: str | None = None) -> Wei
 def _root(tensors: Tensors, prefix: str | None) -> str:
     """What the names of the encoder's tensors begin with."""
     roots = [name.removesuffix(_FIRST) for name in tensors if name.endswith(_FIRST)]
-    if prefix is not None:
-        if prefix not in roots:
-            raise ValueError(f"has no encoder with the prefix {prefix!r}: {', '.join(roots)}")
-        return prefix
     known = [r for r in roots if r.endswith(_ONLINE) or r.startswith("teacher.")]
-    chosen = known or roots
-    if len(chosen) > 1:
-        raise ValueError(f"has several encoders: choose one by --prefix: {', '.join(chosen)}")
-    return chosen[0]
+    return chosen_root(roots, known, prefix)
 
 
 def _sizes(tensors: Tensors, root: str) -> dict[str, int]:

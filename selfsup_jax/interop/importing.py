@@ -16,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 
 from selfsup_jax import stored
 from selfsup_jax.data.views import SIZE
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import UserError, first_line, some_of
 from selfsup_jax.evaluation import encoder
 from selfsup_jax.evaluation.encoder import FrozenEncoder
 from selfsup_jax.interop import from_byol, from_simclr, from_torch, from_vit, torch_files
@@ -171,7 +171,7 @@ def _ours(tensors: Mapping[str, np.ndarray], metadata: str) -> Weights:
         arrays = {f"{parts[part + '/']}{rest}": array for (part, _, rest), array in named.items()}
         return Weights(arrays, config, encoders.describe(config["encoder"]), {})
     except Exception as e:  # there is no end to what a stranger's file may hold
-        raise ValueError(f"is no export: {(str(e).splitlines() or [''])[0][:100]}") from e
+        raise ValueError(f"is no export: {first_line(e)[:100]}") from e
 
 
 def _safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -241,6 +241,5 @@ def described(frozen: FrozenEncoder, weights: Weights) -> list[str]:
         f"tensors taken: {taken}",
     ]
     for why, names in reasons.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"left out ({len(names)}): {', '.join(names[:3])}{more}: {why}")
+        lines.append(f"left out ({len(names)}): {some_of(names)}: {why}")
     return lines

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from selfsup_jax.evaluation.encoder import FrozenEncoder
+from selfsup_jax.models import encoders
 from selfsup_jax.models.resnet import STAGES
 
 OPSET, _IR_VERSION = 17, 8  # of ONNX 1.12: ONNX Runtime 1.12 and newer read them
@@ -22,7 +23,8 @@ def model(frozen: FrozenEncoder) -> Any:
     graph.node("Flatten", [pooled], output="features")
     graph.node("Identity", [last], output="maps")
     value = onnx.helper.make_tensor_value_info
-    kind, size = onnx.TensorProto.FLOAT, graph.channels(last)
+    module: Any = encoders.make_encoder(frozen.config["encoder"])
+    kind, size = onnx.TensorProto.FLOAT, module.num_features
     proto = onnx.helper.make_graph(
         graph.nodes,
         "encoder",
@@ -49,16 +51,11 @@ class _Graph:
         self._fields = frozen.config["encoder"]
         self.nodes: list[Any] = []
         self.weights: dict[str, np.ndarray] = {}
-        self._channels: dict[str, int] = {}
 
     def node(self, kind: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
         output = output or f"{kind}_{len(self.nodes)}"
         self.nodes.append(self._helper.make_node(kind, inputs, [output], **attributes))
-        self._channels[output] = self._channels.get(inputs[0], 3)
         return output
-
-    def channels(self, name: str) -> int:
-        return self._channels[name]
 
     def maps(self, x: str) -> str:
         """The maps before the pooling."""
@@ -98,9 +95,7 @@ class _Graph:
         }
         parts = [self._weight(f"{name}.{k}", norm[k]) for k in ("scale", "bias", "mean", "var")]
         epsilon = float(self._fields["bn_epsilon"])
-        x = self.node("BatchNormalization", [x, *parts], epsilon=epsilon)
-        self._channels[x] = len(kernel)
-        return x
+        return self.node("BatchNormalization", [x, *parts], epsilon=epsilon)
 
     def _weight(self, name: str, array: Any) -> str:
         self.weights[name] = np.asarray(array, np.float32)

@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from selfsup_jax.errors import first_line
+
 Table = Mapping[tuple[str, str], Any]  # (module, name) -> stand-in
 
 _KINDS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", "f4", "f8", "b1"}
@@ -155,8 +157,7 @@ def load(file: IO[bytes], table: Table, persistent: Callable[[Any], Any] | None 
     except Refused:
         raise
     except Exception as e:  # there is no end to what damaged pickles raise
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"is truncated or damaged: {reason[:100]}") from e
+        raise ValueError(f"is truncated or damaged: {first_line(e)[:100]}") from e
 
 
 def _check_memo(file: IO[bytes]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +83,28 @@ class Tensors:
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise ValueError(f"has {found[0]}{more}: {why}")
+
+
+def chosen_root(roots: Sequence[str], known: Sequence[str], prefix: str | None) -> str:
+    """What the names of the encoder's tensors begin with.
+
+    Args:
+        roots: of all encoders of a file, at least one.
+        known: of the one that is taken of several; empty if it is not known.
+        prefix: the one that is asked for; None to choose.
+
+    Raises:
+        ValueError: there are several to choose from, or not the one that is asked for.
+    """
+    if prefix is not None:
+        if prefix not in roots:
+            there = ", ".join(map(repr, roots))
+            raise ValueError(f"has no encoder with the prefix {prefix!r}; there is {there}")
+        return prefix
+    chosen = known or roots
+    if len(chosen) > 1:
+        raise ValueError(f"has several encoders: choose one by --prefix: {', '.join(chosen)}")
+    return chosen[0]
 
 
 # `(convolution, here) -> (its kernel [H, W, C, D], {"scale": [D], ...} of its norm)`

@@ -83,32 +83,31 @@ def _write_parts(
             for stale in paths.glob(folder, f"{name}-*.npy"):
                 paths.remove(stale)
     hosts.wait_for_all("cleared")
-    pending: list[Rows] = []
     files: list[str] = []
-    size, written, width = 0, 0, 0
-
-    def flush(table: Rows) -> None:
-        nonlocal written, width
+    written = width = 0
+    for number, table in enumerate(_tables(rows, rows_per_file)):
         for name, column in table.items():
-            file = f"{name}-{host}{len(files) // 3:05d}.npy"
+            file = f"{name}-{host}{number:05d}.npy"
             with whole_file(os.path.join(folder, file), "wb") as f:
                 np.save(f, column)
             files.append(file)
         written, width = written + len(table["names"]), table["features"].shape[1]
-
-    for part in rows:
-        pending.append(part)
-        size += len(part["names"])
-        while size >= rows_per_file:
-            table = _joined(pending)
-            flush({k: v[:rows_per_file] for k, v in table.items()})
-            pending = [{k: v[rows_per_file:] for k, v in table.items()}]
-            size -= rows_per_file
-    if size:
-        flush(_joined(pending))
     if not files:
         raise bad_field("split", source.name, "holds no image that can be decoded")
     if source.class_names and hosts.is_writer():
         with whole_file(os.path.join(folder, "class_names.txt"), encoding="utf-8") as f:
             f.writelines(f"{name}\n" for name in source.class_names)
     return files, (written, width)
+
+
+def _tables(rows: Iterator[Rows], size: int) -> Iterator[Rows]:
+    """Yields the same rows, `size` at a time; fewer at the end."""
+    pending: list[Rows] = []
+    for part in rows:
+        pending.append(part)
+        while sum(len(p["names"]) for p in pending) >= size:
+            table = _joined(pending)
+            yield {name: column[:size] for name, column in table.items()}
+            pending = [{name: column[size:] for name, column in table.items()}]
+    if any(len(p["names"]) for p in pending):
+        yield _joined(pending)

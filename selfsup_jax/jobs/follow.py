@@ -50,7 +50,8 @@ def follow(config: ConfigDict, directory: str, prepare: runner.Prepare) -> dict[
     run = paths.absolute(os.path.expanduser(config.checkpoint))
     paths.check(run, "config.checkpoint")
     exported = paths.exists(os.path.join(run, encoder.ABOUT))
-    if not config.checkpoint or not paths.isdir(run) or exported or _inside_a_run(run):
+    inside = "checkpoints" in run.split(os.sep)[-2:]
+    if not config.checkpoint or not paths.isdir(run) or exported or inside:
         raise bad_field("checkpoint", config.checkpoint, "must be a run's workdir, to follow it")
     workdir.check_path(directory)
     owner.check(directory, config.job)
@@ -112,10 +113,6 @@ def has_ended(run: str) -> bool:
         return last <= steps[-1]
     except OSError:
         return False
-
-
-def _inside_a_run(path: str) -> bool:
-    return "checkpoints" in path.split(os.sep)[-2:]
 
 
 def _checkpoints(config: ConfigDict, run: str, directory: str) -> Iterator[FrozenEncoder]:

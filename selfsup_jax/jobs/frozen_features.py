@@ -26,7 +26,7 @@ Measure = Callable[[Features, Features, int, ConfigDict], Measured]
 
 
 def prepare_for(
-    measure: Measure, check: Callable[[ConfigDict, int], None]
+    measure: Measure, check: Callable[[ConfigDict, int], None] = lambda config, train_images: None
 ) -> Callable[[ConfigDict, FrozenEncoder], EvalJob]:
     """Returns the `Prepare` of a job that uses the features of a training and a test split."""
 
@@ -76,11 +76,8 @@ def class_count(train: Source, test: Source) -> int:
         UserError: the splits have different classes.
     """
     if train.class_names != test.class_names:
-        raise bad_field(
-            "data.test_split",
-            test.name,
-            f"its {test.num_classes} classes are not the {train.num_classes} of {train.name}",
-        )
+        why = f"its {test.num_classes} classes are not the {train.num_classes} of {train.name}"
+        raise bad_field("data.test_split", test.name, why)
     return train.num_classes or 0
 
 
@@ -100,9 +97,8 @@ def check_labels(
             raise bad_field(field, split, "holds no image that can be decoded")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
-            raise bad_field(
-                field, split, f"has labels from {low} to {high}, but {num_classes} classes"
-            )
+            why = f"has labels from {low} to {high}, but {num_classes} classes"
+            raise bad_field(field, split, why)
     if train.ndim > 1:
         return
     classes = np.unique(train)
@@ -118,11 +114,6 @@ def check_labels(
 
 
 # ------------------------------------------------------------------------ the measures
-
-
-def _check_linear(config: ConfigDict, train_images: int) -> None:
-    del train_images
-    check_held_out(config, len(config.C), "C")
 
 
 def _linear(train: Features, test: Features, num_classes: int, config: ConfigDict) -> Measured:
@@ -160,10 +151,6 @@ def _knn(train: Features, test: Features, num_classes: int, config: ConfigDict) 
     )
 
 
-def _check_nothing(config: ConfigDict, train_images: int) -> None:
-    """The table of fields has it all."""
-
-
 def _fewshot(train: Features, test: Features, num_classes: int, config: ConfigDict) -> Measured:
     smallest = int(np.bincount(train.labels, minlength=num_classes).min())
     results: dict[str, Any] = {"fewshot_draws": config.draws}
@@ -185,6 +172,6 @@ def check_held_out(config: ConfigDict, choices: int, field: str) -> None:
         raise bad_field("held_out_images", config.held_out_images, valid)
 
 
-linear = prepare_for(_linear, _check_linear)
+linear = prepare_for(_linear, lambda config, _: check_held_out(config, len(config.C), "C"))
 nearest_neighbours = prepare_for(_knn, _check_knn)
-fewshot = prepare_for(_fewshot, _check_nothing)
+fewshot = prepare_for(_fewshot)

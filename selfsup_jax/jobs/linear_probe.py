@@ -58,7 +58,7 @@ def _prepare_sgd(config: ConfigDict, frozen: FrozenEncoder) -> EvalJob:
                 paths.rmtree(os.path.join(folder, "checkpoints"))
             hosts.wait_for_all("heads")
         heads = _read_heads(path, len(config.learning_rates), classes)
-        return _evaluate(config, extract, frozen, heads, held, test, classes, folder)
+        return _evaluate(config, extract, frozen, heads, held, test, folder)
 
     counts = {"train_images": train.num_examples, "test_images": test.num_examples}
     return EvalJob(task, {"classes": classes} | counts)
@@ -112,7 +112,6 @@ def _evaluate(
     heads: dict[str, np.ndarray],
     held: Source | None,
     test: Source,
-    classes: int,
     folder: str,
 ) -> dict[str, Any]:
     rates = tuple(config.learning_rates)

@@ -57,7 +57,6 @@ def hold_out(
         field = "data.train_split"
         rest = runner.load_split(config, f"{name}[{count}:]", field)
         return rest, runner.load_split(config, f"{name}[:{count}]", field)
-    assert train.labels is not None
     mask = probes.held_out_rows(train.labels, count, config.seed)
     rest = sources.subset(train, lambda labels, names: np.flatnonzero(~mask))
     held = sources.subset(train, lambda labels, names: np.flatnonzero(mask))

@@ -98,19 +98,15 @@ def _load(config: ConfigDict, name: str) -> Splits:
     inputs.fill_in_splits(data)
     several = entry.metric == "voc_map"
 
-    def load(split: str, field: str) -> sources.Source:
+    def load(which: str) -> sources.Source:
+        split, field = entry[which], f"sets.{name}.{which}"
         source = inputs.load_split(data, split, field, several_labels=several)
         if not source.num_classes:
             raise bad_field(field, split, f"{source.name} has no labels")
         return source
 
-    return Splits(
-        load(entry.train_split, f"sets.{name}.train_split"),
-        load(entry.validation_split, f"sets.{name}.validation_split")
-        if entry.validation_split
-        else None,
-        load(entry.test_split, f"sets.{name}.test_split"),
-    )
+    validation = load("validation_split") if entry.validation_split else None
+    return Splits(load("train_split"), validation, load("test_split"))
 
 
 def _evaluate(

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from selfsup_jax.models import convolution_cpu
-from selfsup_jax.models.convolution_cpu import Margins
+from selfsup_jax.models.convolution_plain import Margins, on_blocks, plain
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
     """Cross-correlates `x` `[B, H, W, C]` with `kernel` `[k, k, C, D]`: `[B, H', W', D]`."""
     size = len(kernel)
     if size == 7 and stride == 2 and not (x.shape[1] % 2 or x.shape[2] % 2):
-        return _stem_on_blocks(x, kernel, margins)
-    as_convolution = functools.partial(_convolve, stride=stride, margins=margins)
+        return on_blocks(x, kernel, margins)  # images have 3 channels, the blocks 12
+    as_convolution = functools.partial(plain, stride=stride, margins=margins)
     on_cpu: Callable[..., jax.Array]
     if size == 1 or x.shape[1] * x.shape[2] <= (2 * stride) ** 2:
         # On the CPU, XLA's convolution is slow for 1x1 kernels (backward: 2 times as slow) and for
@@ -36,11 +36,6 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> 
     else:
         return as_convolution(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_convolution)
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride, stride), margins, dimension_numbers=layout)
 
 
 def _patches_matmul(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
@@ -62,23 +57,6 @@ def _taps(x, size, stride, margins, fill):
         for j in range(size):
             part = x[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
             yield i, j, part[:, :rows, :columns]
-
-
-def _stem_on_blocks(x: jax.Array, kernel: jax.Array, margins: Margins) -> jax.Array:
-    """A 7x7 convolution of stride 2 as one of 4x4 and stride 1 over blocks of 2x2 pixels.
-
-    Tensor cores work on multiples of 8 channels; images have 3 channels, the blocks 12.
-    """
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(batch, height // 2, width // 2, 4 * channels)
-    # The window starts `before` pixels early: if that is odd, in the middle of its first block.
-    grow = [(before % 2, 1 - before % 2) for before, _ in margins]
-    kernel = jnp.pad(kernel, (*grow, (0, 0), (0, 0)))
-    kernel = kernel.reshape(4, 2, 4, 2, channels, -1).transpose(0, 2, 1, 3, 4, 5)
-    kernel = kernel.reshape(4, 4, 4 * channels, -1)
-    blocks = tuple(((before + 1) // 2, 3 - (before + 1) // 2) for before, _ in margins)
-    return _convolve(x, kernel, 1, blocks)  # type: ignore[arg-type]
 
 
 def max_pool(x: jax.Array, margins: Margins) -> jax.Array:

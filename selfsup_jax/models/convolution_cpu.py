@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Margins = tuple[tuple[int, int], tuple[int, int]]
+from selfsup_jax.models.convolution_plain import Margins, on_blocks, plain
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
 _PIXELS_AT_ONCE = 8192
 
 
@@ -38,7 +37,7 @@ def suits(x: jax.Array, size: int, stride: int, margins: Margins) -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def three_by_three(x: jax.Array, kernel: jax.Array, stride: int, margins: Margins) -> jax.Array:
     """Cross-correlates `x` `[B, H, W, C]` with `kernel` `[3, 3, C, D]`."""
-    return _same(x, kernel) if stride == 1 else _convolve(x, kernel, stride, margins)
+    return _same(x, kernel) if stride == 1 else plain(x, kernel, stride, margins)
 
 
 def _forward(x, kernel, stride, margins):
@@ -51,16 +50,12 @@ def _backward(stride, margins, saved, g):
         return _same(g, kernel[::-1, ::-1].swapaxes(2, 3)), _kernel_gradient(x, g)
     even = x.shape[1] % 2 == x.shape[2] % 2 == 0
     few = even and x.shape[-1] <= 16  # where XLA's own takes five times as long
-    form = _strided_on_blocks if few else functools.partial(_convolve, stride=stride)
+    form = on_blocks if few else functools.partial(plain, stride=stride)
     d_x = jax.vjp(lambda x: form(x, kernel, margins=margins), x)[1](g)[0]
     return d_x, _strided_kernel_gradient(x, g, margins)
 
 
 three_by_three.defvjp(_forward, _backward)
-
-
-def _convolve(x, kernel, stride, margins):
-    return lax.conv_general_dilated(x, kernel, (stride, stride), margins, dimension_numbers=_LAYOUT)
 
 
 @jax.jit  # traced once for all layers of the same shape
@@ -72,7 +67,7 @@ def _same(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if max(channels, features) <= 16 < 2 * features and x.shape[2] % 2 == 0:
         on_pairs = functools.partial(_on_column_pairs, kernel=kernel)
         return _over_images(on_pairs, x, stack=True)
-    return _convolve(x, kernel, 1, ((1, 1), (1, 1)))
+    return plain(x, kernel, 1, ((1, 1), (1, 1)))
 
 
 @jax.jit
@@ -95,7 +90,7 @@ def _on_column_pairs(x: jax.Array, kernel: jax.Array) -> jax.Array:
     x = _pad(x, 2, 1, 1).reshape(batch, height, width // 2 + 1, 2 * channels)
     shifted = [jnp.pad(kernel, ((0, 0), (s, 1 - s), (0, 0), (0, 0))) for s in (0, 1)]
     pairs = jnp.stack(shifted, axis=-2).reshape(3, 2, 2 * channels, -1)
-    return _convolve(x, pairs, 1, ((1, 1), (0, 0))).reshape(batch, height, width, -1)
+    return plain(x, pairs, 1, ((1, 1), (0, 0))).reshape(batch, height, width, -1)
 
 
 def _rows_by_columns(g: jax.Array, x: jax.Array) -> jax.Array:
@@ -129,18 +124,6 @@ def _strided_kernel_gradient(x: jax.Array, g: jax.Array, margins: Margins) -> ja
         return product.reshape(features, 3, 3, channels).transpose(1, 2, 3, 0)
 
     return _over_images(of_images, g, x)
-
-
-def _strided_on_blocks(x: jax.Array, kernel: jax.Array, margins: Margins) -> jax.Array:
-    """A convolution of stride 2 as one of 2x2 and stride 1 over blocks of 2x2 pixels."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(batch, height // 2, width // 2, 4 * channels)
-    grow = [(before % 2, 1 - before % 2) for before, _ in margins]
-    kernel = jnp.pad(kernel, (*grow, (0, 0), (0, 0))).reshape(2, 2, 2, 2, channels, -1)
-    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(2, 2, 4 * channels, -1)
-    blocks = tuple(((before + 1) // 2, 1 - (before + 1) // 2) for before, _ in margins)
-    return _convolve(x, kernel, 1, blocks)
 
 
 # ------------------------------------------------------------------------ Winograd

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 
 from selfsup_jax import checks
 from selfsup_jax.devices.collectives import BatchLayout
-from selfsup_jax.models.initializers import KERNEL_INITS
+from selfsup_jax.models.initializers import KERNEL_INITS, torch_bias
 from selfsup_jax.models.norm import BatchNorm
 
 # Batch norm after the last layer: none; with scale and offset, with scale only, with neither.
@@ -100,16 +99,10 @@ class MLPHead(nn.Module):
             use_bias=use_bias,
             dtype=self.dtype,
             kernel_init=KERNEL_INITS[self.linear_init],
-            bias_init=_uniform(x.shape[-1] ** -0.5) if torch else nn.initializers.zeros,
+            bias_init=torch_bias(x.shape[-1]) if torch else nn.initializers.zeros,
             name=name,
         )
         return dense(x)
-
-
-def _uniform(limit: float) -> Callable:
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -limit, limit
-    )
 
 
 def from_config(head: Any, encoder: Any, dtype: jnp.dtype) -> MLPHead:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 # The deviation of a standard normal that is truncated at 2.
 _TRUNCATED = 0.87962566103423978
@@ -25,3 +27,11 @@ KERNEL_INITS: dict[str, Callable] = {
     # SimCLR's linear layers.
     "normal": nn.initializers.normal(0.01),
 }
+
+
+def torch_bias(fan_in: int) -> Callable:
+    """PyTorch's initialisation of a bias: uniform within +-1 / sqrt(fan in), as its kernel."""
+    limit = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -limit, limit
+    )

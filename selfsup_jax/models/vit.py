@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from selfsup_jax.devices.collectives import BatchLayout
 from selfsup_jax.models import positions
 from selfsup_jax.models.attention import attend, weights
-from selfsup_jax.models.initializers import KERNEL_INITS
+from selfsup_jax.models.initializers import KERNEL_INITS, torch_bias
 
 # Name -> width, depth, heads (DINO's; MoCo v3's ViT-S has 12) and pixels of a patch's side.
 SIZES = {
@@ -38,13 +37,6 @@ def _xavier_of_three(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.fl
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def _torch_bias(fan_in: int) -> Callable:
-    limit = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -limit, limit
-    )
-
-
 # Name -> initialisations of the layers' kernels, of `qkv`, of the patches' projection and its bias,
 # and the deviation of the class token.
 INITS: dict[str, dict[str, Any]] = {
@@ -54,7 +46,7 @@ INITS: dict[str, dict[str, Any]] = {
         "layers": nn.initializers.normal(0.02),
         "qkv": nn.initializers.normal(0.02),
         "patches": KERNEL_INITS["torch"],
-        "patches_bias": _torch_bias,
+        "patches_bias": torch_bias,
         "class_token": 0.02,
     },
     # MoCo v3's code.
@@ -90,12 +82,8 @@ class Block(nn.Module):
             maps: the result is the class token's attention to all tokens, `[R, heads, T]` float32.
         """
         width = x.shape[-1]
-        q, k, v = (
-            a.reshape(*a.shape[:2], self.heads, -1)
-            for a in jnp.split(
-                self._dense("qkv", 3 * width, "qkv")(self._norm("norm1")(x)), 3, axis=-1
-            )
-        )
+        qkv = self._dense("qkv", 3 * width, "qkv")(self._norm("norm1")(x))
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
         if maps:
             return weights(q[:, :1], k)[:, :, 0]
         y = attend(q, k, v, self.attention).reshape(x.shape)

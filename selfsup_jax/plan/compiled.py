@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from selfsup_jax.build import Build
-from selfsup_jax.data import inputs, resident, views
+from selfsup_jax.data import inputs, resident
 from selfsup_jax.devices import parallel, tpu_flags
 from selfsup_jax.errors import UserError
 from selfsup_jax.models import encoders
@@ -48,20 +48,20 @@ def program(config: Any, build: Build, classes: int | None, pod: Pod) -> Program
 
 def _batch(config: Any, classes: int | None) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch: uint8 views or whole images, and each example's place in it."""
-    size, shapes = config.batch_size, {}
-    sides = [group.size for _, group in views.groups_of(config.views) for _ in range(group.count)]
+    size = config.batch_size
+
+    def pixels(side: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
+
+    index = jax.ShapeDtypeStruct((size,), jnp.int32)
+    labels = {"label": index} if classes else {}
     if config.data.crop_on == "device":
-        sides = [config.data.canvas]
-    for number, side in enumerate(sides, 1):
-        shapes[f"view_{number}"] = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
-    shapes["index"] = jax.ShapeDtypeStruct((size,), jnp.int32)
-    if config.data.crop_on == "device":
-        shapes["image"] = shapes.pop("view_1")
-        shapes["size"] = jax.ShapeDtypeStruct((size, 2), jnp.int32)
-        shapes["drawn"] = shapes["index"]
-    if classes:
-        shapes["label"] = jax.ShapeDtypeStruct((size,), jnp.int32)
-    return shapes
+        sizes = jax.ShapeDtypeStruct((size, 2), jnp.int32)
+        image = {"image": pixels(config.data.canvas), "size": sizes, "drawn": index}
+        return {"index": index} | image | labels
+    sides = [spec.size for spec in inputs.crop_specs(config)]
+    views = {f"view_{number}": pixels(side) for number, side in enumerate(sides, 1)}
+    return {"index": index} | views | labels
 
 
 def bytes_of(tree: Any) -> float:

@@ -19,7 +19,7 @@ from flax.traverse_util import unflatten_dict
 
 from selfsup_jax import __version__, paths
 from selfsup_jax.devices import hosts
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import UserError, first_line
 from selfsup_jax.run import library_errors
 
 # The parts of a checkpoint's folder, and the file with the JSON of `meta`.
@@ -163,8 +163,7 @@ def _of_meta(meta: Mapping[str, Any]) -> int:
 
 
 def _unreadable(folder: str, e: Exception) -> Damaged:
-    reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-    return Damaged(f"the checkpoint {folder} cannot be read: {reason[:200]}")
+    return Damaged(f"the checkpoint {folder} cannot be read: {first_line(e)[:200]}")
 
 
 class MetaHandler(ocp.JsonCheckpointHandler):

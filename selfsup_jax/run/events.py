@@ -113,10 +113,7 @@ def cut(path: str, last_step: int) -> bool:
     if len(kept) <= 1:  # at most the record of the file's version
         paths.remove(path)
     elif sum(map(len, kept)) < len(content):
-        # After a kill, neither TensorBoard nor this function takes this name for an event file.
-        partial = os.path.join(os.path.dirname(path), "cut.partial")
-        with files.whole_file(path, "wb", partial) as f:
-            f.writelines(kept)
+        _replace(path, b"".join(kept))
     return _is_damaged(content[sum(len(record) for record, _ in records) :])
 
 
@@ -133,9 +130,14 @@ def rename(path: str, new_name: Callable[[str], str]) -> None:
                 value.tag, changed = new_name(value.tag), True
         records.write(event.SerializeToString())
     if changed:
-        partial = os.path.join(os.path.dirname(path), "cut.partial")
-        with files.whole_file(path, "wb", partial) as f:
-            f.write(renamed.getvalue())
+        _replace(path, renamed.getvalue())
+
+
+def _replace(path: str, content: bytes) -> None:
+    # After a kill, neither TensorBoard nor `cut` takes this name for an event file.
+    partial = os.path.join(os.path.dirname(path), "cut.partial")
+    with files.whole_file(path, "wb", partial) as f:
+        f.write(content)
 
 
 def _is_damaged(rest: bytes) -> bool:

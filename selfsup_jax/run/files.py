@@ -40,12 +40,12 @@ def disk_errors(workdir: str, latest_step: Callable[[], int | None]) -> Iterator
 
 
 @contextlib.contextmanager
-def writing_to(folder: str) -> Iterator[None]:
-    """Turns an `OSError` of writing to a folder into a `UserError` of one line."""
+def writing_to(where: str) -> Iterator[None]:
+    """Turns an `OSError` into a `UserError` of one line, which begins with `where`."""
     try:
         yield
     except OSError as e:
-        raise UserError(f"{folder}: cannot be written to: {e.strerror}") from e
+        raise UserError(f"{where}: cannot be written to: {e.strerror or e}") from e
 
 
 def _disk_reason(e: BaseException, workdir: str) -> str | None:

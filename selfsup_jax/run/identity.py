@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from selfsup_jax.checks import leaves
 from selfsup_jax.errors import bad_field
 
 Flat = dict[str, Any]
@@ -62,13 +63,7 @@ def flat(config: ConfigDict | Mapping[str, Any]) -> Flat:
 
 def flatten(tree: Mapping[str, Any]) -> Flat:
     """Nested dictionaries as `{"a.b": ...}`; empty dictionaries are left out."""
-    fields: Flat = {}
-    for name, value in dict(tree).items():
-        if isinstance(value, Mapping):
-            fields |= {f"{name}.{rest}": v for rest, v in flatten(value).items()}
-        else:
-            fields[name] = value
-    return fields
+    return dict(leaves(tree))
 
 
 def bound(fields: Flat, free: Sequence[str]) -> Flat:
@@ -123,11 +118,6 @@ def steps_free(now: Flat, before: Flat) -> tuple[str, ...]:
     )
     constant_decay = not any(fields.get("optimizer.weight_decay_end") for fields in (now, before))
     return free + LENGTHS * (constant and constant_decay)
-
-
-def is_length(field: str) -> bool:
-    """True if the field sets the length of a run."""
-    return field in LENGTHS
 
 
 # ------------------------------------------------------------------- configs of earlier versions
@@ -238,11 +228,6 @@ def upgraded(fields: Flat) -> Flat:
 
 def upgraded_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     """`upgraded` for nested dictionaries."""
-    tree: dict[str, Any] = {}
-    for name, value in upgraded(flatten(config)).items():
-        *sections, leaf = name.split(".")
-        holder = tree
-        for section in sections:
-            holder = holder.setdefault(section, {})
-        holder[leaf] = value
-    return tree
+    from flax.traverse_util import unflatten_dict  # the report needs neither this nor JAX
+
+    return unflatten_dict(upgraded(flatten(config)), sep=".")

@@ -14,7 +14,7 @@ import numpy as np
 
 from selfsup_jax import paths
 from selfsup_jax.devices import hosts
-from selfsup_jax.errors import UserError
+from selfsup_jax.errors import UserError, some_of
 from selfsup_jax.run import events, identity
 from selfsup_jax.run.files import growing, sync, whole_file
 from selfsup_jax.run.progress import log
@@ -222,5 +222,4 @@ def _line(text: bytes) -> dict[str, Any] | None:
 
 
 def _listed(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    return f"line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"
+    return f"line{'s' * (len(numbers) > 1)} {some_of(numbers, 5)}"

@@ -27,8 +27,33 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+class _Line:
+    """One line that is updated in place on a terminal, else plain lines; only one host prints."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or sys.stderr
+        self.live = self._stream.isatty()
+        self.quiet = not hosts.is_writer()
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Shows the text in place of the last one."""
+        if self.quiet:
+            return
+        self._stream.write("\r" + text.ljust(self._width) if self.live else text + "\n")
+        self._stream.flush()
+        self._width = len(text)
+
+    def end(self) -> None:
+        """The next output begins on a new line."""
+        if self.live and self._width and not self.quiet:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+
 class Progress:
-    """One line that is updated in place on a terminal, else plain lines; only one host prints.
+    """The line about a training, its rates and its messages.
 
     Args:
         total: steps of the whole run.
@@ -50,11 +75,8 @@ class Progress:
         self._shown["knn_top1"] = f"kNN (k {knn_k})" if knn_k else "kNN"
         self._total = total
         self._images_per_step = images_per_step
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._quiet = not hosts.is_writer()
+        self._line = _Line(stream)
         self._last = self._start = (time.perf_counter(), first_step)
-        self._width = 0
         self._counted_steps = 0
         self._counted_seconds = 0.0
         self._advised = False
@@ -132,18 +154,8 @@ class Progress:
                     "half the work; else it needs more cores (of more than 8, "
                     "--config.data.processes makes use), or smaller files"
                 )
-        self._write("  ".join(parts))
+        self._line.show("  ".join(parts))
         return timings
-
-    def _write(self, line: str) -> None:
-        if self._quiet:
-            return
-        if self._live:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
 
     def announce(self, message: str) -> None:
         """Prints a message on its own line; the live line continues below it."""
@@ -152,10 +164,7 @@ class Progress:
 
     def close(self) -> None:
         """Ends the live line, so that the next output begins on a new line."""
-        if self._live and self._width and not self._quiet:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._width = 0
+        self._line.end()
 
 
 def counted(
@@ -174,28 +183,21 @@ def counted(
         every: seconds between lines if there is no terminal; on a terminal, one line is updated.
         stream: where to write; stderr by default.
     """
-    stream = stream or sys.stderr
-    live, quiet = stream.isatty(), not hosts.is_writer()
+    line = _Line(stream)
     start = shown = time.perf_counter()
-    count, width = 0, 0
+    count = 0
     for batch in batches:
         yield batch
         count += len(batch["label"]) * jax.process_count()  # hosts have equal parts
         now = time.perf_counter()
-        if quiet or now - shown < (0.2 if live else every):
+        if now - shown < (0.2 if line.live else every):
             continue
         shown = now
         rate = count / (now - start)
         left = format_seconds(max(0, total - count) / rate)
-        line = f"{what}: {count:,}/{total:,}  {rate:,.0f} images/s  ETA {left}"
-        stream.write("\r" + line.ljust(width) if live else line + "\n")
-        stream.flush()
-        width = len(line)
-    if not quiet:
-        seconds = time.perf_counter() - start
-        line = f"{what}: {total:,} images in {format_seconds(seconds)}"
-        stream.write(("\r" + line.ljust(width) if live else line) + "\n")
-        stream.flush()
+        line.show(f"{what}: {count:,}/{total:,}  {rate:,.0f} images/s  ETA {left}")
+    line.show(f"{what}: {total:,} images in {format_seconds(time.perf_counter() - start)}")
+    line.end()
 
 
 def log(message: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from selfsup_jax import paths
-from selfsup_jax.errors import UserError, bad_field
-from selfsup_jax.run.files import read_json, write_json
+from selfsup_jax.errors import bad_field, first_line
+from selfsup_jax.run.files import read_json, write_json, writing_to
 
 FILE = "wandb.json"  # in the workdir: which of the project's runs it is
 
@@ -65,8 +65,8 @@ class WandbWriter:
                 **local,
             )
         except Exception as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise bad_field("wandb.project", settings.project, f"wandb says: {reason}") from e
+            said = f"wandb says: {first_line(e)}"
+            raise bad_field("wandb.project", settings.project, said) from e
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the values of a step."""
@@ -98,9 +98,7 @@ def _run_id(project: str, workdir: str) -> str:
         saved = read_json(path)
         if saved.get("project") == project and isinstance(saved.get("id"), str):
             return saved["id"]
-    try:
-        made = {"project": project, "id": secrets.token_hex(6)}
+    made = {"project": project, "id": secrets.token_hex(6)}
+    with writing_to(f"--workdir={workdir}"):
         write_json(path, made)
-    except OSError as e:
-        raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
     return made["id"]

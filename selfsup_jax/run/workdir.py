@@ -13,12 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from selfsup_jax import paths
-from selfsup_jax.data.inputs import Data
 from selfsup_jax.data.sources import Source
 from selfsup_jax.devices import hosts
 from selfsup_jax.errors import Stopped, UserError
 from selfsup_jax.run import checkpoint, checkpoint_files, identity, lock
-from selfsup_jax.run.files import write_json
+from selfsup_jax.run.files import write_json, writing_to
 from selfsup_jax.run.progress import log
 
 _PATTERNS = ("*", "?", "[", "\\")  # in paths
@@ -71,12 +70,10 @@ def saved(workdir: str) -> str:
 @contextlib.contextmanager
 def checkpoints_of(config: ConfigDict, workdir: str) -> Iterator[checkpoint.Checkpoints]:
     """The checkpoints of a workdir that is already locked; raises as `opened` does."""
-    try:
+    with writing_to(f"--workdir={workdir}"):
         checkpoints = checkpoint.Checkpoints(
             workdir, config.keep_checkpoints, config.keep_every_steps
         )
-    except OSError as e:
-        raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
     latest = hosts.gather_hosts(np.asarray([checkpoints.latest_step or 0]))
     if len(set(latest)) > 1:
         raise UserError(f"--workdir={workdir}: the hosts see different checkpoints there")
@@ -101,12 +98,10 @@ def locked(workdir: str) -> Iterator[None]:
     """
     check_path(workdir)
     with contextlib.ExitStack() as stack:
-        try:
+        with writing_to(f"--workdir={workdir}"):
             paths.makedirs(workdir)
             if hosts.is_writer():
                 stack.enter_context(lock.held(workdir))
-        except OSError as e:
-            raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e
         hosts.wait_for_all("workdir")
         yield
 
@@ -152,11 +147,6 @@ def checked_meta(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
     return saved
 
 
-def take_over(data: Data, saved: dict[str, Any]) -> None:
-    """Restores the broken images listed in `meta`."""
-    data.undecodable.names.update(saved["undecodable"])
-
-
 def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> None:
     """Checks that a run may resume from a checkpoint: no field that affects its steps differs.
 
@@ -171,7 +161,7 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
     now, before = identity.flat(config_json(run)), identity.flat(config_json(saved))
     different = identity.differences(now, before, identity.steps_free(now, before))
     if different:
-        length = any(identity.is_length(field) for field in different)
+        length = any(field in identity.LENGTHS for field in different)
         why = " (its schedules depend on its length)" if length else ""
         text = identity.described(different, f"the run in {workdir}")
         raise UserError(f"{text}{why}; use the same value, or another --workdir")
@@ -184,7 +174,5 @@ def check_same_run(run: dict[str, Any], saved: dict[str, Any], workdir: str) -> 
 def write_config(run: dict[str, Any], workdir: str) -> None:
     """Writes `config.json`, see `config_json`; only one host writes."""
     if hosts.is_writer():
-        try:
+        with writing_to(f"--workdir={workdir}"):
             write_json(os.path.join(workdir, "config.json"), config_json(run))
-        except OSError as e:
-            raise UserError(f"--workdir={workdir}: cannot be written to: {e.strerror}") from e

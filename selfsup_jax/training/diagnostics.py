@@ -7,7 +7,7 @@ matrices, so they add no cost to the step itself. `target_distance` reads the pa
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ import optax
 from threadpoolctl import ThreadpoolController
 
 from selfsup_jax.state import Outputs, Sign
-
-# Name -> (steps, values), as in `metrics.Recorder.history`.
-History = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+from selfsup_jax.viz.verdict import History
 
 
 @jax.jit
@@ -115,19 +113,11 @@ def collapsed_at(
     own signs. A run has collapsed if its last measurements, at least two, are low; the result is
     the step of the second one.
     """
-    collapsed = None
-    series = {name: history.get(name, ((), ())) for name in ("projection_std", "effective_rank")}
-    measurements = list(
-        zip(
-            series["projection_std"][0],
-            series["projection_std"][1],
-            series["effective_rank"][1],
-            strict=True,
-        )
-    )
-    low_before = False
+    steps, stds = history.get("projection_std", ((), ()))
+    ranks = history.get("effective_rank", ((), ()))[1]
     seen = _steps_of(history, signs)
-    for step, std, rank in measurements:
+    collapsed, low_before = None, False
+    for step, std, rank in zip(steps, stds, ranks, strict=True):
         low = std < min_std or rank < min_rank or step in seen
         if not low:
             collapsed = None

@@ -116,9 +116,8 @@ def _check_encoder(path: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]
     if differ:
         flags = " ".join(f"--config.encoder.{name}={theirs[name]}" for name in differ)
         has = ", ".join(f"{name} {ours[name]}" for name in differ if name in ours)
-        raise bad_field(
-            "init_from", path, f"has another encoder than this run ({has}): add {flags}"
-        )
+        why = f"has another encoder than this run ({has}): add {flags}"
+        raise bad_field("init_from", path, why)
 
 
 def normalization_note(source: Source, views: Any) -> str:
@@ -153,10 +152,7 @@ def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
     """
     fields = {name: flatten_dict(getattr(state, name), sep="/") for name in _NETWORKS}
     taken, new = [], []
-    online = {
-        part: _misfit(fields, source.arrays, part, "online", "online")
-        for part in state.online_params
-    }
+    online = {part: _misfit(fields, source.arrays, part, "online") for part in state.online_params}
     if online["encoder"]:
         raise bad_field("init_from", source.path, f"its encoder does not fit: {online['encoder']}")
     for part, why in online.items():
@@ -168,7 +164,7 @@ def begin(state: TrainState, source: Source) -> tuple[TrainState, Taken]:
     for part in state.target_params:
         if online[part]:
             continue
-        own = not _misfit(fields, source.arrays, part, "target", "target")
+        own = not _misfit(fields, source.arrays, part, "target")
         _put(fields, source.arrays, part, "target", "target" if own else "online")
         taken.append(f"target {part}" + ("" if own else " (a copy of the online one)"))
     from_heads = online.get("projector") or online.get("prototypes")
@@ -224,16 +220,13 @@ def _names(
 
 
 def _misfit(
-    fields: Mapping[str, Mapping[str, Any]], arrays: Arrays, part: str, network: str, of: str
+    fields: Mapping[str, Mapping[str, Any]], arrays: Arrays, part: str, network: str
 ) -> str:
-    """Why a part cannot be taken from the source's network `of`; "" if it can."""
+    """Why a part of a network cannot be taken from the source; "" if it can."""
     names = _names(fields, part, network)
-    wanted = {f"{s.replace(network, of)}/{name}": fields[s][name].shape for s, name in names}
-    there = {
-        name: array.shape
-        for name, array in arrays.items()
-        if name.startswith((f"{of}_params/{part}/", f"{of}_stats/{part}/"))
-    }
+    wanted = {f"{section}/{name}": fields[section][name].shape for section, name in names}
+    own = (f"{network}_params/{part}/", f"{network}_stats/{part}/")
+    there = {name: array.shape for name, array in arrays.items() if name.startswith(own)}
     if not there:
         return "not in the source"
     for name in sorted(wanted.keys() | there.keys()):

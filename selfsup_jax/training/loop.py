@@ -7,7 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,21 +21,11 @@ from selfsup_jax.run.checkpoint import Checkpoints
 from selfsup_jax.run.metrics import Recorder
 from selfsup_jax.run.progress import Progress, log
 from selfsup_jax.run.wandb_writer import WandbWriter
-from selfsup_jax.state import Outputs, TrainState
+from selfsup_jax.state import TrainState
 from selfsup_jax.training import calls
 
-
-class Monitor(Protocol):
-    """Measures and plots a run during training; implemented by `monitor.Monitor`."""
-
-    def diagnose(  # noqa: D102
-        self, outputs: Outputs, state: TrainState, batch: dict[str, np.ndarray]
-    ) -> dict[str, float]: ...
-    def knn(self, step: int, state: TrainState) -> dict[str, float]: ...  # noqa: D102
-    def judge(self) -> None: ...  # noqa: D102
-    def draw(  # noqa: D102
-        self, step: int, state: TrainState, batch: dict[str, np.ndarray] | None
-    ) -> None: ...
+if TYPE_CHECKING:
+    from selfsup_jax.training.monitor import Monitor
 
 
 class TrainSpec(NamedTuple):

@@ -17,6 +17,7 @@ from selfsup_jax.data import inputs
 from selfsup_jax.data.augment import augment_views
 from selfsup_jax.data.inputs import Data
 from selfsup_jax.devices import hosts, parallel
+from selfsup_jax.errors import some_of
 from selfsup_jax.evaluation import probes
 from selfsup_jax.method import Method
 from selfsup_jax.run import identity
@@ -110,16 +111,9 @@ class Monitor:
         if self._data.test is None:
             return {}
         snapshot = self._take_snapshot(step, state)
-        settings = self._config.eval
-        measured = probes.nearest_neighbours(
-            snapshot.bank.features,
-            snapshot.queries.features,
-            self._data.train.num_classes or 0,
-            k=(settings.knn_k,),
-            temperatures=(settings.knn_temperature,),
-            held_out_images=0,
-            seed=0,
-        )
+        bank, queries = snapshot.bank.features, snapshot.queries.features
+        classes = self._data.train.num_classes or 0
+        measured = probes.knn_of_run(bank, queries, classes, self._config.eval)
         return {"knn_top1": measured.results["knn_top1"]}
 
     def _take_snapshot(self, step: int, state: TrainState) -> Snapshot:
@@ -254,7 +248,7 @@ class Monitor:
             bands = self._reference.bands
             title += f"; reference {self._reference.name}"
             if self._differs:
-                title += f" (differs in {_shortened(self._differs)})"
+                title += f" (differs in {some_of(self._differs)})"
         plots.learning_curves(
             self._path("learning_curves"),
             self._history,
@@ -295,7 +289,3 @@ class Monitor:
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, f"{name}.png")
-
-
-def _shortened(fields: list[str]) -> str:
-    return ", ".join(fields[:3]) + (f" and {len(fields) - 3} more" if len(fields) > 3 else "")

@@ -120,11 +120,8 @@ def _check_evaluated(config: ConfigDict, method: Method) -> None:
 def _check_lengths(config: ConfigDict, data: inputs.Data, total_steps: int, directory: str) -> None:
     profile, images = config.profile, data.train.num_examples
     if profile.first_step and profile.first_step + profile.num_steps > total_steps:
-        raise bad_field(
-            "profile.first_step",
-            profile.first_step,
-            f"must leave profile.num_steps={profile.num_steps} of the run's {total_steps} steps",
-        )
+        steps = f"profile.num_steps={profile.num_steps} of the run's {total_steps} steps"
+        raise bad_field("profile.first_step", profile.first_step, f"must leave {steps}")
     if profile.first_step and paths.is_bucket(directory):
         raise bad_field("profile.first_step", profile.first_step, "needs a --workdir on a disk")
     if config.get("queue_size", 0) > images:
@@ -142,7 +139,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
         if "init_from" in saved["data_info"]:  # the source may be gone
             run.description["data_info"]["init_from"] = saved["data_info"]["init_from"]
         workdir.check_same_run(run.description, saved, run.workdir)
-        workdir.take_over(run.data, saved)
+        run.data.undecodable.names.update(saved["undecodable"])
     else:
         owner.check_unfinished(identity.flat(workdir.config_json(run.description)), run.workdir)
     workdir.write_config(run.description, run.workdir)

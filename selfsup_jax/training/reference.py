@@ -22,18 +22,10 @@ from selfsup_jax.command_line import Parser
 from selfsup_jax.errors import UserError, nearest
 from selfsup_jax.run import files, identity, metrics
 from selfsup_jax.training.diagnostics import History
+from selfsup_jax.viz.plots import ReferenceBand as Band
 
 QUANTITIES = ("loss", "projection_std", "effective_rank", "knn_top1", "probe_top1")
 _JUDGED = {"loss": 5, "projection_std": 5, "knn_top1": 2}  # name -> number of points averaged
-
-
-class Band(NamedTuple):
-    """The curve of a quantity over the reference's runs; each field is `[n]`."""
-
-    steps: np.ndarray
-    low: np.ndarray
-    mean: np.ndarray
-    high: np.ndarray
 
 
 class Reference(NamedTuple):

@@ -96,16 +96,10 @@ def _runs(config: ConfigDict, find: Callable[[str], Build]) -> Iterator[Run]:
         names = ", ".join(config.variants)
         raise bad_field("only", only, f"must be one or more different ones of {names}")
     fields = {field for variant in config.variants.values() for field in identity.flat(variant)}
-    for field in config.columns:
-        if field not in fields:
-            near = nearest(field, fields)
-            raise bad_field(
-                "columns", tuple(config.columns), f"no field {field}; did you mean {near}?"
-            )
-    for metric in config.metrics:
-        if metric not in titles.METRICS:
-            near = nearest(metric, titles.METRICS)
-            raise bad_field("metrics", tuple(config.metrics), f"no {metric}; did you mean {near}?")
+    for what, known in (("columns", fields), ("metrics", titles.METRICS)):
+        for name in (name for name in config[what] if name not in known):
+            hint = f"there is no {name}; did you mean {nearest(name, known)}?"
+            raise bad_field(what, tuple(config[what]), hint)
     for seed in config.seeds:  # the table of one seed is complete before the next seed
         for variant in config.only:
             run = Run(variant, seed, config.variants[variant].copy_and_resolve_references())

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from selfsup_jax.viz.plots.page import CURVES, GREY, INK, MARGIN, RED, SMALL, TOP, Page, open_page
 from selfsup_jax.viz.titles import quantity, quantity_rank
+from selfsup_jax.viz.verdict import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TINT = 0.22  # opacity of a reference band
-History = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # quantity -> (steps, values)
 
 
-class ReferenceBand(Protocol):
+class ReferenceBand(NamedTuple):
     """Mean and range of a quantity over earlier runs, at S steps; arrays `[S]`."""
 
-    @property
-    def steps(self) -> Any: ...  # noqa: D102
-    @property
-    def low(self) -> Any: ...  # noqa: D102
-    @property
-    def mean(self) -> Any: ...  # noqa: D102
-    @property
-    def high(self) -> Any: ...  # noqa: D102
+    steps: np.ndarray
+    low: np.ndarray
+    mean: np.ndarray
+    high: np.ndarray
 
 
 def learning_curves(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from selfsup_jax import paths, stored
+from selfsup_jax.errors import some_of
 from selfsup_jax.run.tags import WALL_TIME
 from selfsup_jax.viz.titles import finite
 
@@ -66,7 +67,7 @@ def read_history(path: str, notes: list[str]) -> History:
                     line = json.loads(text)
                     step = int(line["step"])
                 except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                    broken.append(str(number))
+                    broken.append(number)
                     continue
                 for name, value in line.items():
                     if name not in ("step", WALL_TIME) and isinstance(value, int | float):
@@ -79,8 +80,7 @@ def read_history(path: str, notes: list[str]) -> History:
     except OSError as e:
         notes.append(f"{path}: cannot be read, left out: {e}")
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        lines = f"line{'s' * (len(broken) > 1)} {', '.join(broken[:5])}{more}"
+        lines = f"line{'s' * (len(broken) > 1)} {some_of(broken, 5)}"
         notes.append(f"{path}: {lines} cannot be read, left out")
     return history
 

@@ -16,7 +16,7 @@ import jinja2
 
 from selfsup_jax import __version__, paths
 from selfsup_jax.errors import UserError
-from selfsup_jax.run.files import whole_file
+from selfsup_jax.run.files import whole_file, writing_to
 from selfsup_jax.viz import titles
 from selfsup_jax.viz.report import charts, curves, measures, recipes, summary
 from selfsup_jax.viz.report.confusion import mistakes
@@ -65,11 +65,8 @@ def write(workdirs: Sequence[str], output: str, title: str | None = None) -> str
     records = read(workdirs)
     text = render(records, workdirs, title)
     partial = f"{output}.{os.getpid()}.partial"
-    try:
-        with whole_file(output, "w", partial, encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise UserError(f"{output}: cannot be written: {e.strerror or e}") from e
+    with writing_to(output), whole_file(output, "w", partial, encoding="utf-8") as f:
+        f.write(text)
     size = len(text.encode()) / 1e6
     return f"wrote {output} ({size:.1f} MB): {_count(records)}"
 
@@ -102,6 +99,7 @@ def render(records: Records, workdirs: Sequence[str], title: str | None = None) 
     dots = _dots(table)
     first, others = curves.learning(groups)
     watched = curves.watched(records.jobs, owners)
+    panels = [*first, *others, *(panel for _, of_kind in watched for panel in of_kind)]
     page = {
         "title": title or _title(groups, records.jobs),
         "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
@@ -119,7 +117,7 @@ def render(records: Records, workdirs: Sequence[str], title: str | None = None) 
         "many_seeds": any(row.runs > 1 for row in table.rows),
         "dots": dots,
         "beside": {name for chart in dots for row in chart.rows for name, *_ in row["baselines"]},
-        "drawn": _drawn([*first, *others, *(panel for _, panels in watched for panel in panels)]),
+        "drawn": {line.owner for panel in panels for line in panel.lines},  # that have curves
         "curves": first,
         "more_curves": others,
         "watched": watched,
@@ -154,11 +152,6 @@ def _environment() -> jinja2.Environment:
 def _count(records: Records) -> str:
     parts = [(len(records.runs), "run"), (len(records.jobs), "evaluation job")]
     return ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in parts if n) or "no run"
-
-
-def _drawn(panels: Sequence[charts.Panel]) -> set[int]:
-    """Indices of the owners that have curves."""
-    return {line.owner for panel in panels for line in panel.lines}
 
 
 def _title(groups: Sequence[Recipe], jobs: Sequence[Job]) -> str:
