@@ -1,4 +1,4 @@
-"""Eight methods on CIFAR-10 with one narrow encoder and one budget: docs/comparisons.md.
+"""Nine methods on CIFAR-10 with one narrow encoder and one budget: docs/comparisons.md.
 
     python run_experiment.py --config=configs/cifar10_methods.py --workdir=runs/cifar10_methods
     python run_experiment.py --config=configs/cifar10_methods.py:tune --workdir=runs/cifar10_tuning
@@ -11,7 +11,7 @@ momentum 0.9. The methods differ in what defines them (loss, heads, target netwo
 augmentation and schedule) and in the tuned values. MoCo v1 and v2 have 2 batch-norm groups, so
 that a group has 32 images, as in the paper.
 
-- `table` (the default): 3 seeds, 24 runs; probes of the last step's encoder on the 10,000 test
+- `table` (the default): 3 seeds, 27 runs; probes of the last step's encoder on the 10,000 test
   images (linear probe and kNN with 20,000 labelled training images), and of the untrained encoder
   for comparison.
 - `tune`: the learning rate of each method and, if it has them, tau, temperature or the weight in
@@ -30,7 +30,18 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import barlow_twins, byol, common, datasets, moco, parsing, simclr, simsiam, vicreg
+from configs import (
+    barlow_twins,
+    byol,
+    common,
+    datasets,
+    dino,
+    moco,
+    parsing,
+    simclr,
+    simsiam,
+    vicreg,
+)
 
 _RATE = "optimizer.learning_rate"
 
@@ -76,6 +87,10 @@ _METHODS = {
         {_RATE: (0.1, 0.1, 0.4, 0.4), "off_diagonal_weight": _WEIGHTS},
     ),
     "vicreg": _Method("VICReg", vicreg.cifar10, 2, {_RATE: (0.03, 0.1, 0.2, 0.4)}),
+    "dino": _Method(
+        *("DINO", dino.cifar10_resnet18, 2),
+        {_RATE: (0.3, 0.3, 1.0, 1.0), "teacher_temperature": (0.02, 0.04, 0.02, 0.04)},
+    ),
 }
 
 
@@ -104,6 +119,7 @@ def tune() -> ConfigDict:
         variants[f"{name}_try_{index + 1}"] = config
     sweep = common.sweep("Tries on CIFAR-10's train[:45000]", variants, seeds=(0,))
     sweep.columns = ("optimizer.learning_rate", "tau_base", "temperature", "off_diagonal_weight")
+    sweep.columns += ("teacher_temperature",)
     sweep.metrics = ("linear_probe_top1", "knn_top1")
     return sweep
 
@@ -147,6 +163,13 @@ def _small_heads(name: str, config: ConfigDict) -> ConfigDict:
     elif name == "moco_v3":
         for head in (config.projector, config.predictor):
             head.update(hidden_sizes=(256,), output_size=64)
+    elif name == "dino":
+        config.projector.update(hidden_sizes=(256, 256), output_size=64)
+        config.prototypes = 1024
+        config.optimizer.update(
+            clip_norm=3.0, clip_each=True, freeze=("^prototypes/",), freeze_epochs=0.1
+        )
+        config.eval.update(knn_k=200, knn_temperature=0.1)  # as for the others
     else:
         config.projector.hidden_sizes = (256,)
         config.projector.output_size = 64

@@ -110,7 +110,7 @@ def keep_freed_memory(step_pixels: float = math.inf) -> None:
     mallopt(m_mmap_threshold, 32 * 2**20)  # the largest valid value
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 64 * 2**20)
-    if step_pixels >= 2**16:  # of smaller ones glibc keeps even a single block
+    if step_pixels >= 2**15:  # of smaller ones glibc keeps even a single block
         _divide_temporaries()
 
 
