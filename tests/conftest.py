@@ -24,12 +24,15 @@ from typing import Any
 # Before JAX is imported: eight devices on the CPU, whatever the machine has. Level 0 compiles
 # several times faster. Processes that a test starts have an environment of `process_env`.
 os.environ["JAX_PLATFORMS"] = "cpu"
-_flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+)
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The emitters that JAX 0.11 has no more compile these programs in a quarter of the time. The
     # tests on the newest versions run with the others.
-    _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = _flags
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"] + (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Most of what tests compile, others compile too. The first process makes the folder and removes it.
