@@ -17,7 +17,7 @@ that a group has 32 images, as in the paper.
 - `tune`: the learning rate of each method and, if it has them, tau, temperature or the weight in
   the loss: four tries per method, each 1 epoch on train[:45000], compared by the linear probe on
   the 5,000 held-out images train[45000:]. The table uses the best try of each method; the results
-  of all tries are in `benchmarks/results/cifar10_tuning/` (MoCo v3's: docs/moco_v3.md).
+  of all tries are in `benchmarks/results/cifar10_tuning/` (all of MoCo v3: docs/moco_v3.md).
 
 Finished runs are not repeated: the same command continues an interrupted sweep.
 """

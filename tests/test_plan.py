@@ -149,6 +149,21 @@ def test_bytes_of_products():
 def on_simulated_devices(monkeypatch):
     """The tests' eight CPU devices in place of eight chips."""
     monkeypatch.setattr(compiled, "_devices", lambda pod: jax.devices()[: pod.chips])
+    monkeypatch.setattr(compiled, "_set_environment", lambda: None)
+
+
+def test_the_compilers_options_are_set_before_anything_can_load_it(tmp_path, monkeypatch):
+    """Building a method draws random numbers, for which JAX looks for devices, TPUs too."""
+    order = []
+    monkeypatch.setattr(compiled, "_set_environment", lambda: order.append("options"))
+
+    def build(*args):
+        order.append("build")
+        raise UserError("seen")
+
+    with pytest.raises(UserError, match="seen"):
+        command.run(tiny_config(tmp_path), "v5e:2x4", str(tmp_path), build=build)
+    assert order == ["options", "build"]
 
 
 @pytest.mark.usefixtures("on_simulated_devices")

@@ -26,6 +26,8 @@ from selfsup_jax.plan.estimate import Program
 
 def program(config: Any, build: Build, classes: int | None, pod: Pod) -> Program:
     """The step of a resolved config on a pod; a GPU's is counted before it is compiled."""
+    if pod.is_tpu:
+        _set_environment()  # first: JAX may load the compiler to look for devices
     config = config.copy_and_resolve_references()
     config.encoder.update(encoders.for_platform(config.encoder, pod.is_tpu))
     method = build(config, classes, 1000, 10)
@@ -110,18 +112,22 @@ def _on_tpu(train_step: Any, state: Any, batch: Any, pod: Pod) -> Program:
     )
 
 
-def _devices(pod: Pod) -> Any:
-    """Descriptions of the pod's chips, from the TPU's compiler.
-
-    Raises:
-        UserError: it is not installed, or knows no such pod.
-    """
+def _set_environment() -> None:
+    """What the TPU's compiler reads when it is loaded."""
     # Without these it asks Google's servers about the machine that it runs on.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     quiet |= {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     tpu_flags.set_flags()
+
+
+def _devices(pod: Pod) -> Any:
+    """Descriptions of the pod's chips, from the TPU's compiler.
+
+    Raises:
+        UserError: it is not installed, or knows no such pod.
+    """
     options = {"chip_config_name": "megacore"} if pod.kind == "v4" else {}
     with _one_line(pod):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=pod.name, **options)
