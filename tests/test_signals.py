@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import tiny_runs
 from conftest import REPOSITORY, assert_close, assert_same, process_env
 
+from benchmarks import compare_runs
 from selfsup_jax.errors import Stopped
 from selfsup_jax.run import checkpoint
 from selfsup_jax.run.signals import StopSignals, stopped
@@ -264,6 +267,52 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(
         assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert [line["step"] for line in tiny_runs.recorded(workdir)] == [*range(3, STEPS, 3), STEPS]
     assert results_of(workdir) == results_of(undisturbed)
+
+
+@pytest.mark.slow
+def test_dino_is_killed_while_a_checkpoint_is_written(images, tmp_path):
+    """By SIGKILL, or just after it: student, teacher, centre and optimizer end as undisturbed."""
+    steps, top = 40, tmp_path / "runs"
+    groups = [f"views.{group}" for group in ("global.view_1", "global.view_2", "local.view_1")]
+    flags = tiny_runs.fields(images, steps=steps, log_every_steps=1, checkpoint_every_steps=3)
+    flags = {name: value for name, value in flags.items() if not name.startswith("views.")}
+    flags |= {f"{view}.{name}_prob": 0.0 for view in groups for name in ("jitter", "blur")}
+    flags |= {"views.local.count": 2, "views.local.size": 4, "encoder.name": "vit_ti4"}
+    flags |= {"encoder.vit.depth": 1, "encoder.vit.width": 8, "encoder.vit.heads": 2}
+    flags |= {"projector.hidden_sizes": (8, 8), "projector.output_size": 4, "prototypes": 16}
+    flags |= {"encoder.vit.drop_path": 0.5, "keep_checkpoints": 9}
+
+    def start(name, **options):
+        command = [
+            *(sys.executable, "tests/tiny_process.py", "--config=configs/dino.py:folder"),
+            *(f"--workdir={top / name}", f"--compilation_cache={tmp_path / 'cache'}"),
+            *(f"--config.{field}={value}" for field, value in flags.items()),
+        ]
+        piped = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        return process(command, devices=1, **piped, **options)
+
+    with start("whole") as child:
+        to_the_end(child)
+    delay = random.uniform(0.0, 0.03)  # a checkpoint takes about as long
+    with start("killed", pause=0.05) as child:
+        last_shown(child)
+        folder, unfinished = top / "killed", "*.orbax-checkpoint-tmp*"  # Orbax's name for it
+        while not (
+            tiny_runs.saved_steps(folder) and any((folder / "checkpoints").glob(unfinished))
+        ):
+            assert child.poll() is None, "ended before"
+        time.sleep(delay)
+        child.kill()
+        assert child.wait(PATIENCE) == -signal.SIGKILL
+    saved = tiny_runs.saved_steps(top / "killed")[-1]
+    assert 3 <= saved < steps
+    with start("killed") as child:
+        assert f"resuming from step {saved}" in to_the_end(child)
+
+    runs = [top / "whole", top / "killed"]
+    count, wrong = compare_runs.arrays(runs, steps)
+    assert count > 60 and not wrong, (delay, wrong)
+    assert compare_runs.lines(runs, "metrics.jsonl") == (steps, []), delay
 
 
 @pytest.mark.slow
