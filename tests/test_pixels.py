@@ -123,6 +123,24 @@ def test_pixels_are_those_that_pillow_has_upright(name, turned, tmp_path):
     assert expected.std() > 20
 
 
+def test_images_lie_in_a_room_until_it_is_cleared():
+    """As many as it has place for; others, and those that Pillow decodes, have their own memory."""
+    names = ["jpeg 1", "jpeg 6", "png 1", "jpeg 1", "jpeg 1"]
+    expected = [pixels.decoded(ENCODINGS[name], Reading()) for name in names]
+    room = pixels.Room(2 * expected[0].nbytes + 5)
+    for _ in range(2):
+        found = [pixels.decoded(ENCODINGS[name], Reading(), room=room) for name in names]
+        for a, b in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(a, b)
+        where = [np.shares_memory(image, room._all) for image in found]
+        assert where == [True, False, False, True, False]
+        assert not np.shares_memory(found[0], found[3])
+        room.clear()
+    half = pixels.decoded(ENCODINGS["jpeg 1"], Reading(), largest=max(SHAPE) // 2, room=room)
+    expected_half = pixels.decoded(ENCODINGS["jpeg 1"], Reading(), largest=max(SHAPE) // 2)
+    np.testing.assert_array_equal(half, expected_half)
+
+
 @pytest.mark.parametrize("broken", [b"", b"II*\0", b"RIFF....WEBP", ENCODINGS["webp"][:200]])
 def test_a_broken_image_is_broken_without_a_traceback(broken, capfd):
     assert pixels.decoded(broken, Reading()) is None

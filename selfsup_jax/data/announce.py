@@ -42,9 +42,9 @@ def of_folder(data: ConfigDict, source: Source, chosen: bool) -> str:
 
 def of_pages(source: Source) -> str:
     """One line about files with several images; empty if none of 64 that may be such is one."""
-    paths = [path for path in source.images if str(path).lower().endswith(_SEVERAL)]
+    paths = source.files(_SEVERAL)
     some = paths[:: max(1, len(paths) // 64)][:64]
-    several = sum(pixels.frames(str(path)) > 1 for path in some)
+    several = sum(pixels.frames(path) > 1 for path in some)
     if not several:
         return ""
     looked = f"{several} of the {len(some)} TIFF, GIF and WebP files looked at"

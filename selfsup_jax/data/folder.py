@@ -37,9 +37,11 @@ def load(directory: str, split: str, field: str) -> Source:
         hint += f"; it holds {scan.listed(left_out)}" if left_out else ""
         raise bad_field("data.dir", directory, hint)
     parts = split_indices(split, {k: len(v) for k, v in files.items()}, field)
-    chosen = [(name, files[name][i]) for name, indices in parts for i in indices]
-    roots = {name: os.path.join(splits[name], "") for name in splits}
-    whole = [roots[name] + path for name, path in chosen]
+    chosen, whole = [], []
+    for name, indices in parts:
+        chosen += (part := [files[name][i] for i in indices.tolist()])
+        root = os.path.join(splits[name], "")
+        whole += [root + path for path in part]
 
     all_files = [path for members in files.values() for path in members]
     class_names: tuple[str, ...] | None = None
@@ -47,14 +49,15 @@ def load(directory: str, split: str, field: str) -> Source:
     if loose and len(loose) < len(all_files):
         logging.warning("%s lies outside the class folders: no labels are used", loose[0])
     if not loose:
-        class_names = tuple(sorted({path.split(os.sep)[0] for path in all_files}))
+        class_names = tuple(sorted({path.partition(os.sep)[0] for path in all_files}))
     if class_names and len(class_names) < 2:
         logging.info("%s has a single class, %s: no labels are used", directory, class_names[0])
         class_names = None
     labels = None
     if class_names:
         class_index = {name: i for i, name in enumerate(class_names)}
-        labels = np.asarray([class_index[path.split(os.sep)[0]] for _, path in chosen], np.int32)
+        of_chosen = [class_index[path.partition(os.sep)[0]] for path in chosen]
+        labels = np.asarray(of_chosen, np.int32)
     return Source(
         name=f"{directory} {split}",
         num_examples=len(whole),

@@ -52,11 +52,8 @@ def _some_values(image: pixels.Encoded) -> np.ndarray | None:
 
 def _spread_images(source: Source) -> list[Any]:
     if source.kind == "path":
-        kinds = [
-            [path for path in source.images if str(path).lower().endswith(endings)]
-            for endings in (_DEEP_ENDINGS[:1], _DEEP_ENDINGS[1:])
-        ]
-        return [str(kind[i]) for kind in kinds for i in _spread(len(kind))]
+        kinds = [source.files(endings) for endings in (_DEEP_ENDINGS[:1], _DEEP_ENDINGS[1:])]
+        return [kind[i] for kind in kinds for i in _spread(len(kind))]
     if source.kind == "encoded":
         return list(source.encoded(_spread(source.num_examples)))
     return []

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_LONGEST = max(map(len, ENDINGS))
 
 _Id = tuple[int, int]  # device and inode: the same for all names of a file or folder
 
@@ -67,7 +68,7 @@ class _Split:
     def _take_folder(self, top: str) -> list[str]:
         """Takes what lies in a folder and below; returns the links there, which it leaves."""
         links: list[str] = []
-        found: list[tuple[str, int]] = []
+        found: dict[str, int] = {}  # inodes; a million pairs would keep the garbage collector busy
         pending = [top]
         while pending:
             folder = pending.pop()
@@ -86,11 +87,11 @@ class _Split:
                         elif not entry.is_file():
                             self.left_out["pipes, sockets or devices"] += 1
                         elif self._is_image(path):
-                            found.append((path, entry.inode()))
+                            found[path] = entry.inode()
             except OSError as e:
                 self.left_out[f"folders that cannot be read ({folder or '.'}: {e.strerror})"] += 1
-        for path, inode in sorted(found):
-            self._take_file(path, inode)
+        for path in sorted(found):
+            self._take_file(path, found[path])
         return links
 
     def _take_link(self, path: str) -> list[str]:
@@ -133,10 +134,11 @@ class _Split:
         return len(self._folders) > before
 
     def _is_image(self, path: str) -> bool:
+        if path[-_LONGEST:].lower().endswith(ENDINGS):  # hidden files do not come here
+            return True
         ending = os.path.splitext(path)[1].lower()
-        if ending not in ENDINGS:
-            self.left_out[ending or "files without an ending"] += 1
-        return ending in ENDINGS
+        self.left_out[ending or "files without an ending"] += 1
+        return False
 
 
 def _id(status: os.stat_result) -> _Id:
