@@ -220,12 +220,18 @@ def _bicubic(x: Any, np: Any) -> Any:  # Keys 1981, a = -0.5
     return np.where(x < 1, near, np.where(x < 2, far, 0))
 
 
+def _sinc(x: Any, np: Any) -> Any:
+    # Near 0 a series: a compiler may round x otherwise in the sine than in what that is divided by.
+    square = (np.pi * x) ** 2
+    return np.where(x < 0.1, 1 - square / 6 + square**2 / 120, np.sinc(x))
+
+
 # Weight of a pixel by its distance from the sampled point; no pixel beyond the radius counts.
 RADIUS = {"bilinear": 1.0, "bicubic": 2.0, "lanczos3": 3.0, "area": 1.0}
 _KERNELS = {
     "bilinear": lambda x, np: np.maximum(1 - x, 0),
     "bicubic": _bicubic,
-    "lanczos3": lambda x, np: np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0),
+    "lanczos3": lambda x, np: np.where(x < 3, _sinc(x, np) * _sinc(x / 3, np), 0),
 }
 
 
