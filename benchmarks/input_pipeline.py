@@ -178,9 +178,21 @@ def _cpu_seconds() -> float:
     return sum(x.user + x.system for x in times)
 
 
+def _wait_until_idle(most: float = 10.0) -> None:
+    """Until what was measured before has filled its buffers again, at most so many seconds."""
+    end = time.perf_counter() + most
+    while time.perf_counter() < end:
+        cpu = _cpu_seconds()
+        time.sleep(0.3)
+        if _cpu_seconds() - cpu < 0.02:
+            return
+
+
 def measure(batches: Iterator[Any], batch_size: int, seconds: float) -> tuple[float, float]:
     """(images per second, microseconds of CPU time per image)."""
-    for _ in range(5):  # what was made ahead
+    _wait_until_idle()
+    start = time.perf_counter()
+    while time.perf_counter() - start < 1:  # what was made ahead, meanwhile too
         next(batches)
     count, cpu, start = 0, _cpu_seconds(), time.perf_counter()
     while time.perf_counter() - start < seconds:
