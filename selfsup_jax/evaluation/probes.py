@@ -96,7 +96,6 @@ def linear(
         seed: for the draw of these rows.
         standardize, max_iterations, tolerance: see `logistic.fit`.
     """
-
     fit = functools.partial(
         logistic.fit,
         train,
