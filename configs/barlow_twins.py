@@ -55,8 +55,9 @@ def _paper() -> ConfigDict:
 
 def cifar10() -> ConfigDict:
     """CIFAR-10 as in lightly's benchmark: SGD, projections of 2,048."""
-    config = datasets.like_lightly(_paper())
-    config.projector = common.wide_head(2048)
+    config = datasets.byol_augmentation(datasets.like_lightly(_paper()))
+    config.off_diagonal_weight = 0.005
+    config.projector.update(hidden_sizes=(2048,), output_size=2048, output_bias=True)
     return config
 
 

@@ -84,10 +84,7 @@ def cifar10() -> ConfigDict:
     config.tau_schedule = "constant"
     for head in (config.projector, config.predictor):
         head.update(hidden_sizes=(1024,), hidden_bias=False, output_bias=True)
-    for view in common.sections_of_views(config):
-        view.saturation = 0.2
-    config.views["global"].view_2.solarize_prob = 0.2
-    return config
+    return datasets.byol_augmentation(config)
 
 
 def cifar10_fast() -> ConfigDict:

@@ -155,6 +155,7 @@ def _small_heads(name: str, config: ConfigDict) -> ConfigDict:
     elif name == "simsiam":
         config.projector.hidden_sizes = (256, 256)
         config.projector.output_size = config.predictor.output_size = 256
+        config.projector.output_norm = "plain"
         config.predictor.hidden_sizes = (64,)
     elif name == "byol":
         config.projector = common.head(hidden_sizes=(256,), output_size=64)
@@ -164,12 +165,13 @@ def _small_heads(name: str, config: ConfigDict) -> ConfigDict:
         for head in (config.projector, config.predictor):
             head.update(hidden_sizes=(256,), output_size=64)
     elif name == "dino":
-        config.projector.update(hidden_sizes=(256, 256), output_size=64)
+        config.projector.update(hidden_sizes=(256, 256), output_size=64, hidden_bias=True)
         config.prototypes = 1024
+        config.views_share_norm = True
         config.optimizer.update(
             clip_norm=3.0, clip_each=True, freeze=("^prototypes/",), freeze_epochs=0.1
         )
-        config.eval.update(knn_k=200, knn_temperature=0.1)  # as for the others
+        config.eval.network = "target"
     else:
         config.projector.hidden_sizes = (256,)
         config.projector.output_size = 64

@@ -63,6 +63,8 @@ def _paper() -> ConfigDict:
     config.tau_base = 0.996  # the paper's lambda
     config.tau_schedule = "cosine"  # from tau_base to 1; or `constant`
 
+    # The views of a size have one set of batch statistics; False: each view has its own.
+    config.views_share_norm = True
     config.prototypes = 65536  # K, outputs of the head
     # Weight normalisation without a gain. True is safer, False better with a small ViT.
     config.unit_prototypes = False
@@ -146,13 +148,20 @@ def cifar10() -> ConfigDict:
 
 
 def cifar10_resnet18() -> ConfigDict:
-    """CIFAR-10 as in lightly's benchmark: no small crops, batch norm in the head, SGD."""
-    config = datasets.like_lightly(as_resnet(_paper()))
+    """CIFAR-10 as in lightly's benchmark: no small crops, batch norm in the head, SGD.
+
+    lightly's teacher has prototypes and a head of its own at the start; ours is a copy.
+    """
+    config = datasets.byol_augmentation(datasets.like_lightly(as_resnet(_paper())))
+    config.data.resize_method = "bicubic"
+    config.views["global"].area = (0.4, 1.0)
+    config.views.local.count = 0
     config.tau_base = 0.99
     config.tau_schedule = "constant"
-    config.views.local.count = 0
-    _smaller(config, hidden=2048, output=256, prototypes=2048)
-    config.projector.hidden_norm = True
+    config.views_share_norm = False
+    config.prototypes = 2048
+    config.projector.update(hidden_sizes=(2048,), hidden_norm=True, hidden_bias=False)
+    config.eval.update(network="online", knn_k=200, knn_temperature=0.1)
     return config
 
 

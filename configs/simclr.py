@@ -52,6 +52,7 @@ def _paper(scaling: str = "linear") -> ConfigDict:
     config.epochs = 1000.0
     config.whole_epochs = False
     config.temperature = 0.1
+    config.views_share_norm = True  # False: each view is normalised by its own batch statistics
 
     config.encoder = common.encoder(padding="fixed", zero_init_basic=True, kernel_init="lecun")
     config.projector = common.head(  # each linear layer is followed by a batch norm
@@ -91,6 +92,7 @@ def cifar10() -> ConfigDict:
     """CIFAR-10 as in lightly's benchmark, whose loss is the mean of both views, ours the sum."""
     config = datasets.like_lightly(_paper(), loss_scale=2.0)
     config.temperature = 0.5
+    config.views_share_norm = False
     config.projector.update(hidden_sizes=(512,), output_norm="affine")
     return config
 

@@ -78,7 +78,8 @@ def _heads(config: ConfigDict, hidden: tuple[int, ...], output: int, predictor: 
 def cifar10() -> ConfigDict:
     """CIFAR-10 as in lightly's benchmark: SGD, the predictor's rate follows the schedule too."""
     config = datasets.like_lightly(_paper())
-    config.projector.hidden_sizes = (2048,)
+    config.projector.update(hidden_sizes=(2048,), output_norm="affine")
+    config.views["global"].area = (0.2, 1.0)
     return config
 
 

@@ -31,7 +31,7 @@ class DINO(nn.Module):
     classifier: nn.Module | None
 
     def __call__(
-        self, images: Sequence[jax.Array], layouts: Sequence[BatchLayout]
+        self, images: Sequence[jax.Array], layouts: Sequence[BatchLayout], head_layout: BatchLayout
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Stacked views of each size to representation `[V * b, F]`, projection, `[V * b, K]`.
 
@@ -39,7 +39,7 @@ class DINO(nn.Module):
         """
         features = [self.encoder(*group) for group in zip(images, layouts, strict=True)]
         representation = jnp.concatenate(features)
-        projection = l2_normalize(self.projector(representation, layouts[0]))
+        projection = l2_normalize(self.projector(representation, head_layout))
         return representation, projection, self.prototypes(projection)
 
 
@@ -59,15 +59,20 @@ def loss(
     *,
     student_temperature: float,
     teacher_temperature: Callable[[jax.Array], jax.Array],
+    views_share_norm: bool = True,
 ) -> Loss:
-    """Each view of the student against each other global view of the teacher; see `Method.loss`."""
+    """Each view of the student against each other global view of the teacher; see `Method.loss`.
+
+    `views_share_norm`: the views of a size share their batch statistics, as in the authors' code.
+    """
     groups = list(views.values())  # the two global views come first
+    counts = [len(group) for group in groups]
     images = [stack_views(group) for group in groups]
-    # The views of a size are one batch, with one set of batch statistics, as in the authors' code.
-    layouts = [context.layout(1, noise=True, first_view=2 * i) for i in range(len(groups))]
-    outputs, stats = apply(net, online, images, layouts)
-    features, z, student = (split_views(x, sum(map(len, groups))) for x in outputs)  # [V, b, ...]
-    outputs, target_stats = apply(net, target, images[:1], [context.layout(1)])
+    layout = lambda count, **kw: context.layout(1 if views_share_norm else count, **kw)  # noqa: E731
+    layouts = [layout(count, noise=True, first_view=2 * i) for i, count in enumerate(counts)]
+    outputs, stats = apply(net, online, images, layouts, layout(sum(counts)))
+    features, z, student = (split_views(x, sum(counts)) for x in outputs)  # [V, b, ...]
+    outputs, target_stats = apply(net, target, images[:1], [layout(2)], layout(2))
     _, target_z, teacher = (split_views(x) for x in outputs)  # [2, b, ...]
     temperature = teacher_temperature(state.step)
     terms = losses.dino_loss(student, teacher, state.centre, student_temperature, temperature)
@@ -100,7 +105,7 @@ def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: 
     prototypes = Prototypes(config.prototypes, config.unit_prototypes, parts.projector.dtype)
     of_config = {
         "network": DINO(parts.encoder, parts.projector, prototypes, parts.classifier),
-        "loss": functools.partial(loss, **settings.temperatures(config)),
+        "loss": functools.partial(loss, **settings.of_loss(config)),
         "start": functools.partial(start, image_shape=parts.image_shape),
         "carry": functools.partial(carry, centre_momentum=config.centre_momentum),
         "signs": settings.signs(config),

@@ -19,6 +19,7 @@ def check(config: Any) -> None:
     rules: checks.Table = dict.fromkeys(temperatures, checks.positive)
     rules |= {"tau_base": checks.share, "centre_momentum": checks.share}
     rules |= {"prototypes": checks.whole(2, largest=2**22), "unit_prototypes": checks.flag}
+    rules["views_share_norm"] = checks.flag
     rules |= dict.fromkeys(
         ("teacher_warmup_steps", "teacher_warmup_examples"), checks.optional(checks.whole(0))
     )
@@ -27,7 +28,7 @@ def check(config: Any) -> None:
         ("monitor.collapse_entropy", "monitor.collapse_uniform_kl"), checks.share
     )
     checks.fields(config, rules)
-    checks.equals(config, "bn_groups", 1, "DINO's batch norm is global, over the views of a size")
+    checks.equals(config, "bn_groups", 1, "DINO's batch norm is global")
 
 
 def teacher_temperature(config: Any) -> Callable[[jax.Array], jax.Array]:
@@ -39,10 +40,13 @@ def teacher_temperature(config: Any) -> Callable[[jax.Array], jax.Array]:
     return lambda step: first + (last - first) * jnp.minimum(step / steps, 1.0)
 
 
-def temperatures(config: Any) -> dict[str, Any]:
-    """The temperatures of both softmaxes, by the names of the loss's arguments."""
-    names = ("student_temperature", "teacher_temperature")
-    return dict(zip(names, (config.student_temperature, teacher_temperature(config)), strict=True))
+def of_loss(config: Any) -> dict[str, Any]:
+    """The arguments of the method's loss that are settings."""
+    return {
+        "student_temperature": config.student_temperature,
+        "teacher_temperature": teacher_temperature(config),
+        "views_share_norm": config.views_share_norm,
+    }
 
 
 def signs(config: Any) -> tuple[Sign, ...]:

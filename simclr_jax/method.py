@@ -23,11 +23,15 @@ def loss(
     context: Context,
     *,
     temperature: float,
+    views_share_norm: bool = True,
 ) -> Loss:
-    """NT-Xent of this device's images among the global batch's; see `Method.loss`."""
-    # Both views are one batch of 2 B and share batch statistics, as in the authors' code.
+    """NT-Xent of this device's images among the global batch's; see `Method.loss`.
+
+    `views_share_norm`: both views are one batch of 2 B with one set of batch statistics, as in the
+    authors' code; otherwise each view has its own.
+    """
     images = stack_views(views["global"])
-    layout = context.layout(num_views=1, noise=True)
+    layout = context.layout(1 if views_share_norm else 2, noise=True)
     (representation, projection), stats = apply(net, online, images, layout)
     z = split_views(l2_normalize(projection))  # [2, b, D]
     offset = context.batch_offset(z.shape[1])
@@ -39,13 +43,16 @@ def loss(
 
 def build(config: Any, num_classes: int | None, total_steps: int, warmup_steps: int) -> Method:
     """Builds SimCLR from `configs/simclr.py`; raises `UserError` for an invalid field."""
-    checks.fields(config, {"temperature": checks.positive})
+    rules: checks.Table = {"temperature": checks.positive, "views_share_norm": checks.flag}
+    checks.fields(config, rules)
     checks.equals(config, "accumulate_steps", 1, "the negatives are those of one global batch")
-    checks.equals(config, "bn_groups", 1, "SimCLR's batch norm is global, over both views")
+    checks.equals(config, "bn_groups", 1, "SimCLR's batch norm is global")
     parts = parts_from_config(config, num_classes, total_steps, warmup_steps)
     return Method(
         network=Siamese(parts.encoder, parts.projector, parts.classifier),
-        loss=functools.partial(loss, temperature=config.temperature),
+        loss=functools.partial(
+            loss, temperature=config.temperature, views_share_norm=config.views_share_norm
+        ),
         notes=(f"negatives: the {2 * config.batch_size - 2:,} other views of each global batch",),
         **parts.shared,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_runs
 from conftest import (
+    LIGHTLY,
     MEAN,
     STD,
     TinyEncoder,
@@ -24,8 +25,8 @@ from PIL import Image
 from configs import dino
 from dino_jax import losses, settings
 from dino_jax import method as dino_method
+from selfsup_jax import checks, durations, optim
 from selfsup_jax import config as config_lib
-from selfsup_jax import durations, optim
 from selfsup_jax.build import find
 from selfsup_jax.data import inputs
 from selfsup_jax.errors import UserError
@@ -409,6 +410,21 @@ def test_each_size_goes_through_an_encoder_once():
     assert seen == [(large, 1, 0), (small, 1, 2), (large, 1, None)]
 
 
+def test_each_view_may_have_statistics_of_its_own():
+    """Another offset of view 2 changes what view 1's outputs are only if they share statistics."""
+    batch = random_batch(BATCH, 0)
+    other = batch | {"view_2": batch["view_2"] // 2}
+    for share in (True, False):
+        made = tiny_method(**{"projector.hidden_norm": True, "views_share_norm": share})
+        state = jax.jit(made.init_state)(jax.random.PRNGKey(0))
+        step = jax.jit(made.train_step)
+        outputs = [step(state, each)[1]["outputs"] for each in (batch, other)]
+        for field in ("projection", "target"):  # the student's head, which has norms, the teacher's
+            a, b = (getattr(rows, field)[0] for rows in outputs)
+            change = np.abs(a - b).max()
+            assert change > 0.01 if share else change < 1e-5, (field, share)
+
+
 # ------------------------------------------------------------------------------ whole runs
 
 
@@ -640,3 +656,35 @@ def test_the_presets_are_the_papers():
     resnet = dino.get_config("imagenet_resnet50")
     assert resnet.encoder.name == "resnet" and resnet.encoder.depth == 50
     assert resnet.views["global"].area == (0.14, 1.0) and resnet.views.local.area == (0.05, 0.14)
+
+
+def test_cifar10_resnet18_is_lightlys_recipe():
+    expected = LIGHTLY | {
+        "views.global.area": (0.4, 1.0),
+        "data.resize_method": "bicubic",
+        "views.global.view_1.saturation": 0.2,
+        "views.global.view_1.solarize_prob": 0.0,
+        "views.global.view_2.solarize_prob": 0.2,
+        "views.local.count": 0,
+        "views_share_norm": False,
+        "projector.hidden_sizes": (2048,),
+        "projector.hidden_norm": True,
+        "projector.hidden_bias": False,
+        "projector.output_bias": True,
+        "projector.output_size": 256,
+        "prototypes": 2048,
+        "unit_prototypes": True,
+        "teacher_temperature": 0.04,
+        "teacher_warmup_epochs": 0.0,
+        "tau_base": 0.99,
+        "tau_schedule": "constant",
+        "optimizer.learning_rate": 0.12,
+        "optimizer.weight_decay": 5e-4,
+        "optimizer.clip_norm": 0.0,
+        "optimizer.freeze": (),
+        "eval.network": "online",
+        "eval.knn_k": 200,
+        "eval.knn_temperature": 0.1,
+    }
+    fields = dict(checks.leaves(dino.get_config("cifar10_resnet18")))
+    assert {field: fields[field] for field in expected} == expected

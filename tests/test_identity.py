@@ -277,6 +277,14 @@ def test_an_earlier_run_of_dino_had_the_shares_of_today():
     assert not differences(now | dict.fromkeys(new, 0.5), now, identity.SAME_STEPS)
 
 
+@pytest.mark.parametrize("method", [dino, simclr])
+def test_views_of_an_earlier_run_shared_their_statistics(method):
+    now = flat(method.get_config("demo"))
+    before = {name: value for name, value in now.items() if name != "views_share_norm"}
+    assert now["views_share_norm"] is True and upgraded(before) == now
+    assert differences(now | {"views_share_norm": False}, before, identity.SAME_STEPS)
+
+
 def test_every_difference_is_named_with_both_values():
     now = DEMO | {"seed": 3, "tau_base": 0.5, "new": 1, "data_info.classes": 9}
     before = {k: v for k, v in DEMO.items() if k != "temperature"}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import (
     IMAGE_SHAPE,
+    LIGHTLY,
     MEAN,
     STD,
     TinyEncoder,
@@ -28,6 +29,7 @@ from conftest import (
 )
 
 from barlow_twins_jax.losses import barlow_twins_loss
+from selfsup_jax import checks
 from selfsup_jax import config as config_lib
 from selfsup_jax.build import find, parts_from_config
 from selfsup_jax.devices import parallel
@@ -462,6 +464,39 @@ def test_the_papers_recipes():
     # Biases of Barlow Twins at batch 2048: 0.0048 x 8.
     optimizer = preset("barlow_twins", "imagenet").optimizer
     assert optimizer.excluded_rate * optimizer.learning_rate == pytest.approx(0.0048)
+
+
+def test_cifar10_is_lightlys_recipe():
+    """Both losses are lightly's, and so are the rate and the decay."""
+    view = {"saturation": 0.4, "solarize_prob": 0.0, "blur_prob": 0.0}
+    mild = view | {"saturation": 0.2}
+    expected = {
+        "simsiam": {
+            "projector.hidden_sizes": (2048,),
+            "projector.output_norm": "affine",
+            "predictor.hidden_sizes": (512,),
+            "predictor.output_bias": True,
+            "optimizer.constant_rate": (),
+            "views.global.area": (0.2, 1.0),
+            **{f"views.global.view_1.{name}": value for name, value in view.items()},
+        },
+        "barlow_twins": {
+            "projector.hidden_sizes": (2048,),
+            "projector.output_size": 2048,
+            "projector.output_bias": True,
+            "projector.output_norm": "none",
+            "off_diagonal_weight": 0.005,
+            "optimizer.excluded_rate": 1.0,
+            **{f"views.global.view_1.{name}": value for name, value in mild.items()},
+            **{f"views.global.view_2.{name}": value for name, value in mild.items()},
+            "views.global.view_2.solarize_prob": 0.2,
+        },
+    }
+    shared = {"optimizer.learning_rate": 0.12, "optimizer.weight_decay": 5e-4}
+    for name, own in expected.items():
+        fields = dict(checks.leaves(preset(name, "cifar10")))
+        for field, value in (LIGHTLY | shared | {"projector.hidden_bias": False} | own).items():
+            assert fields[field] == value, f"{name}: {field}"
 
 
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])

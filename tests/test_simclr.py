@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -454,17 +455,20 @@ def test_updates_are_the_papers(four_steps):
     assert norm_of(grads) > 0.1 and norm_of(change(params, before)) > 0.1
 
 
-def test_both_views_share_their_statistics(built, first_state, images):
-    """Another offset of view 2 changes view 1's projections: they are normalised together."""
+@pytest.mark.parametrize("share", [True, False])
+def test_whether_both_views_share_their_statistics(built, first_state, images, share):
+    """Another offset of view 2 changes view 1's projections if they are normalised together."""
+    made = dataclasses.replace(built, loss=functools.partial(built.loss, views_share_norm=share))
 
     @jax.jit
     def loss(views):
-        return total_loss(built, first_state, views, None)(first_state.online_params, {})[1]
+        return total_loss(made, first_state, views, None)(first_state.online_params, {})[1]
 
     found, other = loss(images), loss(np.stack([images[0], 5 * images[1] + 3])).outputs
     metrics, outputs = found.metrics, found.outputs
     assert set(metrics) == {"loss", "contrast_top1"}  # without labels there is no probe
-    assert np.abs(outputs.projection[0] - other.projection[0]).max() > 0.1
+    change = np.abs(outputs.projection[0] - other.projection[0]).max()
+    assert change > 0.1 if share else change < 1e-5
 
 
 def test_a_fresh_state_has_no_target(first_state):
@@ -706,7 +710,7 @@ def test_imagenet_is_the_papers_recipe():
         assert_fields(config, {"optimizer.learning_rate": base, "batch_size": 4096})
         built = method.build(config, 10, total_steps=100, warmup_steps=10)
         assert built.schedule(10) == pytest.approx(4.8)
-        assert built.loss.keywords["temperature"] == 0.1
+        assert built.loss.keywords == {"temperature": 0.1, "views_share_norm": True}
 
 
 def test_cifar10_is_lightlys_recipe():
@@ -714,6 +718,7 @@ def test_cifar10_is_lightlys_recipe():
     expected = {
         **LIGHTLY,
         "temperature": 0.5,
+        "views_share_norm": False,
         "projector.hidden_sizes": (512,),
         "projector.output_size": 128,
         "projector.output_norm": "affine",

@@ -215,6 +215,8 @@ def upgraded(fields: Flat) -> Flat:
     for field, added in _ADDED.items():
         if field in new:
             new = added | new
+    if new.get("method") in ("simclr", "dino"):
+        new.setdefault("views_share_norm", True)
     new.pop("data.shuffle_buffer", None)  # of large splits, whose order was not their seed's alone
     if "data.name" in new:  # only folders' images are turned
         new.setdefault("data.exif_orientation", new["data.name"] != "folder")
