@@ -61,7 +61,7 @@ def _open(
     frozen = encoder.load(run)
     data = ConfigDict(frozen.config["data"])
     data.dir = args.data_dir or data.dir
-    represent = encoder.represent(frozen.config)
+    represent = encoder.module(frozen.config).apply
     return frozen, data, Extractor(represent, *frozen.normalization)
 
 
@@ -85,7 +85,7 @@ def _features(args: argparse.Namespace) -> tuple[list[Row], Features, Features]:
 def _rates_of_run(args: argparse.Namespace, run: str) -> list[Row]:
     """Rates of feature extraction and of the forward pass alone, measured alternately."""
     frozen, data, extract = _open(args, run)
-    represent = encoder.represent(frozen.config)
+    represent = encoder.module(frozen.config).apply
     source = inputs.load_split(data, data.test_split, "data.test_split")
     count = min(args.images, source.num_examples)
     batches = inputs.eval_batches(data, source, args.batch_size, count)

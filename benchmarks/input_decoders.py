@@ -26,12 +26,12 @@ LARGEST = 512
 
 def decoders() -> dict[str, Decoder]:
     """Name -> function from a file's content to pixels."""
-    found: dict[str, Decoder] = {}
+    named: dict[str, Decoder] = {}
     with contextlib.suppress(ImportError):
         import simplejpeg
 
-        found["simplejpeg"] = simplejpeg.decode_jpeg
-        found["simplejpeg, fast DCT and upsampling"] = lambda x: simplejpeg.decode_jpeg(
+        named["simplejpeg"] = simplejpeg.decode_jpeg
+        named["simplejpeg, fast DCT and upsampling"] = lambda x: simplejpeg.decode_jpeg(
             x, fastdct=True, fastupsample=True
         )
 
@@ -41,21 +41,21 @@ def decoders() -> dict[str, Decoder]:
             low = [-(-side * eighths // 8) for side in (height, width)]
             return simplejpeg.decode_jpeg(x, min_height=low[0], min_width=low[1])
 
-        found["simplejpeg, scaled"] = scaled
+        named["simplejpeg, scaled"] = scaled
     with contextlib.suppress(ImportError):
         from PIL import Image
 
-        found["Pillow"] = lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))
+        named["Pillow"] = lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))
     with contextlib.suppress(ImportError):
         import cv2
 
         cv2.setNumThreads(1)
-        found["OpenCV"] = lambda x: cv2.imdecode(np.frombuffer(x, np.uint8), cv2.IMREAD_COLOR_RGB)
+        named["OpenCV"] = lambda x: cv2.imdecode(np.frombuffer(x, np.uint8), cv2.IMREAD_COLOR_RGB)
     with contextlib.suppress(ImportError):
         import tensorflow as tf
 
-        found["tf.image"] = lambda x: tf.image.decode_jpeg(x, channels=3).numpy()
-        found["tf.image, accurate DCT"] = lambda x: tf.image.decode_jpeg(
+        named["tf.image"] = lambda x: tf.image.decode_jpeg(x, channels=3).numpy()
+        named["tf.image, accurate DCT"] = lambda x: tf.image.decode_jpeg(
             x, channels=3, dct_method="INTEGER_ACCURATE"
         ).numpy()
     with contextlib.suppress(ImportError):
@@ -64,10 +64,10 @@ def decoders() -> dict[str, Decoder]:
 
         torch.set_num_threads(1)
         mode = torchvision.io.ImageReadMode.RGB
-        found["torchvision"] = lambda x: torchvision.io.decode_jpeg(
+        named["torchvision"] = lambda x: torchvision.io.decode_jpeg(
             torch.frombuffer(bytearray(x), dtype=torch.uint8), mode
         )
-    return found
+    return named
 
 
 def main() -> None:

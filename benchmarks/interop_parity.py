@@ -75,7 +75,7 @@ def main() -> None:
                 else:
                     torch.save(model.state_dict(), path)
                 frozen, _ = importing.read(path)
-            ours = jax.jit(encoder.represent(frozen.config))(frozen.variables, images)
+            ours = jax.jit(encoder.module(frozen.config).apply)(frozen.variables, images)
             theirs = features(model, images)
             error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
             kind = "structured" if structured else "random"

@@ -126,8 +126,8 @@ def _bank(args: argparse.Namespace) -> Any:
         before = _peak()
         bank = table.spread(parts(), args.processes * part)
         placed = _peak()
-        found = knn.nearest(bank, bank[:1024], 20)
-        right = bool((found.rows[:, 0] == np.arange(1024)).all())
+        neighbours = knn.nearest(bank, bank[:1024], 20)
+        right = bool((neighbours.rows[:, 0] == np.arange(1024)).all())
         own = sum(shard.data.nbytes for shard in bank.part.rows.addressable_shards)
         grown = {"placed": placed - before, "searched": _peak() - before}
         return {"own": own / 2**20, "right": right} | grown

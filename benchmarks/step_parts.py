@@ -128,22 +128,22 @@ def seconds(method: Method, batch: dict[str, jax.Array], repeats: int) -> dict[s
     def part(fn: Callable[..., Any], *args: Any, **options: Any) -> float:
         return timed(functools.partial(fn, method, **options), *args)
 
-    found = {"augmentation": part(augmentation, state, batch)}
+    times = {"augmentation": part(augmentation, state, batch)}
     views = jax.jit(functools.partial(augmentation, method))(state, batch)
     given = Given(state.online_params, state, batch, views)
-    found["layers"] = timed(*layers(method, given))
-    found["encoder forward"] = part(encoder_forward, given)
+    times["layers"] = timed(*layers(method, given))
+    times["encoder forward"] = part(encoder_forward, given)
     sizes = sorted({group.shape[2] for group in views.values()})
     for px in sizes if len(sizes) > 1 else ():
-        found[f"encoder forward, {px} px"] = part(encoder_forward, given, px=px)
-    found["rest of the encoder"] = max(0.0, found["encoder forward"] - found["layers"])
+        times[f"encoder forward, {px} px"] = part(encoder_forward, given, px=px)
+    times["rest of the encoder"] = max(0.0, times["encoder forward"] - times["layers"])
     features = jax.jit(functools.partial(encoder_forward, method))(given)
-    found["heads and loss forward"] = part(after_encoder, given, features)
-    found["forward"] = part(forward, given)
-    found["forward and backward"] = part(forward_and_backward, given)
-    found["backward"] = max(0.0, found["forward and backward"] - found["forward"])
-    found["optimizer + EMA"] = part(update, state, state.online_params)
-    return found
+    times["heads and loss forward"] = part(after_encoder, given, features)
+    times["forward"] = part(forward, given)
+    times["forward and backward"] = part(forward_and_backward, given)
+    times["backward"] = max(0.0, times["forward and backward"] - times["forward"])
+    times["optimizer + EMA"] = part(update, state, state.online_params)
+    return times
 
 
 def _intercepted(

@@ -383,7 +383,7 @@ def test_an_untrained_encoder_has_the_shapes_and_no_more(run):
 
 
 @pytest.mark.slow
-def test_represent_is_the_runs_network(run):
+def test_the_module_is_the_runs_network(run):
     """In the run's type of number unless another is asked for."""
     frozen = encoder.load(str(run))
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
@@ -391,7 +391,7 @@ def test_represent_is_the_runs_network(run):
         wanted = jnp.dtype(dtype or "bfloat16")
         module = resnet.ResNet(**ENCODER, dtype=wanted)
         assert encoder.module(frozen.config, dtype) == module
-    represent = encoder.represent(frozen.config, "float32")
+    represent = encoder.module(frozen.config, "float32").apply
     both = jax.jit(lambda a, b: (represent(a, images), module.apply(b, images)))
     found, expected = both(frozen.variables, variables_of(100))
     assert found.dtype == np.float32 and found.shape == (3, module.num_features)

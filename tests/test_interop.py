@@ -48,7 +48,7 @@ def write(path: pathlib.Path, content: bytes) -> str:
 
 def features(frozen) -> np.ndarray:
     return np.asarray(
-        jax.jit(encoder.represent(frozen.config, "float32"))(frozen.variables, IMAGES)
+        jax.jit(encoder.module(frozen.config, "float32").apply)(frozen.variables, IMAGES)
     )
 
 

@@ -1091,7 +1091,7 @@ def test_transfer_of_images_of_several_classes(run, tmp_path):
     data.update({k: frozen.config["data"][k] for k in ("image_size", "test_resize")})
     data.resize_method = frozen.config["data"]["resize_method"]
     data.update({"name": "tiny_scenes", "dir": str(tmp_path / "sets")})
-    extract = features.Extractor(encoder.represent(frozen.config), *frozen.normalization)
+    extract = features.Extractor(encoder.module(frozen.config).apply, *frozen.normalization)
     found = {}
     for name, split in (("fitted", "train[:16]"), ("test", "train[16:]")):
         source = inputs.load_split(data, split, "split", several_labels=True)

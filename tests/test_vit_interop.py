@@ -30,7 +30,7 @@ def vit(**changes):
 
 def check_features(frozen, state, heads) -> None:
     """Equal to the forward pass in NumPy with so many heads, and to no other."""
-    represent = jax.jit(encoder.represent(frozen.config, "float32"))
+    represent = jax.jit(encoder.module(frozen.config, "float32").apply)
     found = np.asarray(represent(frozen.variables, IMAGES))
     for other in (1, 12):
         expected = foreign.vit_forward(state, IMAGES, other)

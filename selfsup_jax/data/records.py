@@ -72,20 +72,20 @@ def places(files: Sequence[str], counts: Sequence[int], keep: bool) -> np.ndarra
     """
     kept = _kept_at(files, counts) if keep else ""
     with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is damaged
-        if kept and len(found := np.load(kept, mmap_mode="r")) == sum(counts):
-            return found
+        if kept and len(index := np.load(kept, mmap_mode="r")) == sum(counts):
+            return index
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         parts = list(threads.map(_places_in, files, counts))
     for number, part in enumerate(parts):
         part["file"] = number
-    found = np.concatenate(parts)
+    index = np.concatenate(parts)
     if kept:
         with contextlib.suppress(OSError):  # without a place to write it is made at each start
             os.makedirs(os.path.dirname(kept), exist_ok=True)
             partial = f"{kept}.{os.getpid()}.npy"
-            np.save(partial, found)
+            np.save(partial, index)
             os.replace(partial, kept)
-    return found
+    return index
 
 
 def inside(places: np.ndarray, records: Sequence[bytes], parts: Sequence[bytes]) -> np.ndarray:
@@ -102,14 +102,14 @@ def inside(places: np.ndarray, records: Sequence[bytes], parts: Sequence[bytes])
     Raises:
         ValueError: a part is not in its record.
     """
-    found = places.copy()
+    inner = places.copy()
     for i, (record, part) in enumerate(zip(records, parts, strict=True)):
         at = record.index(part[:_BEGIN])  # to look for all of it takes a hundred times as long
         while not record.startswith(part, at):
             at = record.index(part[:_BEGIN], at + 1)
-        found["start"][i] += at
-        found["length"][i] = len(part)
-    return found
+        inner["start"][i] += at
+        inner["length"][i] = len(part)
+    return inner
 
 
 def interleaved(
@@ -158,8 +158,8 @@ def _kept_at(files: Sequence[str], counts: Sequence[int]) -> str:
 
 
 def _places_in(path: str, count: int) -> np.ndarray:
-    found = np.zeros(count, PLACE)
-    found["number"] = np.arange(count)
+    places = np.zeros(count, PLACE)
+    places["number"] = np.arange(count)
     position = number = 0
     with paths.open(path, "rb", buffering=0) as file:  # of a bucket's object: all of it
         size = file.seek(0, os.SEEK_END)
@@ -168,11 +168,11 @@ def _places_in(path: str, count: int) -> np.ndarray:
             length = int.from_bytes(file.read(_COUNT), "little")
             if position + length + _AROUND > size:
                 break
-            found["start"][number], found["length"][number] = position + _HEAD, length
+            places["start"][number], places["length"][number] = position + _HEAD, length
             position, number = position + length + _AROUND, number + 1
     if number < count or position != size:
         has = f"{number:,} whole records" + " and more" * (number == count)
         raise UserError(
             f"config.data.dir: {path} has {has}, must have {count:,}; prepare the data anew"
         )
-    return found
+    return places

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -193,15 +193,14 @@ def check(frozen: FrozenEncoder) -> None:
 
 
 def module(config: dict[str, Any], compute_dtype: str = "") -> nn.Module:
-    """The network of a run's config; a given `compute_dtype` replaces the run's."""
+    """The network of a run's config; a given `compute_dtype` replaces the run's.
+
+    Its `apply` takes the variables and normalised images `[B, H, W, 3]`, and returns the
+    representation `[B, D]`.
+    """
     name = compute_dtype or config.get("compute_dtype", "float32")
     dtype = jnp.dtype(process.compute_dtype(name))
     return encoders.make_encoder(config["encoder"], dtype, trainable=True)
-
-
-def represent(config: dict[str, Any], compute_dtype: str = "") -> Callable[[Any, jax.Array], Any]:
-    """`(variables, normalised images [B, H, W, 3]) -> representation [B, D]` of a run's config."""
-    return module(config, compute_dtype).apply
 
 
 def untrained(config: dict[str, Any], seed: int, side: int | None = None) -> Any:

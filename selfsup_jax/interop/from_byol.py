@@ -116,8 +116,8 @@ def weights(tensors: Mapping[str, np.ndarray]) -> Weights:
 def _with_momentum(tensors: Mapping[str, np.ndarray], root: str) -> dict[str, np.ndarray]:
     """Names LARS's momentum, which has the structure of the parameters, as if it were a network."""
     stem = re.compile(rf"^(opt_state(?::\d+)+):{re.escape(root)}/~/initial_conv:w$")
-    found = [match[1] for name in tensors if (match := stem.match(name))]
-    of = f"{found[0]}:" if len(found) == 1 else "no momentum"
+    stems = [match[1] for name in tensors if (match := stem.match(name))]
+    of = f"{stems[0]}:" if len(stems) == 1 else "no momentum"
     return {
         f"{_MOMENTUM}_params:{name.removeprefix(of)}" if name.startswith(of) else name: array
         for name, array in tensors.items()

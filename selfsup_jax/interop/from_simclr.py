@@ -107,8 +107,8 @@ class _Graph:
 
     def layer(self, conv: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weight, norm = names.of_simclr_tf1(self._order[conv])
-        found = self._tensors.norm(names.norm_in_tensorflow(f"{self._root}{norm}"))
-        return self._tensors.take(f"{self._root}{weight}/kernel"), found
+        norm_tensors = self._tensors.norm(names.norm_in_tensorflow(f"{self._root}{norm}"))
+        return self._tensors.take(f"{self._root}{weight}/kernel"), norm_tensors
 
     def projector(self) -> Arrays:
         root = f"{self._root}head_contrastive/nl_"
@@ -134,8 +134,8 @@ class _Keras:
     def layer(self, conv: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weight, norm = names.of_simclr_tf2(conv, self._bottleneck)
         root = f"{self._root}resnet_model/"
-        found = self._tensors.norm(names.norm_in_tensorflow(f"{root}{norm}"))
-        return self._tensors.take(f"{root}{weight}/kernel"), found
+        norm_tensors = self._tensors.norm(names.norm_in_tensorflow(f"{root}{norm}"))
+        return self._tensors.take(f"{root}{weight}/kernel"), norm_tensors
 
     def projector(self) -> Arrays:
         root = f"{self._root}_projection_head/linear_layers/"
@@ -152,6 +152,6 @@ def _projector(tensors: Tensors, root: str, dense: str, norm: str) -> Arrays:
     for i, (ours, ours_norm) in enumerate(head_names(count) if count else []):
         arrays[f"online_params/projector/{ours}/kernel"] = tensors.take(f"{root}{i}/{dense}/kernel")
         # The last norm has no offset.
-        found = tensors.norm(names.norm_in_tensorflow(f"{root}{i}/{norm}"), optional=True)
-        arrays |= norm_arrays(found, f"projector/{ours_norm}", "online")
+        norm_tensors = tensors.norm(names.norm_in_tensorflow(f"{root}{i}/{norm}"), optional=True)
+        arrays |= norm_arrays(norm_tensors, f"projector/{ours_norm}", "online")
     return arrays

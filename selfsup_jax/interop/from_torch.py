@@ -157,8 +157,8 @@ def head(tensors: Tensors, root: str, part: str, network: str) -> Arrays:
 
 def _linear_layers(tensors: Tensors, root: str) -> list[str]:
     """Those of a `Sequential`, in their order."""
-    found = (re.fullmatch(rf"{re.escape(root)}\.(\d+)\.weight", name) for name in tensors)
-    indices = sorted(int(m[1]) for m in found if m and len(tensors.shape(m[0])) == 2)
+    matches = (re.fullmatch(rf"{re.escape(root)}\.(\d+)\.weight", name) for name in tensors)
+    indices = sorted(int(m[1]) for m in matches if m and len(tensors.shape(m[0])) == 2)
     return [f"{root}.{i}" for i in indices]
 
 

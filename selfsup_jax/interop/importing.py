@@ -97,8 +97,8 @@ def _find(source: str) -> str:
         raise UserError(f"{source}: there is no such file{hint}")
     if any(os.path.exists(os.path.join(source, name)) for name in (encoder.ABOUT, "checkpoints")):
         raise UserError(f"{source}: is a checkpoint already; use it as config.checkpoint")
-    if found := file_in(source):
-        return found
+    if file := file_in(source):
+        return file
     indices = [name for name in sorted(os.listdir(source)) if name.endswith(".index")]
     if len(indices) == 1:
         return os.path.join(source, indices[0].removesuffix(".index"))
@@ -195,14 +195,14 @@ def _beside(path: str) -> dict[str, Any]:
     config = stored.read_json(timms).get("pretrained_cfg")
     if not isinstance(config, dict):
         return {}
-    found = {k: config[k] for k in ("mean", "std") if k in config}
+    images = {k: config[k] for k in ("mean", "std") if k in config}
     if "interpolation" in config:
-        found["resize_method"] = config["interpolation"]
+        images["resize_method"] = config["interpolation"]
     if "input_size" in config:
-        size = found["image_size"] = config["input_size"][-1]
+        size = images["image_size"] = config["input_size"][-1]
         if "crop_pct" in config:
-            found["test_resize"] = round(size / config["crop_pct"])
-    return found
+            images["test_resize"] = round(size / config["crop_pct"])
+    return images
 
 
 def _set_images(config: dict[str, Any], images: Mapping[str, Any]) -> None:

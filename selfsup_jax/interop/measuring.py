@@ -26,8 +26,8 @@ def padding(frozen: FrozenEncoder, folder: str) -> str:
     """
     if not os.path.isdir(folder):
         raise UserError(f"--measure={folder}: is not a directory")
-    found, _ = scan.images({"": folder})[""]
-    paths = [os.path.join(folder, path) for path in sorted(found)]
+    files, _ = scan.images({"": folder})[""]
+    paths = [os.path.join(folder, path) for path in sorted(files)]
     if not paths:
         raise UserError(f"--measure={folder}: holds no images")
     rows = np.unique(np.linspace(0, len(paths) - 1, _IMAGES).astype(int))

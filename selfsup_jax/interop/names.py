@@ -121,11 +121,11 @@ def norm_in_haiku(norm: str, network: str) -> dict[str, str]:
 
 def counts_in(names: Collection[str], pattern: str) -> dict[int, int]:
     """Stage -> number of blocks, from a pattern with the stage's and the block's number."""
-    found: dict[int, set[int]] = {}
+    blocks_of: dict[int, set[int]] = {}
     for name in names:
         if match := re.search(pattern, name):
-            found.setdefault(int(match[1]), set()).add(int(match[2]))
-    return {stage: len(blocks) for stage, blocks in found.items()}
+            blocks_of.setdefault(int(match[1]), set()).add(int(match[2]))
+    return {stage: len(blocks) for stage, blocks in blocks_of.items()}
 
 
 def _parts(conv: str) -> tuple[int, int, int]:

@@ -34,7 +34,7 @@ def weights(q: jax.Array, k: jax.Array) -> jax.Array:
 
 @functools.cache
 def _cudnn_takes(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    """Whether JAX accepts these shapes for cuDNN, forward and backward: it says so when traced."""
+    """Whether JAX accepts these shapes for cuDNN, forward and backward; tracing tells."""
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").sum()
@@ -42,6 +42,6 @@ def _cudnn_takes(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
     x = jax.ShapeDtypeStruct(shape, dtype)
     try:
         jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), x, x, x)
-    except (RuntimeError, ValueError, NotImplementedError):  # no cuDNN, an old GPU, float32, ...
+    except (RuntimeError, ValueError, NotImplementedError):  # such as without cuDNN, or in float32
         return False
     return True

@@ -193,21 +193,21 @@ def _with_momentum(state: TrainState, arrays: Arrays, parts: list[str]) -> tuple
     """The optimizer's state with the source's momentum; of which of these parts it has it."""
     params = flatten_dict(state.online_params, sep="/")
     momentum = {k.split(_MOMENTUM)[1]: x for k, x in arrays.items() if _MOMENTUM in k}
-    found: dict[str, np.ndarray] = {}
+    taken: dict[str, np.ndarray] = {}
     for part in parts:
         own = {name: x.shape for name, x in params.items() if name.startswith(f"{part}/")}
         theirs = {name: momentum.get(name) for name in own}
         if all(x is not None and x.shape == own[name] for name, x in theirs.items()):
-            found |= {name: np.asarray(x, params[name].dtype) for name, x in theirs.items()}
+            taken |= {name: np.asarray(x, params[name].dtype) for name, x in theirs.items()}
 
     def put(node: Any) -> Any:
         if not isinstance(node, optax.TraceState):
             return node
-        trace = flatten_dict(node.trace, sep="/") | found
+        trace = flatten_dict(node.trace, sep="/") | taken
         return node._replace(trace=unflatten_dict(trace, sep="/"))
 
     is_trace = lambda node: isinstance(node, optax.TraceState)  # noqa: E731
-    moving = [part for part in parts if any(name.startswith(f"{part}/") for name in found)]
+    moving = [part for part in parts if any(name.startswith(f"{part}/") for name in taken)]
     return jax.tree.map(put, state.opt_state, is_leaf=is_trace), moving
 
 
@@ -240,7 +240,7 @@ def _put(
     fields: dict[str, dict[str, Any]], arrays: Arrays, part: str, network: str, of: str
 ) -> None:
     for section, name in _names(fields, part, network):
-        found = arrays[f"{section.replace(network, of)}/{name}"]
-        if not np.isfinite(found).all():
+        array = arrays[f"{section.replace(network, of)}/{name}"]
+        if not np.isfinite(array).all():
             raise UserError(f"config.init_from: {section}/{name} is not finite")
-        fields[section][name] = np.asarray(found, fields[section][name].dtype)
+        fields[section][name] = np.asarray(array, fields[section][name].dtype)
