@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets, parsing
+from configs import common, datasets, parsing, recipes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -41,15 +41,15 @@ def _paper() -> ConfigDict:
     config.batch_size = 2048
     config.off_diagonal_weight = 0.0051  # lambda
 
-    config.encoder = common.torchvision_encoder()
-    config.projector = common.wide_head(8192)
+    config.encoder = recipes.torchvision_encoder()
+    config.projector = recipes.wide_head(8192)
     config.optimizer = common.optimizer(
         learning_rate=0.2,  # x batch / 256
         weight_decay=1e-6,
         end_fraction=1e-3,
         excluded_rate=0.0048 / 0.2,  # biases and norms: 0.0048 x batch / 256
     )
-    config.views = common.byol_views(config, **common.TORCHVISION)
+    config.views = recipes.byol_views(config, **recipes.TORCHVISION)
     return config
 
 
@@ -65,7 +65,7 @@ def imagenette() -> ConfigDict:
     """Imagenette: the paper's recipe with smaller heads."""
     config = datasets.on_imagenette(_paper())
     config.epochs = 800.0
-    config.projector = common.wide_head(2048)
+    config.projector = recipes.wide_head(2048)
     return config
 
 
@@ -73,8 +73,8 @@ def folder() -> ConfigDict:
     """Your own images: smaller heads, AdamW, a batch for one device."""
     config = datasets.on_folder(_paper())
     config.epochs = 300.0
-    config.projector = common.wide_head(1024)
-    config.optimizer = common.adamw()
+    config.projector = recipes.wide_head(1024)
+    config.optimizer = recipes.adamw()
     return config
 
 
@@ -82,6 +82,6 @@ def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in one or two minutes."""
     config = datasets.on_digits(_paper())
     config.epochs = 36.0
-    config.projector = common.wide_head(256)
-    config.optimizer = common.adamw(warmup_epochs=2.0)
+    config.projector = recipes.wide_head(256)
+    config.optimizer = recipes.adamw(warmup_epochs=2.0)
     return config

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets, parsing
+from configs import common, datasets, parsing, recipes
 
 # epochs -> (base learning rate, weight decay, tau_base): the authors' code.
 _BY_LENGTH = {
@@ -53,7 +53,7 @@ def imagenet(epochs: float = 1000) -> ConfigDict:
 
 def _paper(epochs: float = 1000) -> ConfigDict:
     """The paper's recipe for any data, with the code's values for its length."""
-    learning_rate, weight_decay, tau_base = common.by_length(_BY_LENGTH, epochs)
+    learning_rate, weight_decay, tau_base = recipes.by_length(_BY_LENGTH, epochs)
 
     config = common.pretrain_defaults()
     config.method = "byol"
@@ -73,7 +73,7 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.predictor = common.head()
     config.online_probe.kernel_init = "haiku"
     config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
-    config.views = common.byol_views(config)
+    config.views = recipes.byol_views(config)
     return config
 
 
@@ -115,12 +115,12 @@ def folder() -> ConfigDict:
 
 def imagenet_torch(epochs: float = 1000) -> ConfigDict:
     """ImageNet, for an encoder that can be exported to PyTorch."""
-    return common.with_torchvision_encoder(imagenet(epochs))
+    return recipes.with_torchvision_encoder(imagenet(epochs))
 
 
 def folder_torch() -> ConfigDict:
     """Your own images, for an encoder that can be exported to PyTorch."""
-    return common.with_torchvision_encoder(folder())
+    return recipes.with_torchvision_encoder(folder())
 
 
 def demo() -> ConfigDict:

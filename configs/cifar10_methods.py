@@ -38,6 +38,7 @@ from configs import (
     dino,
     moco,
     parsing,
+    recipes,
     simclr,
     simsiam,
     vicreg,
@@ -151,7 +152,7 @@ def _run(name: str, index: int) -> ConfigDict:
 def _small_heads(name: str, config: ConfigDict) -> ConfigDict:
     """Heads, queue and batch-norm groups for a small encoder and a small batch."""
     if name in ("barlow_twins", "vicreg"):
-        config.projector = common.wide_head(256)
+        config.projector = recipes.wide_head(256)
     elif name == "simsiam":
         config.projector.hidden_sizes = (256, 256)
         config.projector.output_size = config.predictor.output_size = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, recipes
 
 CIFAR10_PIXELS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
 
@@ -36,7 +36,7 @@ def on_cifar10(config: ConfigDict) -> ConfigDict:
     """CIFAR-10 for one accelerator: ResNet-18 with a 3x3 stem; no blur, as is usual for it."""
     config.data.update(name="cifar10", image_size=32, test_resize=32)
     config.encoder.update(depth=18, stem="cifar")
-    for view in common.sections_of_views(config):
+    for view in recipes.sections_of_views(config):
         view.update(blur_prob=0.0, solarize_prob=0.0)
     config.views.update(CIFAR10_PIXELS)
     config.checkpoint_every_steps = 2000
@@ -65,7 +65,7 @@ def like_lightly(config: ConfigDict, loss_scale: float = 1.0) -> ConfigDict:
     config.data.resize_method = "bilinear"
     config.views["global"].area = (0.08, 1.0)
     config.views.update(common.IMAGENET_PIXELS)
-    for view in common.sections_of_views(config):
+    for view in recipes.sections_of_views(config):
         view.update(
             jitter_style="torchvision", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
         )
@@ -86,7 +86,7 @@ def like_lightly(config: ConfigDict, loss_scale: float = 1.0) -> ConfigDict:
 
 def byol_augmentation(config: ConfigDict) -> ConfigDict:
     """`like_lightly` with BYOL's augmentation: less saturation, and view 2 is solarised."""
-    for view in common.sections_of_views(config):
+    for view in recipes.sections_of_views(config):
         view.saturation = 0.2
     config.views["global"].view_2.solarize_prob = 0.2
     return config
@@ -97,7 +97,7 @@ def on_imagenette(config: ConfigDict) -> ConfigDict:
     config.batch_size = 256
     config.data.update(name="imagenette/160px-v2", image_size=128, test_resize=146)
     config.encoder.depth = 18
-    for view in common.sections_of_views(config):
+    for view in recipes.sections_of_views(config):
         view.blur_kernel = 13  # a tenth of the image, as 23 is of 224
     return config
 
@@ -110,7 +110,7 @@ def on_folder(config: ConfigDict) -> ConfigDict:
     config.batch_size = 64
     config.data.update(name="folder", image_size=96, test_resize=110)
     config.encoder.depth = 18
-    for view in common.sections_of_views(config):
+    for view in recipes.sections_of_views(config):
         view.blur_kernel = 9
     return config
 
@@ -130,7 +130,7 @@ def on_digits(config: ConfigDict) -> ConfigDict:
     config.views["global"].area = (0.4, 1.0)
     config.data.resize_method = "area"  # bicubic without antialiasing skips lines (28 to 16 px)
     config.encoder.update(depth=10, width=0.25, stem="cifar", zero_init_gamma=False)
-    for view in common.sections_of_views(config):
+    for view in recipes.sections_of_views(config):
         view.update(
             flip_prob=0.0,
             saturation=0.0,

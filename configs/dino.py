@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import common, datasets, parsing
+from configs import common, datasets, parsing, recipes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -98,8 +98,8 @@ def _paper() -> ConfigDict:
         freeze=("^prototypes/",),
         freeze_epochs=1.0,
     )
-    config.views = common.byol_views(config, area=(0.4, 1.0), **common.TORCHVISION)
-    common.local_views(config, _view(blur_prob=0.5), count=8, size=96, area=(0.05, 0.4))
+    config.views = recipes.byol_views(config, area=(0.4, 1.0), **recipes.TORCHVISION)
+    recipes.local_views(config, _view(blur_prob=0.5), count=8, size=96, area=(0.05, 0.4))
     # Above these shares of log K, the largest value, the teacher's output counts as collapsed.
     config.monitor.collapse_entropy = 0.995  # `teacher_entropy`: uniform for every image
     config.monitor.collapse_uniform_kl = 0.9  # `teacher_uniform_kl`: one prototype has all images
@@ -110,12 +110,12 @@ def _paper() -> ConfigDict:
 
 
 def _view(**changes) -> ConfigDict:
-    return common.view(**common.TORCHVISION, **changes)
+    return common.view(**recipes.TORCHVISION, **changes)
 
 
 def as_resnet(config: ConfigDict) -> ConfigDict:
     """The authors' command for ResNets: SGD, a constant decay, other crops, the code's defaults."""
-    config.encoder = common.torchvision_encoder(zero_init_gamma=False)
+    config.encoder = recipes.torchvision_encoder(zero_init_gamma=False)
     config.optimizer.update(name="sgd", learning_rate=0.03, weight_decay=1e-4)
     config.optimizer.weight_decay_end = None
     config.views["global"].area = (0.14, 1.0)

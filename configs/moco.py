@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets, parsing
+from configs import common, datasets, parsing, recipes
 
 # epochs -> (base learning rate, weight decay, tau_base) of v3: the authors' code.
 _V3_BY_LENGTH = {100: (0.6, 1e-6, 0.99), 300: (0.3, 1e-6, 0.99), 1000: (0.3, 1.5e-6, 0.996)}
@@ -76,7 +76,7 @@ def _v2() -> ConfigDict:
     config.temperature = 0.2
     config.symmetric = False
 
-    config.encoder = common.torchvision_encoder(zero_init_gamma=False)
+    config.encoder = recipes.torchvision_encoder(zero_init_gamma=False)
     config.projector = common.head(
         hidden_sizes=(2048,),
         output_size=128,
@@ -91,7 +91,7 @@ def _v2() -> ConfigDict:
         warmup_epochs=0.0,
         exclude=(),  # weight decay for all parameters
     )
-    config.views = common.moco_views(config)
+    config.views = recipes.moco_views(config)
     config.data.resize_method = "bilinear"
     return config
 
@@ -106,7 +106,7 @@ def as_v1(config: ConfigDict) -> ConfigDict:
     config.temperature = 0.07
     config.optimizer.schedule = "step"
     config.optimizer.drops = (0.6, 0.8)  # epochs 120 and 160 of 200
-    for view in common.sections_of_views(config):
+    for view in recipes.sections_of_views(config):
         view.update(jitter_prob=1.0, hue=0.4, blur_prob=0.0)
     return config
 
@@ -175,7 +175,7 @@ def v3(epochs: float = 300) -> ConfigDict:
 
 def _v3(epochs: float) -> ConfigDict:
     """The recipe of v3 for ResNets and any data, with the code's values for its length."""
-    learning_rate, weight_decay, tau_base = common.by_length(_V3_BY_LENGTH, epochs)
+    learning_rate, weight_decay, tau_base = recipes.by_length(_V3_BY_LENGTH, epochs)
 
     config = common.pretrain_defaults()
     config.method = "moco"  # without a `queue_size`: v3
@@ -183,11 +183,11 @@ def _v3(epochs: float) -> ConfigDict:
     config.tau_base = tau_base
     config.tau_schedule = "cosine"  # from tau_base to 1; or `constant`
     config.temperature = 1.0
-    config.encoder = common.torchvision_encoder()
+    config.encoder = recipes.torchvision_encoder()
     config.projector = _v3_head()
     config.predictor = _v3_head()
     config.optimizer = common.optimizer(learning_rate=learning_rate, weight_decay=weight_decay)
-    config.views = common.byol_views(config, area=(0.2, 1.0), **common.TORCHVISION)
+    config.views = recipes.byol_views(config, area=(0.2, 1.0), **recipes.TORCHVISION)
     config.data.resize_method = "bilinear"
     return config
 

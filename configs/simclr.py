@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets, parsing
+from configs import common, datasets, parsing, recipes
 
 # Scaling of the learning rate with the batch -> base learning rate (appendix B.1).
 _BASE_RATES = {"linear": 0.3, "sqrt": 0.075}
@@ -133,12 +133,12 @@ def folder() -> ConfigDict:
 
 def imagenet_torch(scaling: str = "linear") -> ConfigDict:
     """ImageNet, for an encoder that can be exported to PyTorch."""
-    return common.with_torchvision_encoder(imagenet(scaling))
+    return recipes.with_torchvision_encoder(imagenet(scaling))
 
 
 def folder_torch() -> ConfigDict:
     """Your own images, for an encoder that can be exported to PyTorch."""
-    return common.with_torchvision_encoder(folder())
+    return recipes.with_torchvision_encoder(folder())
 
 
 def demo() -> ConfigDict:

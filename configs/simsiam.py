@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets, parsing
+from configs import common, datasets, parsing, recipes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -41,7 +41,7 @@ def _paper() -> ConfigDict:
     config.epochs = 100.0
     config.batch_size = 256
 
-    config.encoder = common.torchvision_encoder()
+    config.encoder = recipes.torchvision_encoder()
     config.projector = common.head(
         hidden_sizes=(2048, 2048),
         output_size=2048,
@@ -64,7 +64,7 @@ def _paper() -> ConfigDict:
         exclude=(),  # weight decay for all parameters
         constant_rate=("^predictor/",),  # its learning rate is constant (section 4.2)
     )
-    config.views = common.moco_views(config)
+    config.views = recipes.moco_views(config)
     config.data.resize_method = "bilinear"
     return config
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, datasets, parsing
+from configs import common, datasets, parsing, recipes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -45,14 +45,14 @@ def _paper(epochs: float = 1000) -> ConfigDict:
     config.variance_weight = 12.5
     config.covariance_weight = 1.0
 
-    config.encoder = common.torchvision_encoder()
-    config.projector = common.wide_head(8192)
+    config.encoder = recipes.torchvision_encoder()
+    config.projector = recipes.wide_head(8192)
     config.optimizer = common.optimizer(
         learning_rate=0.3 if epochs <= 100 else 0.2,  # x batch / 256
         weight_decay=1e-6,
         end_fraction=1e-3,
     )
-    config.views = common.byol_views(config, **common.TORCHVISION)
+    config.views = recipes.byol_views(config, **recipes.TORCHVISION)
     return config
 
 
@@ -61,7 +61,7 @@ def cifar10() -> ConfigDict:
     config = datasets.on_cifar10(_paper())
     config.epochs = 200.0
     config.batch_size = 256
-    config.projector = common.wide_head(2048)
+    config.projector = recipes.wide_head(2048)
     config.optimizer.learning_rate = 0.3
     return config
 
@@ -70,7 +70,7 @@ def imagenette() -> ConfigDict:
     """Imagenette: the paper's recipe with smaller heads."""
     config = datasets.on_imagenette(_paper())
     config.epochs = 800.0
-    config.projector = common.wide_head(2048)
+    config.projector = recipes.wide_head(2048)
     return config
 
 
@@ -78,8 +78,8 @@ def folder() -> ConfigDict:
     """Your own images: smaller heads, AdamW, a batch for one device."""
     config = datasets.on_folder(_paper())
     config.epochs = 300.0
-    config.projector = common.wide_head(1024)
-    config.optimizer = common.adamw()
+    config.projector = recipes.wide_head(1024)
+    config.optimizer = recipes.adamw()
     return config
 
 
@@ -87,6 +87,6 @@ def demo() -> ConfigDict:
     """Embedded digits on two CPU cores in one or two minutes."""
     config = datasets.on_digits(_paper())
     config.epochs = 36.0
-    config.projector = common.wide_head(256)
-    config.optimizer = common.adamw(warmup_epochs=2.0)
+    config.projector = recipes.wide_head(256)
+    config.optimizer = recipes.adamw(warmup_epochs=2.0)
     return config

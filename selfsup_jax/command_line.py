@@ -139,7 +139,8 @@ def in_plain_words(error: BaseException) -> str:
 
 def no_config(config: str, known: Sequence[str]) -> str:
     """Why a config file cannot be read; there are the `known` ones, and those that lie here."""
-    there = sorted({*glob.glob("configs/[a-z]*.py"), *known} - _SHARED)
+    shared = {f"configs/{name}.py" for name in SHARED_CONFIGS}
+    there = sorted({*glob.glob("configs/[a-z]*.py"), *known} - shared)
     path = config.partition(":")[0]
     path = path if path.endswith(".py") else f"configs/{path}.py"
     near = nearest(path, there, count=1)
@@ -147,8 +148,8 @@ def no_config(config: str, known: Sequence[str]) -> str:
     return f"--config={config}: cannot be read; {what} {near}" + "?" * (what == "did you mean")
 
 
-# Parts of configs.
-_SHARED = {f"configs/{name}.py" for name in ("common", "datasets", "evaluation", "parsing")}
+# Modules in `configs/` that are no configs but parts of them.
+SHARED_CONFIGS = ("common", "datasets", "evaluation", "parsing", "recipes")
 
 
 def load(path: str) -> types.ModuleType:

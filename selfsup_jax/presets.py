@@ -90,14 +90,14 @@ class Listed(NamedTuple):
 
 def listed() -> list[Listed]:
     """All config files of this project, in the order of their names."""
-    found = []
+    entries = []
     with _own_configs() as configs_parsing:
         for name in _names():
             module = importlib.import_module(f"configs.{name}")
             makers: dict[str, Callable] = configs_parsing.presets(module.get_config)
             lines = {preset: _first_line(make) for preset, make in makers.items()}
-            found.append(Listed(name, module.get_config().job, _first_line(module), lines))
-    return found
+            entries.append(Listed(name, module.get_config().job, _first_line(module), lines))
+    return entries
 
 
 def _first_line(documented: Any) -> str:
@@ -105,8 +105,8 @@ def _first_line(documented: Any) -> str:
 
 
 def _names() -> list[str]:
-    shared = ("common", "datasets", "evaluation", "parsing")
-    return sorted(path.stem for path in _FOLDER.glob("[a-z]*.py") if path.stem not in shared)
+    names = {path.stem for path in _FOLDER.glob("[a-z]*.py")}
+    return sorted(names - set(command_line.SHARED_CONFIGS))
 
 
 # ------------------------------------------------------------------- the package `configs`

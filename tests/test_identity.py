@@ -213,7 +213,7 @@ def test_an_earlier_jobs_fields_have_their_names_of_today(old, new):
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("[a-z]*.py")))
 def test_what_this_version_writes_stays_as_it_is(path):
     module = importlib.import_module(f"configs.{path.stem}")
-    if path.stem in ("common", "datasets", "evaluation", "parsing"):
+    if not hasattr(module, "get_config"):
         return
     config = json.loads(module.get_config().to_json())
     runs = config["variants"].values() if "variants" in config else [config]

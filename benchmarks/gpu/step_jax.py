@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.gpu import step_shared
 from benchmarks.gpu.step_shared import Case
-from configs import common
+from configs import recipes
 
 
 def config_of(case: Case, variant: str, dtype: str) -> Any:
@@ -33,7 +33,7 @@ def config_of(case: Case, variant: str, dtype: str) -> Any:
         if case.method == "moco":
             config.symmetric = False
         config.optimizer.update(name="sgd", learning_rate=0.03, scaling="none")
-        for view in common.sections_of_views(config):
+        for view in recipes.sections_of_views(config):
             view.update({field: 0.0 for field in view if field.endswith("_prob")})
     elif case.batch < 64:
         config.bn_groups = 1
