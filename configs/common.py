@@ -55,19 +55,7 @@ def pretrain_defaults() -> ConfigDict:
     config.keep_checkpoints = 2  # the newest
     config.keep_every_steps = 0  # checkpoints at multiples of it are never deleted; 0: none
 
-    config.monitor = ConfigDict()  # monitoring during training; an interval of 0: never
-    config.monitor.diagnostics_every_steps = 500  # spread, rank, alignment, uniformity
-    config.monitor.knn_every_steps = 5000  # kNN on held-out images, if eval.enabled
-    config.monitor.plots_every_steps = 5000
-    config.monitor.max_rows = 512  # examples of a batch that the diagnostics use
-    config.monitor.knn_train_images = 5000
-    config.monitor.knn_test_images = 1000
-    config.monitor.map_images = 1000  # held-out images on the map
-    config.monitor.view_pairs = 12
-    config.monitor.collapse_std = 0.1  # below it the projections count as collapsed (1 is healthy)
-    config.monitor.collapse_rank = 1.5  # below it the representations count as collapsed
-    config.monitor.reference = ""  # a curve in `selfsup_jax/training/references/` to compare with
-
+    config.monitor = monitor()
     config.wandb = ConfigDict()  # Weights & Biases, beside TensorBoard; needs the package wandb
     config.wandb.project = ""  # empty: nothing is sent
     config.wandb.entity = ""  # user or team; empty: the default of the login
@@ -75,20 +63,42 @@ def pretrain_defaults() -> ConfigDict:
     config.profile = ConfigDict()  # a trace for TensorBoard's profiler or Perfetto
     config.profile.first_step = 0  # 0: none
     config.profile.num_steps = 5
+    config.eval = evaluation()
+    return config
 
-    config.eval = ConfigDict()  # the evaluation of the last step's encoder
-    config.eval.enabled = True
-    config.eval.network = "online"  # whose encoder is evaluated and exported; or `target`
-    config.eval.batch_size = 256
-    config.eval.max_train_images = 20000  # labelled images for the probes
-    config.eval.max_test_images = 50000
-    config.eval.knn_k = 200
-    config.eval.knn_temperature = 0.1
-    config.eval.linear = linear_probe()
-    config.eval.fewshot_labels = 10  # per class
-    config.eval.fewshot_draws = 10
-    config.eval.random_init = True  # the same probes on an untrained encoder
-    config.eval.pixels = False  # the same probes on raw pixels
+
+def monitor() -> ConfigDict:
+    """Monitoring during training; an interval of 0: never."""
+    config = ConfigDict()
+    config.diagnostics_every_steps = 500  # spread, rank, alignment, uniformity
+    config.knn_every_steps = 5000  # kNN on held-out images, if eval.enabled
+    config.plots_every_steps = 5000
+    config.max_rows = 512  # examples of a batch that the diagnostics use
+    config.knn_train_images = 5000
+    config.knn_test_images = 1000
+    config.map_images = 1000  # held-out images on the map
+    config.view_pairs = 12
+    config.collapse_std = 0.1  # below it the projections count as collapsed (1 is healthy)
+    config.collapse_rank = 1.5  # below it the representations count as collapsed
+    config.reference = ""  # a curve in `selfsup_jax/training/references/` to compare with
+    return config
+
+
+def evaluation() -> ConfigDict:
+    """The evaluation of the last step's encoder."""
+    config = ConfigDict()
+    config.enabled = True
+    config.network = "online"  # whose encoder is evaluated and exported; or `target`
+    config.batch_size = 256
+    config.max_train_images = 20000  # labelled images for the probes
+    config.max_test_images = 50000
+    config.knn_k = 200
+    config.knn_temperature = 0.1
+    config.linear = linear_probe()
+    config.fewshot_labels = 10  # per class
+    config.fewshot_draws = 10
+    config.random_init = True  # the same probes on an untrained encoder
+    config.pixels = False  # the same probes on raw pixels
     return config
 
 
