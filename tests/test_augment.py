@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
 from selfsup_jax import checks
-from selfsup_jax.data import augment
+from selfsup_jax.data import augment, blur
 from selfsup_jax.data import views as view_groups
 from selfsup_jax.data.augment import ViewAugmentation
 from selfsup_jax.errors import UserError
@@ -223,7 +223,7 @@ def blur_oracle(image: np.ndarray, sigma: float, kernel: int, padding: str) -> n
 def test_blur_is_a_separable_convolution(padding, kernel):
     images = random_images(4, 14, 12).astype(np.float32) / 255  # not square
     sigmas = [0.1, 0.6, 1.3, 2.0]  # a different one for each image
-    got = augment.gaussian_blur(planes(images), jnp.asarray(sigmas), kernel, padding)
+    got = blur.gaussian_blur(planes(images), jnp.asarray(sigmas), kernel, padding)
     expected = [blur_oracle(x, s, kernel, padding) for x, s in zip(images, sigmas, strict=True)]
     np.testing.assert_allclose(np.stack(got, -1), expected, atol=1e-5)
 
