@@ -122,13 +122,14 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
     pure = [
         path
         for path in SOURCES
-        if path.name in ("losses.py", "v3_losses.py", "keys.py", "negatives.py", "augment.py")
+        if path.name
+        in ("losses.py", "v3_losses.py", "keys.py", "negatives.py", "augment.py", "blur.py")
         or path.parts[:2] == ("selfsup_jax", "models")
     ]
     named = {path.name for path in pure}
     assert {"losses.py", "v3_losses.py", "keys.py", "negatives.py", "heads.py"} <= named
     # A `check(config)` takes the config that it is given, by `checks` alone.
-    ours = ("checks", "errors", "state", "method", "data.augment", "data.views")
+    ours = ("checks", "errors", "state", "method", "data.augment", "data.blur", "data.views")
     ours += ("devices.collectives", "models")
     for path in pure:
         names = imports(SOURCES[path])
