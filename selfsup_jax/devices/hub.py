@@ -111,7 +111,7 @@ class Hub:
             self._pulse.heard(process)
         kind = message.get("kind")
         if kind == "beat":
-            if "activity" in message:  # not of another version, which will be told
+            if "activity" in message:  # a process of another version sends none
                 self._reports[process] = message["activity"]
             self._send[process]({"kind": "beat", "quiet": self._pulse.quiet()})
         elif kind == "give":

@@ -269,7 +269,7 @@ def _check_export(folder: str) -> None:
 
 
 def _load_exported(folder: str) -> FrozenEncoder:
-    """Reads a folder that `export`, or a stranger, wrote: the arrays only once all else fits."""
+    """Reads an exported encoder, from anywhere: the arrays come last, after all checks."""
     about_file, arrays_file = (os.path.join(folder, name) for name in (ABOUT, VARIABLES))
     try:
         with paths.local_copy(about_file) as path:
@@ -278,7 +278,7 @@ def _load_exported(folder: str) -> FrozenEncoder:
             return _read_exported(folder, about, path)
     except UserError:
         raise
-    except Exception as e:  # there is no end to what a stranger's files may hold
+    except Exception as e:  # files from elsewhere may hold anything
         reason = first_line(e)[:200]
         raise UserError(f"the exported encoder {folder} cannot be read: {reason}") from e
 

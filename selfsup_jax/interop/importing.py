@@ -55,7 +55,7 @@ def read(source: str, prefix: str | None = None, **images: Any) -> tuple[FrozenE
         _set_images(weights.config, _beside(path) | images)
     except ValueError as e:
         raise UserError(f"{source}: {e}") from e
-    except Exception as e:  # there is no end to what a stranger's file may hold
+    except Exception as e:  # a file from elsewhere may hold anything
         reason = (str(e).splitlines() or [""])[0][:100]
         raise UserError(f"{source}: is truncated or damaged: {type(e).__name__} {reason}") from e
     arrays = {
@@ -170,7 +170,7 @@ def _ours(tensors: Mapping[str, np.ndarray], metadata: str) -> Weights:
         named = {name.partition("/"): array for name, array in tensors.items()}
         arrays = {f"{parts[part + '/']}{rest}": array for (part, _, rest), array in named.items()}
         return Weights(arrays, config, encoders.describe(config["encoder"]), {})
-    except Exception as e:  # there is no end to what a stranger's file may hold
+    except Exception as e:  # a file from elsewhere may hold anything
         raise ValueError(f"is no export: {first_line(e)[:100]}") from e
 
 

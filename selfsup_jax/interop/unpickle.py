@@ -156,7 +156,7 @@ def load(file: IO[bytes], table: Table, persistent: Callable[[Any], Any] | None 
         return _Unpickler(file, table, persistent).load()
     except Refused:
         raise
-    except Exception as e:  # there is no end to what damaged pickles raise
+    except Exception as e:  # a damaged pickle may raise anything
         raise ValueError(f"is truncated or damaged: {first_line(e)[:100]}") from e
 
 

@@ -258,9 +258,9 @@ class Checkpoints:
     def _is_gone(self) -> bool:
         """Whether the workdir is not the one of the start any more; alike on all hosts.
 
-        Orbax would make it anew. Inodes tell nothing: some file systems change them.
+        Orbax would create it again. Inodes do not show it: some file systems change them.
         """
-        same = paths.is_bucket(self._directory)  # there, the lock tells
+        same = paths.is_bucket(self._directory)  # where the lock shows it
         same = same or (self._lock() == self._lock_then and paths.isdir(self._directory))
         gone = hosts.is_writer() and not same
         return bool(hosts.gather_hosts(np.asarray([gone])).any())

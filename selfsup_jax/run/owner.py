@@ -64,7 +64,7 @@ def _owner(directory: str) -> tuple[str, str] | None:
     if paths.exists(config):
         return _described(read_json(config))
     if paths.exists(results):
-        # A damaged config.json was moved away, as was told; the checkpoints have the config too.
+        # A damaged config.json was moved away; the checkpoints have the config too.
         if paths.isdir(os.path.join(directory, "checkpoints")) and "method" in (
             found := read_json(results)
         ):

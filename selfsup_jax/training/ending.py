@@ -69,7 +69,7 @@ def results_of_finished(
         return None
     now = identity.flat(workdir.config_json(dict(run)))
     free = (*identity.SAME_RESULTS, "data_info.init_from.*")
-    # What may not differ when a run is resumed is told there.
+    # If a field differs that must not, resuming reports it.
     resumable = not identity.differences(now, before, identity.steps_free(now, before))
     if not resumable or identity.differences(now, before, free):
         return None

@@ -125,7 +125,7 @@ def _recorder(spec: TrainSpec, first_step: int) -> Recorder:
 
 
 def _timed(what: str, make: Callable[[], Any]) -> Any:
-    """The result of what compiles first, as is said before, and how long it took after."""
+    """The result of `make`, which compiles; logs that before, and how long it took after."""
     log(f"compiling {what} ...")
     made, timed = compiled.timed(make)
     log(f"compiled in {timed.seconds:.1f} s" + " (kept from before)" * bool(timed.found))
