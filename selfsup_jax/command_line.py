@@ -131,8 +131,8 @@ def in_plain_words(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     line = line.removeprefix("ValueError: ")
     for said, plain in _PLAIN.items():
-        before, found, _ = line.partition(said)
-        if found:
+        before, separator, _ = line.partition(said)
+        if separator:
             return before + plain
     return line
 

@@ -51,9 +51,9 @@ def of_pages(source: Source) -> str:
     return f"{source.name}: {looked} have several pages or frames: the first of each is taken"
 
 
-def of_range(name: str, found: str) -> str:
+def of_range(name: str, limits: str) -> str:
     """One line about the range that `data.intensity=auto` found."""
-    low, high = found.split(",")
+    low, high = limits.split(",")
     return (
         f"{name}: images of more than 8 bits, in which {low} is black and {high} white "
         f"(99.8 % of the values are between; --config.data.intensity=LOW,HIGH for another range)"

@@ -64,22 +64,22 @@ def _open(path: str) -> dict[str, np.ndarray]:
     try:
         # From a bucket they come to this machine's disk: objects cannot be mapped into memory.
         with paths.local_copy(os.path.expanduser(path)) as file:
-            names, found = _read(path, file)
+            names, contents = _read(path, file)
     except UserError:
         raise
     except (OSError, ValueError) as e:  # missing, damaged, or not arrays of numbers
         raise NoData(str(bad_field("data.dir", path, f"cannot be read: {first_line(e)}"))) from e
-    if not any(name.endswith("_images") for name in found):
+    if not any(name.endswith("_images") for name in contents):
         hint = f"has no train_images; it has {', '.join(names) or 'nothing'}"
         raise NoData(str(bad_field("data.dir", path, hint)))
-    for name, array in found.items():
-        _check(path, name, array, found)
+    for name, array in contents.items():
+        _check(path, name, array, contents)
         if name.endswith("_labels") and (array.min() < 0 or array.max() >= 1_000_000):
             raise UserError(
                 f"config.data.dir={path!r}: {name} must be from 0 on and below 1,000,000; "
                 "leave it out if it is no label"
             )
-    return found
+    return contents
 
 
 def _read(path: str, file: str) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -29,8 +29,8 @@ def load(directory: str, split: str, field: str) -> Source:
     splits = _splits(directory)
     files: dict[str, list[str]] = {}
     left_out: Counter[str] = Counter()
-    for name, (found, skipped) in scan.images(splits).items():
-        files[name] = sorted(found, key=lambda path: hashlib.md5(os.fsencode(path)).digest())
+    for name, (images, skipped) in scan.images(splits).items():
+        files[name] = sorted(images, key=lambda path: hashlib.md5(os.fsencode(path)).digest())
         left_out += skipped
     if not any(files.values()):
         hint = f"holds no images ({', '.join(scan.ENDINGS)})"

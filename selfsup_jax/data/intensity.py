@@ -32,10 +32,10 @@ def of_data(source: Source) -> str | None:
     image among them. The result depends on the split alone, not on the host.
     """
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = [x for x in threads.map(_some_values, _spread_images(source)) if x is not None]
-    if not found:
+        values = [x for x in threads.map(_some_values, _spread_images(source)) if x is not None]
+    if not values:
         return None
-    low, high = pixels.black_and_white(np.concatenate(found))
+    low, high = pixels.black_and_white(np.concatenate(values))
     return f"{low:.6g},{high:.6g}"
 
 

@@ -247,9 +247,9 @@ def _starts_with_exif(file: ImageFile.ImageFile) -> bool:
     assert file.fp is not None
     position = file.fp.tell()
     file.fp.seek(0)
-    found = b"Exif" in file.fp.read(HEAD)
+    has_exif = b"Exif" in file.fp.read(HEAD)
     file.fp.seek(position)
-    return found
+    return has_exif
 
 
 def _values(file: ImageFile.ImageFile, image: Encoded) -> np.ndarray:

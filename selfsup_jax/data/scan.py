@@ -25,12 +25,12 @@ def images(roots: Mapping[str, str]) -> dict[str, tuple[list[str], Counter[str]]
     """
     folders = {_id(os.stat(root)) for root in roots.values()}  # a link in one leads to no other
     first: _Split | None = None
-    found = {}
+    files = {}
     for name, root in roots.items():
         split = _Split(root, folders, first)
         first = first or split
-        found[name] = (split.files, split.left_out)
-    return found
+        files[name] = (split.files, split.left_out)
+    return files
 
 
 def listed(left_out: Mapping[str, int]) -> str:
@@ -68,7 +68,7 @@ class _Split:
     def _take_folder(self, top: str) -> list[str]:
         """Takes what lies in a folder and below; returns the links there, which it leaves."""
         links: list[str] = []
-        found: dict[str, int] = {}  # inodes; a million pairs would keep the garbage collector busy
+        inodes: dict[str, int] = {}  # a million pairs would keep the garbage collector busy
         pending = [top]
         while pending:
             folder = pending.pop()
@@ -87,11 +87,11 @@ class _Split:
                         elif not entry.is_file():
                             self.left_out["pipes, sockets or devices"] += 1
                         elif self._is_image(path):
-                            found[path] = entry.inode()
+                            inodes[path] = entry.inode()
             except OSError as e:
                 self.left_out[f"folders that cannot be read ({folder or '.'}: {e.strerror})"] += 1
-        for path in sorted(found):
-            self._take_file(path, found[path])
+        for path in sorted(inodes):
+            self._take_file(path, inodes[path])
         return links
 
     def _take_link(self, path: str) -> list[str]:

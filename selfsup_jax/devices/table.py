@@ -65,13 +65,13 @@ class Table:
         """Copies rows, given as in NumPy, to every host; all hosts must ask for the same ones."""
         wanted = np.arange(len(self), dtype=np.int32)[rows]
         at_once = min(_AT_ONCE, 1 << max(0, len(wanted) - 1).bit_length())  # few shapes to compile
-        found = np.empty((len(wanted), self.shape[1]), np.float32)
+        gathered = np.empty((len(wanted), self.shape[1]), np.float32)
         for start in range(0, len(wanted), at_once):
             block = wanted[start : start + at_once]
             padded = np.pad(block, (0, at_once - len(block)), constant_values=-1)
             rows_there = parallel.pmap_reduce(_take_rows)(self.part, padded)
-            found[start : start + at_once] = rows_there[: len(block)]
-        return found
+            gathered[start : start + at_once] = rows_there[: len(block)]
+        return gathered
 
     def column(self, values: np.ndarray) -> np.ndarray:
         """One value for each row, `[N, ...]`, as it lies beside the rows of this host's devices."""

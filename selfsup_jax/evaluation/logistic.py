@@ -49,12 +49,12 @@ class Heads(NamedTuple):
 
 def logits(kernel: np.ndarray, bias: np.ndarray, x: np.ndarray | Table) -> np.ndarray:
     """As `Heads.logits`, with kernels `[S, D, C]`; of a table, a block is copied at a time."""
-    found = np.empty((len(kernel), len(x), kernel.shape[2]), np.float32)
+    values = np.empty((len(kernel), len(x), kernel.shape[2]), np.float32)
     for start in range(0, len(x), _BLOCK):
         rows = x[start : start + _BLOCK]
-        for of_head, w, b in zip(found, kernel, bias, strict=True):
+        for of_head, w, b in zip(values, kernel, bias, strict=True):
             of_head[start : start + _BLOCK] = rows @ w + b
-    return found
+    return values
 
 
 def fit(

@@ -264,7 +264,7 @@ def head_distances(encoder: Iterable[str]) -> dict[str, int]:
     A layer is a stage of a ResNet or a block of a ViT. The stem, or the projection of the patches,
     the class token and the positions are the first one; the norm after the last block is none.
     """
-    found = {name: re.match(r"(?:stage|block)(\d+)", name) for name in encoder}
-    layer = {name: int(match[1]) if match else 0 for name, match in found.items()}
+    matches = {name: re.match(r"(?:stage|block)(\d+)", name) for name in encoder}
+    layer = {name: int(match[1]) if match else 0 for name, match in matches.items()}
     last = max(layer.values()) + 1
     return {name: 0 if name == "norm" else last - number for name, number in layer.items()}

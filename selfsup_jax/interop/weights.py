@@ -79,10 +79,10 @@ class Tensors:
 
     def refuse(self, pattern: str, why: str) -> None:
         """Raises `ValueError` if there are such tensors."""
-        found = [name for name in self._rest if re.search(pattern, name)]
-        if found:
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise ValueError(f"has {found[0]}{more}: {why}")
+        matching = [name for name in self._rest if re.search(pattern, name)]
+        if matching:
+            more = f" and {len(matching) - 1} more" if len(matching) > 1 else ""
+            raise ValueError(f"has {matching[0]}{more}: {why}")
 
 
 def chosen_root(roots: Sequence[str], known: Sequence[str], prefix: str | None) -> str:

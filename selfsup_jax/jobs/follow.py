@@ -94,8 +94,8 @@ def step_folder(directory: str, step: int) -> str:
 
 def done_steps(directory: str) -> list[int]:
     """The steps whose evaluation is complete, in ascending order."""
-    found = paths.glob(directory, f"step_*/{runner.RESULTS}")
-    names = (path.split(os.sep)[-2].removeprefix("step_") for path in found)
+    files = paths.glob(directory, f"step_*/{runner.RESULTS}")
+    names = (path.split(os.sep)[-2].removeprefix("step_") for path in files)
     return sorted(int(name) for name in names if name.isdecimal())
 
 

@@ -126,6 +126,6 @@ def share_of_plan(workdir: str, batch_size: int, images_per_second: float) -> fl
         same = (plan["chips"], plan["batch_size"]) == (jax.device_count(), batch_size)
     except (UserError, KeyError, TypeError):  # of several pods, or damaged: it is only a remark
         return None
-    found, kind = jax.devices()[0].device_kind, pod.chip.device_kind
-    alike = found == kind if pod.is_tpu else kind in found
+    attached, kind = jax.devices()[0].device_kind, pod.chip.device_kind
+    alike = attached == kind if pod.is_tpu else kind in attached
     return images_per_second / bound if same and alike else None

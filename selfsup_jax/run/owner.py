@@ -25,10 +25,10 @@ def check(directory: str, job: str) -> None:
         UserError: it belongs to another job, which is named, or holds a file of one of these names
             that no job wrote.
     """
-    found = _owner(directory)
-    if found is not None and found[0] != job:
+    owner = _owner(directory)
+    if owner is not None and owner[0] != job:
         raise UserError(
-            f"--workdir={directory}: belongs to {found[1]}, which a {job} job would overwrite; "
+            f"--workdir={directory}: belongs to {owner[1]}, which a {job} job would overwrite; "
             "use another --workdir"
         )
 
@@ -66,9 +66,9 @@ def _owner(directory: str) -> tuple[str, str] | None:
     if paths.exists(results):
         # A damaged config.json was moved away; the checkpoints have the config too.
         if paths.isdir(os.path.join(directory, "checkpoints")) and "method" in (
-            found := read_json(results)
+            values := read_json(results)
         ):
-            return _described(found)
+            return _described(values)
         return "", "an unknown job (it has a results.json without a config.json)"
     return None
 

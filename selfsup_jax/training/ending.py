@@ -62,10 +62,10 @@ def results_of_finished(
         # A process that does anything in a workdir first writes its config there.
         if paths.getmtime(results) < paths.getmtime(config):
             return None
-        found, before = read_json(results), identity.flat(read_json(config))
+        values, before = read_json(results), identity.flat(read_json(config))
     except (OSError, UserError):
         return None
-    if not found.get("steps") == checkpoint.newest_step(directory) == total_steps:
+    if not values.get("steps") == checkpoint.newest_step(directory) == total_steps:
         return None
     now = identity.flat(workdir.config_json(dict(run)))
     free = (*identity.SAME_RESULTS, "data_info.init_from.*")
@@ -77,7 +77,7 @@ def results_of_finished(
         checkpoint_files.read(os.path.join(directory, "checkpoints", str(total_steps)))
     except (OSError, UserError):
         return None
-    return found
+    return values
 
 
 def tell_finished(results: Mapping[str, Any], directory: str, config: ConfigDict) -> None:

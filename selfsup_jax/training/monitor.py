@@ -274,14 +274,14 @@ class Monitor:
         count = len(snapshot.queries.images)
         rows = np.linspace(0, count - 1, min(8, count)).astype(int)
         classes, before = self._data.train.class_names, self._untrained_snapshot
-        found = snapshot.neighbours(rows, 8, classes)
+        neighbours = snapshot.neighbours(rows, 8, classes)
         plots.nearest_neighbours(
             self._path("nearest_neighbours"),
             snapshot.queries.images[rows],
-            found.images,
-            found.similarities,
+            neighbours.images,
+            neighbours.similarities,
             query_names=snapshot.queries.names(rows, classes),
-            neighbour_names=found.names,
+            neighbour_names=neighbours.names,
             files=not classes,
             untrained=before.neighbours(rows, 4, classes) if before is not None else None,
             title=f"Nearest training images, step {snapshot.step:,}",

@@ -84,8 +84,8 @@ def pretrain(
     durations.fill_in(config, data.train.num_examples)
     _check_lengths(config, data, total, directory)
     description = workdir.describe_run(config, data.train)
-    found = None if compile_only else ending.results_of_finished(description, directory, total)
-    if (finished := hosts.of_first("the results of a finished run", found)) is not None:
+    earlier = None if compile_only else ending.results_of_finished(description, directory, total)
+    if (finished := hosts.of_first("the results of a finished run", earlier)) is not None:
         with workdir.locked(directory):  # no other process begins anything there meanwhile
             ending.tell_finished(finished, directory, config)
         return finished
