@@ -8,8 +8,6 @@ from ml_collections import ConfigDict
 
 from selfsup_jax.errors import bad_field
 
-NAMES = ("linear_probe", "knn", "finetune", "transfer", "fewshot", "embed")
-
 
 def run(config: ConfigDict, directory: str) -> dict[str, Any]:
     """Runs the evaluation job `config.job`; see `runner.run` and, for `config.follow`, `follow`."""

@@ -177,8 +177,6 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
 
 # ----------------------------------------------------------------------------- dot charts
 
-ROW = 24  # height of a row
-
 
 class DotRow(NamedTuple):
     """A recipe's values of a measure and, by name, its baselines, all in [0, 1]."""
