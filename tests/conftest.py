@@ -34,6 +34,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
         " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_USE_LEGACY_KERAS"] = "1"  # it is not installed: TensorFlow comes without any Keras
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Most of what tests compile, others compile too. The first process makes the folder and removes it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
