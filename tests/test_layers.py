@@ -20,7 +20,7 @@ METHODS = sorted(p.name for p in REPOSITORY.glob("*_jax") if p.is_dir() and p.na
 
 
 @functools.cache
-def sources():
+def parsed():
     """{path: all nodes of its syntax tree, as a tuple}."""
     return {
         path.relative_to(REPOSITORY): tuple(ast.walk(ast.parse(path.read_text())))
@@ -47,7 +47,7 @@ def importers(*packages):
     """The files that import one of the packages (or names in them)."""
     return {
         str(path)
-        for path, nodes in sources().items()
+        for path, nodes in parsed().items()
         if any(name == p or name.startswith(p + ".") for name in imports(nodes) for p in packages)
     }
 
@@ -68,7 +68,7 @@ def test_methods_are_found_by_name_alone():
         assert not [p for p in importers(name) if p.startswith("selfsup_jax/")]
     strings = {
         str(path): {n.value for n in nodes if isinstance(n, ast.Constant)}
-        for path, nodes in sources().items()
+        for path, nodes in parsed().items()
         if path.parts[0] in ("selfsup_jax", "run_experiment.py")
     }
     named = {name.removesuffix("_jax") for name in METHODS}
@@ -83,7 +83,7 @@ def test_configs_import_only_ml_collections_and_each_other():
     allowed = {"ml_collections", "configs", *sys.stdlib_module_names}
     found = {
         name.split(".")[0]
-        for path, nodes in sources().items()
+        for path, nodes in parsed().items()
         if path.parts[0] == "configs"
         for name in imports(nodes)
     }
@@ -106,12 +106,12 @@ def test_only_parallel_and_collectives_know_devices():
         *("psum_scatter", "axis_index", "axis_size"),
     }
     for names, home in (({"pmap", "shard_map"}, "parallel"), (talk, "collectives")):
-        users = {str(path) for path, nodes in sources().items() if attributes(nodes) & names}
+        users = {str(path) for path, nodes in parsed().items() if attributes(nodes) & names}
         assert users == {f"selfsup_jax/devices/{home}.py"}
 
 
 def test_the_axis_is_named_in_one_place():
-    for path, nodes in sources().items():
+    for path, nodes in parsed().items():
         if path.name == "parallel.py":
             assert "AXIS_NAME" in {n.id for n in nodes if isinstance(n, ast.Name)}
             continue
@@ -129,7 +129,7 @@ def test_flags_are_only_in_the_entry_point():
 def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
     pure = [
         path
-        for path in sources()
+        for path in parsed()
         if path.name in ("losses.py", "v3_losses.py", "keys.py", "negatives.py", "augment.py")
         or path.parts[:2] == ("selfsup_jax", "models")
     ]
@@ -139,7 +139,7 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
     ours = ("checks", "errors", "state", "method", "data.augment", "data.views")
     ours += ("devices.collectives", "models")
     for path in pure:
-        names = imports(sources()[path])
+        names = imports(parsed()[path])
         packages = {name.split(".")[0] for name in names}
         assert not packages & {"ml_collections", "configs", "os", "pathlib", "json", "absl"}, path
         for name in names:
@@ -147,7 +147,7 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
             assert within == name or any(f"{within}.".startswith(f"{o}.") for o in ours), path
         calls = {
             node.func.id
-            for node in sources()[path]
+            for node in parsed()[path]
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not calls & {"open", "print"}, path
@@ -160,7 +160,7 @@ def test_a_workdir_may_be_in_a_bucket():
         f"selfsup_jax/run/{name}.py" for name in ("events", "files", "library_errors", "lock")
     }
     on_disk.add("selfsup_jax/training/reference.py")
-    for path, nodes in sources().items():
+    for path, nodes in parsed().items():
         if path.parts[0] != "selfsup_jax" or path.parts[1] not in folders or str(path) in on_disk:
             continue
         calls = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
