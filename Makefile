@@ -12,6 +12,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/python run_experiment.py --config=configs/$(METHOD).py:demo --workdir=$(DEMO)
 
+# Whatever the shell says: else each process of the tests would compile all files of Python anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: $(STAMP)
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 

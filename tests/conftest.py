@@ -34,12 +34,13 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
         " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_USE_LEGACY_KERAS"] = "1"  # it is not installed: TensorFlow comes without any Keras
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Most of what tests compile, others compile too. The first process makes the folder and removes it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="selfsup_tests_", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the entry point, configs
 
 import flax.linen as nn
@@ -248,6 +249,14 @@ def process_env(devices: int = 1) -> dict[str, str]:
     """The environment of a process that a test starts: on the CPU, with so many devices."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return os.environ | {"XLA_FLAGS": flags}
+
+
+# Where one test takes long: not at the end, when another process has nothing left to do.
+FIRST = ("test_notebook", "test_accelerator", "test_without_tensorflow", "test_vit", "test_jobs")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in FIRST)  # stable: a file's tests stay together
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -185,6 +185,7 @@ def test_an_evaluation_names_a_damaged_checkpoint_and_the_others(copied):
     )
 
 
+@pytest.mark.slow
 def test_a_run_falls_back_and_ends_as_if_nothing_had_been(tmp_path, capfd):
     images = tiny_runs.write_images(tmp_path / "images", 3, 60)
     config = tiny_runs.tiny_config(images, steps=4, keep_every_steps=1)

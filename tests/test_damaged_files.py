@@ -26,6 +26,7 @@ def finished(tmp_path_factory):
     return config, top / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"[" * 99_999])
 def test_damaged_results_are_told_and_written_anew(finished, capfd, content):
     config, folder = finished

@@ -72,7 +72,8 @@ def test_every_field_refuses_what_it_cannot_be(name):
     if config.job == "pretrain" and name != "byol":
         fields = {field: good for field, good in fields.items() if field not in shared}
     if config.job == "sweep":  # a variant is checked as a run is
-        fields = {field: good for field, good in fields.items() if field in own_or_first(config)}
+        some = own_or_first(config)
+        fields = {field: good for field, good in fields.items() if field in some}
     for field, good in fields.items():
         for value in (*NOT_NUMBERS, *WRONG_TYPES[type(good)]):
             if good is None and value is True and field == "data.exif_orientation":

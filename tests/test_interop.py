@@ -261,7 +261,6 @@ def test_byol_of_the_authors(tmp_path):
     check_features(again, online, "same")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("keras", "kind"), [(False, BASIC), (True, DEEP)])
 def test_simclr_of_the_authors(tmp_path, keras, kind):
     """Files that TensorFlow writes, of both versions of the code; images are not normalised."""

@@ -308,6 +308,7 @@ def brute_force_knn(bank, queries, k, temperature, classes=tiny_jobs.CLASSES):
     return hits / len(queries["labels"])
 
 
+@pytest.mark.slow
 def test_knn_is_that_of_the_embedded_features(done, embedded):
     results = read(done("knn") / "results.json")
     assert (results["knn_k"], results["knn_temperature"]) == (5, 0.1)
@@ -396,6 +397,7 @@ def read_state(workdir: pathlib.Path, step: int | None = None) -> dict:
     return flatten(ocp.PyTreeCheckpointer().restore(str(folder)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["knn", "finetune"])
 def test_init_from_is_another_name_of_checkpoint(done, run, name):
     """So the job that is done is the same one."""
@@ -406,6 +408,7 @@ def test_init_from_is_another_name_of_checkpoint(done, run, name):
         run_job(name, run, done(name), init_from=str(run))
 
 
+@pytest.mark.slow
 def test_a_finetuned_encoder_moved_and_can_be_evaluated_itself(done, run, tmp_path):
     """Its own checkpoint, embedded, with the classifier in it: the accuracy that was told."""
     workdir = done("finetune:100pct")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 
 from conftest import REPOSITORY
@@ -16,18 +17,24 @@ METHODS_NAMED_IN = {
     *(f"selfsup_jax/interop/from_{name}.py" for name in ("byol", "simclr", "torch")),
 }
 METHODS = sorted(p.name for p in REPOSITORY.glob("*_jax") if p.is_dir() and p.name != "selfsup_jax")
-SOURCES = {
-    path.relative_to(REPOSITORY): ast.parse(path.read_text())
-    for root in (*METHODS, "selfsup_jax", "configs", "run_experiment.py")
-    for path in sorted([REPOSITORY / root] + list((REPOSITORY / root).rglob("*.py")))
-    if path.is_file()
-}
 
 
-def imports(tree):
+@functools.cache
+def parsed():
+    """{path: all nodes of its syntax tree, as a tuple}."""
+    return {
+        path.relative_to(REPOSITORY): tuple(ast.walk(ast.parse(path.read_text())))
+        for root in (*METHODS, "selfsup_jax", "configs", "run_experiment.py")
+        for path in sorted([REPOSITORY / root] + list((REPOSITORY / root).rglob("*.py")))
+        if path.is_file()
+    }
+
+
+@functools.cache
+def imports(nodes):
     """Dotted names of all that a file imports, at its top or inside: `from a import b` is `a.b`."""
     names = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -40,15 +47,16 @@ def importers(*packages):
     """The files that import one of the packages (or names in them)."""
     return {
         str(path)
-        for path, tree in SOURCES.items()
-        if any(name == p or name.startswith(p + ".") for name in imports(tree) for p in packages)
+        for path, nodes in parsed().items()
+        if any(name == p or name.startswith(p + ".") for name in imports(nodes) for p in packages)
     }
 
 
-def attributes(tree):
+@functools.cache
+def attributes(nodes):
     """`{"pmap", ...}`: every name that is looked up in something, or imported from it."""
-    looked_up = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return looked_up | {name.rpartition(".")[2] for name in imports(tree)}
+    looked_up = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return looked_up | {name.rpartition(".")[2] for name in imports(nodes)}
 
 
 def test_methods_are_found_by_name_alone():
@@ -59,8 +67,8 @@ def test_methods_are_found_by_name_alone():
         assert not [p for p in importers(name) if not p.split("/")[0].endswith("_jax")]
         assert not [p for p in importers(name) if p.startswith("selfsup_jax/")]
     strings = {
-        str(path): {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
-        for path, tree in SOURCES.items()
+        str(path): {n.value for n in nodes if isinstance(n, ast.Constant)}
+        for path, nodes in parsed().items()
         if path.parts[0] in ("selfsup_jax", "run_experiment.py")
     }
     named = {name.removesuffix("_jax") for name in METHODS}
@@ -75,9 +83,9 @@ def test_configs_import_only_ml_collections_and_each_other():
     allowed = {"ml_collections", "configs", *sys.stdlib_module_names}
     found = {
         name.split(".")[0]
-        for path, tree in SOURCES.items()
+        for path, nodes in parsed().items()
         if path.parts[0] == "configs"
-        for name in imports(tree)
+        for name in imports(nodes)
     }
     assert "ml_collections" in found and found <= allowed
 
@@ -98,18 +106,18 @@ def test_only_parallel_and_collectives_know_devices():
         *("psum_scatter", "axis_index", "axis_size"),
     }
     for names, home in (({"pmap", "shard_map"}, "parallel"), (talk, "collectives")):
-        users = {str(path) for path, tree in SOURCES.items() if attributes(tree) & names}
+        users = {str(path) for path, nodes in parsed().items() if attributes(nodes) & names}
         assert users == {f"selfsup_jax/devices/{home}.py"}
 
 
 def test_the_axis_is_named_in_one_place():
-    for path, tree in SOURCES.items():
+    for path, nodes in parsed().items():
         if path.name == "parallel.py":
-            assert "AXIS_NAME" in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+            assert "AXIS_NAME" in {n.id for n in nodes if isinstance(n, ast.Name)}
             continue
-        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        strings = {n.value for n in nodes if isinstance(n, ast.Constant)}
         assert parallel.AXIS_NAME not in strings, path
-        assert "AXIS_NAME" not in attributes(tree), path
+        assert "AXIS_NAME" not in attributes(nodes), path
 
 
 def test_flags_are_only_in_the_entry_point():
@@ -121,7 +129,7 @@ def test_flags_are_only_in_the_entry_point():
 def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
     pure = [
         path
-        for path in SOURCES
+        for path in parsed()
         if path.name
         in ("losses.py", "v3_losses.py", "keys.py", "negatives.py", "augment.py", "blur.py")
         or path.parts[:2] == ("selfsup_jax", "models")
@@ -132,7 +140,7 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
     ours = ("checks", "errors", "state", "method", "data.augment", "data.blur", "data.views")
     ours += ("devices.collectives", "models")
     for path in pure:
-        names = imports(SOURCES[path])
+        names = imports(parsed()[path])
         packages = {name.split(".")[0] for name in names}
         assert not packages & {"ml_collections", "configs", "os", "pathlib", "json", "absl"}, path
         for name in names:
@@ -140,7 +148,7 @@ def test_the_mathematics_sees_no_config_and_does_no_input_or_output():
             assert within == name or any(f"{within}.".startswith(f"{o}.") for o in ours), path
         calls = {
             node.func.id
-            for node in ast.walk(SOURCES[path])
+            for node in parsed()[path]
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not calls & {"open", "print"}, path
@@ -153,10 +161,10 @@ def test_a_workdir_may_be_in_a_bucket():
         f"selfsup_jax/run/{name}.py" for name in ("events", "files", "library_errors", "lock")
     }
     on_disk.add("selfsup_jax/training/reference.py")
-    for path, tree in SOURCES.items():
+    for path, nodes in parsed().items():
         if path.parts[0] != "selfsup_jax" or path.parts[1] not in folders or str(path) in on_disk:
             continue
-        calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+        calls = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
         local = ("open", "os.listdir", "os.makedirs", "os.remove", "os.rename", "os.replace")
         local += ("os.walk", "os.path.abspath", "os.path.exists", "os.path.isdir")
         local += ("os.path.realpath", "glob.glob", "shutil.rmtree")

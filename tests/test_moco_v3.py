@@ -356,6 +356,7 @@ def test_imagenet_is_the_papers_recipe():
     assert moco.get_config("v3") == moco.get_config("v3,epochs=300")
 
 
+@pytest.mark.slow
 def test_the_recipe_for_vits():
     """AdamW that decays everything that learns; the patches' projection and positions don't."""
     config = moco.get_config("v3_vit")

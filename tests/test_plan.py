@@ -191,6 +191,7 @@ def test_crops_on_the_devices_are_planned_with_the_step(tmp_path):
     assert products <= flops["device"] - flops["host"] < 2 * products
 
 
+@pytest.mark.slow
 def test_plans_of_gpus_make_a_table(tmp_path, capsys):
     config = tiny_config(tmp_path)
     one, two = command.run(config, "gpu:h100x1,gpu:a100x2", str(tmp_path), build=build)

@@ -23,10 +23,11 @@ def shapes_of(method, batch) -> step_parts.Given:
 @pytest.mark.parametrize(
     ("case", "views"),
     [
-        ("byol:demo", [2, 2]),  # both views, online and target
+        # Both views, online and target.
+        pytest.param("byol:demo", [2, 2], marks=pytest.mark.slow),
         ("simclr:demo", [2]),
         ("moco:demo", [1, 1]),  # queries of one view, keys of the other
-        ("moco:v3_demo", [2, 2]),
+        pytest.param("moco:v3_demo", [2, 2], marks=pytest.mark.slow),
         ("dino:demo", [2, 2, 2]),  # the student's two sizes, the teacher's one
         pytest.param("dino:imagenet", [2, 2, 8], marks=pytest.mark.slow),
         pytest.param("byol:imagenet,encoder.name=vit_s16", [2, 2], marks=pytest.mark.slow),
@@ -48,6 +49,7 @@ def test_all_passes_of_the_encoder_are_found(case, views):
     assert sum(by_size) == len(views)
 
 
+@pytest.mark.slow
 def test_the_parts_make_the_loss():
     """Of views of two sizes; without the encoder's parameters, its results given."""
     method, batch = tiny_method(), random_batch(BATCH, 0) | {"label": np.zeros(BATCH, np.int32)}

@@ -429,6 +429,7 @@ def test_devices_do_not_change_what_is_dropped(byol_update, engine):
         assert_close(got[1], metrics, floor=0.1)
 
 
+@pytest.mark.slow
 def test_microbatches_do_not_change_what_is_dropped(byol_update):
     _, start, batch, (params, metrics) = byol_update
     made = method_of("byol", **FLAT, accumulate_steps=4)
@@ -438,6 +439,7 @@ def test_microbatches_do_not_change_what_is_dropped(byol_update):
     assert_close(jax.device_get(measured), metrics, floor=0.1)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_to_the_bit(images):
     """MoCo v3's patches and positions: no gradient, and no weight decay either."""
     fields = {"encoder.vit.positions": "sincos", "encoder.vit.frozen_patches": True}
@@ -514,6 +516,7 @@ def run(tmp_path_factory):
         yield tiny_jobs.make_run(data, folder / "run", **fields)
 
 
+@pytest.mark.slow
 def test_a_runs_encoder_is_read_exported_and_used(run, tmp_path):
     frozen = encoder.load(str(run), 2)
     assert frozen.variables["batch_stats"] == {} and frozen.variables["params"]["class_token"].any()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_runs
 from conftest import REPOSITORY, process_env
-from test_layers import SOURCES, imports
+from test_layers import imports, parsed
 
 from selfsup_jax.data import decode, sources
 
@@ -22,10 +22,10 @@ LIBRARIES = ("tensorflow", "tensorflow_datasets")
 def modules_without() -> list[str]:
     """Every module of ours that needs no TensorFlow: all but those for TFDS."""
     names = {}
-    for path, tree in SOURCES.items():
+    for path, (module, *_) in parsed().items():
         if path.suffix == ".py" and path.parts[0] != "configs":
             name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-            top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)])
+            top = tuple(n for n in module.body if isinstance(n, ast.Import | ast.ImportFrom))
             parts = [part.split(".") for part in imports(top)]
             names[name] = {".".join(part[:n]) for part in parts for n in range(1, 5)}
     needing = {"tensorflow", "tensorflow_datasets"}

@@ -91,7 +91,6 @@ def test_memory_is_used_again_once_nothing_refers_to_it(kind, request):
     assert [set(x) for x in kept] == [{1}, {2}, {3}]
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_or_fails_is_told(pool):
     _, submit = pool.batch(tiny_work.LAYOUT)
     process, ignores = submit(slice(0, 1), 9).result()

@@ -7,6 +7,7 @@ A config is compared as flat fields, `{"optimizer.name": ...}`; facts about its 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,12 +71,18 @@ def bound(fields: Flat, free: Sequence[str]) -> Flat:
     """The fields that must not differ: all that match no pattern in `free`."""
     view_2 = [name for name in fields if name.startswith("views.") and ".view_2." in name]
     same_views = all(fields[name] == fields.get(name.replace("_2.", "_1.")) for name in view_2)
+    patterns = tuple(free)
     return {
         name: value
         for name, value in fields.items()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in free)
+        if not _matches(name, patterns)
         and not (same_views and name in view_2)  # a second view equal to the first may be left out
     }
+
+
+@functools.cache
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def differences(now: Flat, before: Flat, free: Sequence[str]) -> dict[str, tuple[Any, Any]]:
