@@ -731,7 +731,8 @@ def test_without_a_checkpoint_there_is_no_run_to_keep_to(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_some_steps_are_profiled(folders, tmp_path):
+def test_some_steps_are_profiled(folders, tmp_path, monkeypatch):
+    monkeypatch.delenv("TF_USE_LEGACY_KERAS", raising=False)  # clu's profiler comes with Keras
     profile = {"profile.first_step": 3, "profile.num_steps": 2}
     config = counting_config(folders["labels"], **profile)
     pretrain.pretrain(config, str(tmp_path), counting_build)
