@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 from lightly.utils.benchmarking.knn import knn_predict
 from PIL import Image
 from torch import nn
+from torchvision import transforms as T
 
 
 class Views(torch.utils.data.Dataset):
@@ -77,13 +79,7 @@ def knn(encoder: nn.Module, bank: Any, bank_labels: Any, test: Any, test_labels:
     """Share of the test images that lightly's kNN (k 200, temperature 0.1) names rightly."""
 
     def features(images: np.ndarray) -> torch.Tensor:
-        def normalized(image: Image.Image) -> torch.Tensor:
-            x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-            mean, std = (
-                torch.tensor(IMAGENET_NORMALIZE[k])[:, None, None] for k in ("mean", "std")
-            )
-            return (x - mean) / std
-
+        normalized = T.Compose([T.ToTensor(), T.Normalize(**IMAGENET_NORMALIZE)])
         loader = torch.utils.data.DataLoader(Views(images, normalized), 512)
         rows = torch.cat([encoder(x.contiguous(memory_format=torch.channels_last)) for x in loader])
         return nn.functional.normalize(rows, dim=1)
@@ -107,6 +103,8 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=2, help="processes of the loader")
     p.add_argument("--json", help="write the epochs' numbers here")
     args = p.parse_args()
+    if not pathlib.Path(args.data).is_file():
+        p.error(f"--data={args.data}: there is no such file")
     torch.manual_seed(args.seed)
     arrays = np.load(args.data)
     names = ("train_images", "train_labels", "test_images", "test_labels")

@@ -40,7 +40,7 @@ _CONFIG = "configs/byol.py:cifar10,batch_size=64,compute_dtype=float32"
 
 
 class Job:
-    """Processes of this machine that do the same when told, line by line."""
+    """Processes of this machine that take the same commands, line by line."""
 
     def __init__(self, args: argparse.Namespace, processes: int, devices: int):
         self.processes, self.devices = processes, devices
@@ -153,11 +153,11 @@ def compare_steps(args: argparse.Namespace) -> list[report.Row]:
         cpu: list[list[float]] = [[], []]
         for turn in range(-1, args.rounds):  # the first compiles
             for i in (0, 1) if turn % 2 else (1, 0):
-                told = jobs[i].ask(str(args.steps))
-                losses[i] += told[0]["losses"]
+                answers = jobs[i].ask(str(args.steps))
+                losses[i] += answers[0]["losses"]
                 if turn >= 0:
-                    times[i].append(max(each["seconds"] for each in told) / args.steps)
-                    cpu[i].append(sum(each["cpu"] for each in told) / args.steps)
+                    times[i].append(max(each["seconds"] for each in answers) / args.steps)
+                    cpu[i].append(sum(each["cpu"] for each in answers) / args.steps)
         with tempfile.TemporaryDirectory() as folder:
             files = [f"{folder}/{i}.npz" for i in (0, 1)]
             for job, file in zip(jobs, files, strict=True):
@@ -187,16 +187,16 @@ def measure_bank(args: argparse.Namespace) -> list[report.Row]:
     """Rows of the memory of each process."""
     job = Job(args, args.processes, 1)
     try:
-        told = job.ask("go")
+        answers = job.ask("go")
     finally:
         job.close()
     whole = args.rows * args.width * 4 / 2**20
     rows: list[report.Row] = [("whole bank", whole, "MiB")]
-    rows.append(("the part of a process", max(each["own"] for each in told), "MiB"))
+    rows.append(("the part of a process", max(each["own"] for each in answers), "MiB"))
     for name in ("placed", "searched"):
-        most = max(each[name] for each in told)
+        most = max(each[name] for each in answers)
         rows.append((f"a process has grown by, once {name}", most, "MiB"))
-    return [*rows, ("right", float(all(each["right"] for each in told)), "")]
+    return [*rows, ("right", float(all(each["right"] for each in answers)), "")]
 
 
 def main() -> None:
