@@ -68,6 +68,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "gcs": ["gcsfs>=2025.2"],  # workdirs and arrays in a bucket, gs://
+        "grain": ["grain>=0.2.18"],  # `--config.data.reader=grain`
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],  # `--to=onnx`; the runtime is for tests
         # The tests that compare with PyTorch itself; gigabytes, so not in `test`.
         "torch": ["torch>=2.6", "torchvision>=0.21", "timm>=1.0"],
@@ -79,6 +80,7 @@ setup(
         "test": [
             "build>=1.2",  # makes the wheel
             "twine>=6.1",  # checks its metadata
+            "grain>=0.2.18",
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "gcsfs>=2025.2",

@@ -121,6 +121,7 @@ def data_access() -> ConfigDict:
     config.canvas = 512
     # Processes that decode, for hosts of many cores: such as one a core; 0: threads.
     config.processes = 0
+    config.reader = "builtin"  # whose threads or processes: ours, or those of the package `grain`
     config.max_undecodable = 0.01  # share of images that may be broken before it stops
     return config
 

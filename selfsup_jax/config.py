@@ -23,7 +23,7 @@ from selfsup_jax.checks import (
     text,
     whole,
 )
-from selfsup_jax.data import inputs, intensity, views
+from selfsup_jax.data import grain_reader, inputs, intensity, views
 from selfsup_jax.devices import parallel
 from selfsup_jax.errors import UserError, bad_field
 from selfsup_jax.evaluation import representations
@@ -66,6 +66,7 @@ _RUN: checks.Table = {  # of every pretraining config
     "data.crop_on": one_of(inputs.CROP_ON),
     "data.canvas": views.SIZE,
     "data.processes": whole(0, largest=1024),
+    "data.reader": grain_reader.rule,
     "data.labels": one_of(inputs.LABELS),
     "data.intensity": intensity.rule,
     "data.exif_orientation": flag,

@@ -82,7 +82,14 @@ EARLIER = {
 DATA_INFO = {"train_images": 4000, "classes": 10}
 # What was no part of a config: the probe at the end, and where the images are.
 NO_PROBE = (
-    *("eval.linear.*", "data.placement", "data.device_share", "data.processes", "steps_per_call"),
+    *(
+        "eval.linear.*",
+        "data.placement",
+        "data.device_share",
+        "data.processes",
+        "data.reader",
+        "steps_per_call",
+    ),
 )
 
 
@@ -322,7 +329,7 @@ def test_of_two_views_those_fields_are_named_that_differ():
 
 
 PLACES = {"data.dir", "data.download", "data.max_undecodable"}
-PLACES |= {"data.placement", "data.device_share", "data.processes", "steps_per_call"}
+PLACES |= {"data.placement", "data.device_share", "data.processes", "data.reader", "steps_per_call"}
 PLACES |= {"encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"}
 PLACES |= {"encoder.vit.attention_kernel"}
 INTERVALS = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "profile.first_step"}

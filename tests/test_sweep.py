@@ -189,7 +189,7 @@ def test_the_record_holds_every_run(whole):
     here |= {"profile.first_step", "profile.num_steps", "wandb.project", "wandb.entity"}
     here |= {"data.placement", "data.device_share", "steps_per_call"}
     here |= {f"encoder.{name}" for name in ("remat", "pool_first", "product_norm_stages")}
-    here |= {"encoder.vit.attention_kernel", "data.processes"}
+    here |= {"encoder.vit.attention_kernel", "data.processes", "data.reader"}
     for name, entry in record.items():
         variant, seed = entry["variant"], entry["seed"]
         assert name == f"{variant}/seed_{seed}"

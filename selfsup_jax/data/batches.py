@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from absl import logging
@@ -42,6 +43,34 @@ class Undecodable:
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the examples in an epoch, a permutation drawn from (seed, epoch)."""
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+_recent_order = functools.lru_cache(maxsize=2)(epoch_order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which examples this host's part of each batch has.
+
+    An epoch has `num_examples // batch_size` batches, and its remaining examples are left out.
+
+    Attributes:
+        num_examples: of the split.
+        seed: of the run.
+        batch_size: global batch size.
+        positions: `[b]`, this host's indices in the global batch.
+    """
+
+    num_examples: int
+    seed: int
+    batch_size: int
+    positions: np.ndarray
+
+    def rows(self, step: int) -> np.ndarray:
+        """`[b]` indices of examples, for the batch that comes after `step` others."""
+        epoch, batch = divmod(step, self.num_examples // self.batch_size)
+        order = _recent_order(self.num_examples, self.seed, epoch)
+        return order[batch * self.batch_size + self.positions]
 
 
 def spread(num_examples: int, limit: int) -> np.ndarray:

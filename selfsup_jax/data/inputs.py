@@ -187,7 +187,7 @@ def train_batches(config: ConfigDict, data: Data, first_step: int) -> Iterator[H
         resides = _fits(config.data, data.train)
         return resident.train_batches(data.train, with_images=not resides, **options)
     options["canvas"] = config.data.canvas if config.data.crop_on == "device" else 0
-    options["processes"] = config.data.processes
+    options |= {"processes": config.data.processes, "reader": config.data.reader}
     return pipeline.train_batches(data.train, crop_specs(config), **options)
 
 

@@ -7,24 +7,16 @@ number of hosts.
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from selfsup_jax.data import crops, host_crops, pixels, workers
-from selfsup_jax.data.batches import HostBatch, Undecodable, epoch_order, neighbours, spread
+from selfsup_jax.data import crops, parts, workers
+from selfsup_jax.data.batches import HostBatch, Order, Undecodable, neighbours, spread
 from selfsup_jax.data.source import Source
-from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
-
-_BATCHES_AHEAD = 3
-_IMAGES_AT_ONCE = 8  # of one thread or process: their boxes are drawn in one call
-_ROOM = 16 * 2**20  # bytes for these images: 2 MiB for each, four times what ImageNet's need
 
 
 class Encoded(NamedTuple):
@@ -57,11 +49,11 @@ def train_batches(
     first_step: int,
     undecodable: Undecodable,
     processes: int = 0,
+    reader: str = "builtin",
 ) -> Iterator[HostBatch]:
-    """This host's part of each global batch, endlessly.
+    """This host's part of each global batch, endlessly, in the order of `batches.Order`.
 
-    An epoch has `num_examples // batch_size` batches, and its remaining examples are left out. An
-    image that can't be decoded is replaced by a neighbour in the batch.
+    An image that can't be decoded is replaced by a neighbour in the batch.
 
     Args:
         source: the split.
@@ -74,6 +66,7 @@ def train_batches(
         first_step: the step of the first batch.
         undecodable: counts the broken images.
         processes: that decode; 0: threads.
+        reader: whose threads or processes: ours, or those of `grain`.
 
     Yields:
         `view_1`, `view_2`, ... `[b, size, size, 3]` uint8, `index` `[b]` int32, `name` `[b]` str
@@ -81,19 +74,19 @@ def train_batches(
         canvas, instead of views: `image` `[b, canvas, canvas, 3]` uint8, `size` `[b, 2]` int32 and
         `drawn` `[b]` int32 (the index whose crop is used).
     """
-    count = len(positions)
-    if canvas:
-        put: Callable[..., None] = _put_image
-        layout: workers.Layout = {"image": ((count, canvas, canvas, 3), "uint8")}
-        layout["size"] = ((count, 2), "int32")
+    work, layout = parts.for_training(source, specs, canvas, seed, len(positions))
+    order = Order(source.num_examples, seed, batch_size, positions)
+    steps = itertools.count(first_step)
+    raw = (_rows(source, order.rows(step), positions, step) for step in steps)
+    if reader == "grain":
+        from selfsup_jax.data import grain_reader  # which imports Grain
+
+        made_parts = grain_reader.Parts(work, layout, order, source.images, first_step)
+        filled = grain_reader.filled(raw, made_parts, processes)
     else:
-        put = functools.partial(_put_views, seed=seed, specs=tuple(specs))
-        sides = enumerate((spec.size for spec in specs), start=1)
-        layout = {f"view_{i}": ((count, side, side, 3), "uint8") for i, side in sides}
-    labelled = bool(source.class_names)
-    work = Decode(source.fetch, source.read, labelled, source.reading, put, canvas)
-    raw = _batches_of_rows(source, seed, batch_size, positions, first_step)
-    for encoded, made, good in _ahead(raw, layout, work, processes):
+        filled = _filled(raw, layout, work, processes)
+    for encoded, made, answers in filled:
+        good = _told(encoded, answers, work.labelled)
         batch = made | {"index": positions, "label": encoded.labels}
         batch["name"] = encoded.names.astype(str)
         if canvas:
@@ -101,18 +94,6 @@ def train_batches(
         if source.num_classes is None:
             del batch["label"]
         yield _without_gaps(batch, encoded, ~good, undecodable)
-
-
-def _batches_of_rows(
-    source: Source, seed: int, batch_size: int, positions: np.ndarray, step: int
-) -> Iterator[Encoded]:
-    steps_per_epoch = source.num_examples // batch_size
-    while True:
-        epoch, start = divmod(step, steps_per_epoch)
-        order = epoch_order(source.num_examples, seed, epoch)
-        for i in range(start, steps_per_epoch):
-            yield _rows(source, order[i * batch_size + positions], positions, step)
-            step += 1
 
 
 def _rows(source: Source, rows: np.ndarray, index: np.ndarray, step: int = 0) -> Encoded:
@@ -123,124 +104,46 @@ def _rows(source: Source, rows: np.ndarray, index: np.ndarray, step: int = 0) ->
     return Encoded(step, index, source.images[rows], labels.astype(np.int32), names)
 
 
-@dataclasses.dataclass(frozen=True)
-class Decode:
-    """The work of a thread or process on a few images of a batch.
-
-    Attributes:
-        fetch, read: see `Source`; both None if it is given paths or bytes.
-        labelled: whether its labels count.
-        reading: how encoded images become pixels.
-        put: `(images, step, index, arrays)`: puts decoded images, or None for one that is broken,
-            into these rows of a batch.
-        canvas: see `train_batches`.
-        shape: (height, width) that an image must have, or None.
-    """
-
-    fetch: Callable[..., Any] | None
-    read: Callable[..., Any] | None
-    labelled: bool
-    reading: pixels.Reading
-    put: Callable[..., None]
-    canvas: int = 0
-    shape: tuple[int, int] | None = None
-
-    def __call__(
-        self, made: workers.Arrays, step: int, index: np.ndarray, encoded: Any
-    ) -> tuple[list[bool], Any, Any]:
-        """(which images could be decoded, labels, names); the last two are None without `read`."""
-        labels = names = None
-        if self.read is not None:
-            encoded, labels, names = self.read(encoded)
-        elif self.fetch is not None:
-            encoded = self.fetch(encoded)
-        room = _room()
-        images = [pixels.decoded(image, self.reading, self.canvas, room) for image in encoded]
-        if self.shape is not None:  # an image of another size than all others is broken, too
-            images = [x if x is not None and x.shape[:2] == self.shape else None for x in images]
-        self.put(images, step, index, made)
-        return [image is not None for image in images], labels, names
+Answers = list[tuple[slice, parts.Answer]]
 
 
-_of_thread = threading.local()
+def _told(encoded: Encoded, answers: Answers, labelled: bool) -> np.ndarray:
+    """`[b]`, which images could be decoded; labels and names from the files go to `encoded`."""
+    good = np.zeros(len(encoded.images), bool)
+    for rows, answer in answers:
+        good[rows] = answer.good
+        if answer.names is not None:
+            encoded.names[rows] = answer.names
+            encoded.labels[rows] = answer.labels if labelled else -1
+    return good
 
 
-def _room() -> pixels.Room:
-    """This thread's memory for decoded images; those that were in it are forgotten."""
-    if not hasattr(_of_thread, "room"):
-        _of_thread.room = pixels.Room(_ROOM)
-    _of_thread.room.clear()
-    return _of_thread.room
-
-
-def _ahead(
-    raw: Iterable[Encoded], layout: workers.Layout, work: Decode, processes: int = 0
-) -> Iterator[tuple[Encoded, workers.Arrays, np.ndarray]]:
-    """Yields each batch, its arrays once they are filled, and which images could be decoded."""
+def _filled(
+    raw: Iterable[Encoded], layout: workers.Layout, work: parts.Decode, processes: int = 0
+) -> Iterator[tuple[Encoded, workers.Arrays, Answers]]:
+    """Yields each batch, and its arrays once all their parts are filled."""
     pending: collections.deque[Any] = collections.deque()
 
-    def first() -> tuple[Encoded, workers.Arrays, np.ndarray]:
-        encoded, made, parts = pending.popleft()
-        good = np.zeros(len(encoded.images), bool)
-        for rows, part in parts:
-            good[rows], labels, names = part.result()
-            if names is not None:
-                encoded.names[rows] = names
-                encoded.labels[rows] = labels if work.labelled else -1
-        return encoded, made, good
+    def first() -> tuple[Encoded, workers.Arrays, Answers]:
+        encoded, made, tasks = pending.popleft()
+        return encoded, made, [(rows, task.result()) for rows, task in tasks]
 
     pool = workers.pool(work, processes)
     try:
         for encoded in raw:
             made, submit = pool.batch(layout)
-            parts = []
-            for i in range(0, len(encoded.images), _IMAGES_AT_ONCE):
-                rows = slice(i, i + _IMAGES_AT_ONCE)
+            tasks = []
+            for rows in parts.slices(len(encoded.images)):
                 task = encoded.step, encoded.positions[rows], encoded.images[rows]
-                parts.append((rows, submit(rows, *task)))
-            pending.append((encoded, made, parts))
-            del made, parts  # so that their memory is free once the batch is
-            if len(pending) > _BATCHES_AHEAD:
+                tasks.append((rows, submit(rows, *task)))
+            pending.append((encoded, made, tasks))
+            del made, tasks  # so that their memory is free once the batch is
+            if len(pending) > workers.BATCHES_AHEAD:
                 yield first()
         while pending:
             yield first()
     finally:
         pool.close()
-
-
-def _put_image(images, step, index, made) -> None:
-    made["size"][:] = 1
-    for image, size, whole in zip(images, made["size"], made["image"], strict=True):
-        height, width = (0, 0) if image is None else image.shape[:2]
-        if image is not None:
-            size[:] = height, width
-            whole[:height, :width] = image
-        whole[:height, width:] = 0
-        whole[height:] = 0
-
-
-_boxes = jax.jit(crops.boxes, static_argnames="specs")
-
-
-def _put_views(images, step, index, made, *, seed, specs) -> None:
-    missing = _IMAGES_AT_ONCE - len(images)  # one compilation for all
-    sizes = np.ones((_IMAGES_AT_ONCE, 2), np.int32)
-    for i, image in enumerate(images):
-        if image is not None:
-            sizes[i] = image.shape[:2]
-    with process.on_cpu():
-        index = np.pad(index, (0, missing))
-        boxes = np.asarray(_boxes(seed, np.int32(step), index, sizes, specs=specs))
-    for i, image in enumerate(images):
-        if image is not None:
-            for view, box, spec in zip(made.values(), boxes[i], specs, strict=True):
-                view[i] = host_crops.crop_and_resize(image, box, spec)
-
-
-def _put_test_view(images, step, index, made, *, resize, size, method) -> None:
-    for i, image in enumerate(images):
-        if image is not None:
-            made["image"][i] = host_crops.test_view(image, resize, size, method)
 
 
 def _without_gaps(
@@ -288,11 +191,9 @@ def eval_batches(
     indices = np.array_split(spread(source.num_examples, limit), hosts)[host]
     blocks = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
     raw = (_rows(source, rows, np.arange(len(rows))) for rows in blocks)
-    put = functools.partial(_put_test_view, resize=resize, size=size, method=method)
-    labelled, shape = bool(source.class_names), source.shape
-    work = Decode(source.fetch, source.read, labelled, source.reading, put, shape=shape)
-    layout: workers.Layout = {"image": ((batch_size, size, size, 3), "uint8")}
-    for encoded, made, good in _ahead(raw, layout, work):
+    work, layout = parts.for_evaluation(source, resize, size, method, batch_size)
+    for encoded, made, answers in _filled(raw, layout, work):
+        good = _told(encoded, answers, work.labelled)
         for name in encoded.names[~good]:
             undecodable.add(str(name))
         if good.any():

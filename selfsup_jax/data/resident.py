@@ -6,6 +6,7 @@ their images.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from selfsup_jax.data import crops
-from selfsup_jax.data.batches import (
-    HostBatch,
-    Undecodable,
-    epoch_order,
-    neighbours,
-    spread,
-)
+from selfsup_jax.data.batches import HostBatch, Order, Undecodable, neighbours, spread
 from selfsup_jax.data.source import Source
 from selfsup_jax.devices import process
 from selfsup_jax.errors import UserError
@@ -73,31 +68,26 @@ def train_batches(
         replacement) and `name` `[b]` str; with images also `image` `[b, H, W, 3]` uint8, `size`
         `[b, 2]` int32 if they differ in size, and `label` `[b]` int32 if there are labels.
     """
-    steps_per_epoch = source.num_examples // batch_size
+    order = Order(source.num_examples, seed, batch_size, positions)
     broken = np.zeros(source.num_examples, bool)
     broken[list(source.broken)] = True
-    step = first_step
-    while True:
-        epoch, start = divmod(step, steps_per_epoch)
-        order = epoch_order(source.num_examples, seed, epoch).astype(np.int32)
-        for i in range(start, steps_per_epoch):
-            rows, drawn = order[i * batch_size + positions], positions
-            if (missing := broken[rows]).any():
-                for row in rows[missing]:
-                    undecodable.add(source.describe(int(row)))
-                if missing.all():
-                    raise UserError(
-                        f"config.data.dir: no image of the batch of step {step} can be decoded"
-                    )
-                kept = neighbours(missing)
-                rows, drawn = rows[~missing][kept], positions[~missing][kept]
-            names = np.array([source.describe(int(row)) for row in rows])
-            batch = {"row": rows, "index": positions, "drawn": drawn, "name": names}
-            if with_images:
-                present = zip(("image", "size", "label"), arrays_of(source), strict=True)
-                batch |= {name: x[rows] for name, x in present if x is not None}
-            yield batch
-            step += 1
+    for step in itertools.count(first_step):
+        rows, drawn = order.rows(step).astype(np.int32), positions
+        if (missing := broken[rows]).any():
+            for row in rows[missing]:
+                undecodable.add(source.describe(int(row)))
+            if missing.all():
+                raise UserError(
+                    f"config.data.dir: no image of the batch of step {step} can be decoded"
+                )
+            kept = neighbours(missing)
+            rows, drawn = rows[~missing][kept], positions[~missing][kept]
+        names = np.array([source.describe(int(row)) for row in rows])
+        batch = {"row": rows, "index": positions, "drawn": drawn, "name": names}
+        if with_images:
+            present = zip(("image", "size", "label"), arrays_of(source), strict=True)
+            batch |= {name: x[rows] for name, x in present if x is not None}
+        yield batch
 
 
 def crop_batch(

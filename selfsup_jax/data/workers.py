@@ -26,6 +26,7 @@ from selfsup_jax.errors import UserError, bad_field
 Arrays = dict[str, np.ndarray]
 Layout = dict[str, tuple[tuple[int, ...], str]]  # name -> shape and type
 Submit = Callable[..., concurrent.futures.Future]
+BATCHES_AHEAD = 3  # that are being filled while one is used
 _ALIGNED = 64  # bytes, as JAX likes arrays to start
 
 
@@ -50,7 +51,7 @@ class Threads:
     def __init__(self, work: Callable[..., Any]):
         self._work = work
         self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
-        self._memories = _Memories(_Memory)
+        self._memories = Memories(Memory)
 
     def batch(self, layout: Layout) -> tuple[Arrays, Submit]:
         """See `Pool`."""
@@ -83,7 +84,7 @@ class Processes:
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = concurrent.futures.ThreadPoolExecutor(count, "worker")
-        self._memories = _Memories(_SharedMemory)
+        self._memories = Memories(_SharedMemory)
 
     def batch(self, layout: Layout) -> tuple[Arrays, Submit]:
         """See `Pool`."""
@@ -108,13 +109,13 @@ class Processes:
             worker.end()
 
 
-class _Memories:
+class Memories:
     """The memory of batches, used again once nothing refers to their arrays.
 
     Fresh memory costs time: the system fills it with zeros.
     """
 
-    def __init__(self, new: Callable[[int], _Memory]):
+    def __init__(self, new: Callable[[int], Memory]):
         self._new = new  # bytes -> memory
         self._free: collections.deque[Any] = collections.deque()
 
@@ -126,14 +127,14 @@ class _Memories:
         return whole, memory
 
 
-class _Memory:
+class Memory:
     """Memory of this process."""
 
     def __init__(self, size: int):
         self.mapped = mmap.mmap(-1, size)
 
 
-class _SharedMemory(_Memory):
+class _SharedMemory(Memory):
     """Memory without a name, which other processes find through this one; it ends with them."""
 
     def __init__(self, size: int):

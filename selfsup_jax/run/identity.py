@@ -22,7 +22,7 @@ Flat = dict[str, Any]
 # Groups of fields, as patterns of `fnmatch`.
 _DATA_ACCESS = (
     *("data.dir", "data.download", "data.max_undecodable", "data.placement", "data.device_share"),
-    *("data.processes", "steps_per_call"),
+    *("data.processes", "data.reader", "steps_per_call"),
     *("encoder.remat", "encoder.pool_first", "encoder.product_norm_stages"),
     "encoder.vit.attention_kernel",
 )
