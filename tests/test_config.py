@@ -324,7 +324,7 @@ BAD_VALUES = [
     ("keep_checkpoints", 0, "at least 1"),
     ("data.image_size", 0, "at least 1"),
     ("data.processes", -1, "must not be negative"),
-    ("data.reader", "grian", "must be builtin or grain"),
+    ("data.reader", "grian", "one of builtin, grain"),
     ("projector.output_size", 0, "at least 1"),
     ("predictor.hidden_sizes", (), "at least one"),
     ("predictor.output_size", -1, "at least 1"),

@@ -82,14 +82,8 @@ EARLIER = {
 DATA_INFO = {"train_images": 4000, "classes": 10}
 # What was no part of a config: the probe at the end, and where the images are.
 NO_PROBE = (
-    *(
-        "eval.linear.*",
-        "data.placement",
-        "data.device_share",
-        "data.processes",
-        "data.reader",
-        "steps_per_call",
-    ),
+    *("eval.linear.*", "data.placement", "data.device_share", "steps_per_call"),
+    *("data.processes", "data.reader"),
 )
 
 
@@ -125,7 +119,7 @@ def earlier(config: dict) -> dict:
     del old["eval"]["linear"], old["eval"]["network"], old["steps_per_call"], old["wandb"]
     for name in ("placement", "device_share", "labels", "intensity", "exif_orientation"):
         del old["data"][name]
-    for name in ("crop_on", "canvas", "processes"):
+    for name in ("crop_on", "canvas", "processes", "reader"):
         del old["data"][name]
     old["data"]["shuffle_buffer"] = 16384
     return old
@@ -522,7 +516,7 @@ def test_an_earlier_run_is_evaluated(run, tmp_path, job):
     age(aged)
     config = encoder.load(str(run)).config
     del config["eval"]["linear"], config["steps_per_call"]
-    for name in ("placement", "device_share", "processes"):
+    for name in ("placement", "device_share", "processes", "reader"):
         del config["data"][name]
     config["data"] |= {"intensity": "full", "exif_orientation": False}
     assert encoder.load(str(aged)).config == config
