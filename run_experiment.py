@@ -288,8 +288,12 @@ def console() -> None:
 
     try:
         status = console.run(sys.argv)
+        sys.stdout.flush()
     except UserError as e:
         _fail(e)
+    except BrokenPipeError:  # as by `selfsup list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     if status is not None:
         sys.exit(status)
     app.run(main, flags_parser=parse_flags)

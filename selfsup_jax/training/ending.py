@@ -37,13 +37,18 @@ def tell(
             log(f"to measure the encoder with labels: {_job('linear_probe', name)}")
     else:
         log(f"to measure more carefully: {_job('linear_probe', name)}")
-    log(f"a page on it: python -m selfsup_jax.report {name}")
+    report = "selfsup report" if _installed() else "python -m selfsup_jax.report"
+    log(f"a page on it: {report} {name}")
+
+
+def _installed() -> bool:
+    """Whether the command is that of the package: there may be no clone."""
+    return os.path.basename(sys.argv[0]) == "selfsup"
 
 
 def _job(job: str, run: str) -> str:
     workdir_ = f"--workdir={run}_{job}" if not run.endswith("'") else "--workdir=DIR"
-    installed = os.path.basename(sys.argv[0]) == "selfsup"  # where there may be no clone
-    program = "selfsup" if installed else "python run_experiment.py"
+    program = "selfsup" if _installed() else "python run_experiment.py"
     return f"{program} --config=configs/{job}.py --config.checkpoint={run} {workdir_}"
 
 
