@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -13,8 +14,9 @@ import command_lines
 import pytest
 from conftest import REPOSITORY
 
-from configs import parsing
+from configs import cifar10_methods, parsing
 from selfsup_jax import command_line, console
+from selfsup_jax.training import sweep_table
 
 PAGES = sorted(
     [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
@@ -142,3 +144,38 @@ def test_files_that_are_named_exist(page):
         if name and path.endswith(".py") and not path.startswith("configs/"):
             module = importlib.import_module(path[:-3].replace("/", "."))
             assert hasattr(module, name), f"{path}:{name}"
+
+
+def rows(text):
+    """First cell -> the other cells, of all lines of all tables."""
+    lines = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
+
+
+def test_the_cifar10_results_are_those_of_the_stored_runs():
+    folder = REPOSITORY / "benchmarks/results/cifar10"
+    config = cifar10_methods.get_config()
+    done = {variant: [] for variant in config.variants}
+    for name, run in json.loads((folder / "runs.json").read_text()).items():
+        done[name.partition("/")[0]].append(run)
+    stored = rows(sweep_table.table(config, done, []))
+    assert rows((folder / "table.md").read_text()) == stored
+    stored.pop("")  # the titles
+    assert len(stored) == 9
+    results = {name: (cells[1], cells[2]) for name, cells in stored.items()}
+    untrained = {(cells[3], cells[4]) for cells in stored.values()}
+
+    page = rows((REPOSITORY / "docs/comparisons.md").read_text())
+    page["DINO"] = page.pop("DINO, no small crops")
+    assert {name: tuple(page[name]) for name in results} == results
+    assert tuple(page["the encoder, never trained"]) in untrained
+
+    readme = rows((REPOSITORY / "README.md").read_text())
+    short = {name: short_pair(*pair) for name, pair in results.items() if name != "MoCo v1"}
+    assert {name: readme[name][-1] for name in short} == short
+    assert readme["never trained"][-1] in {short_pair(*pair) for pair in untrained}
+
+
+def short_pair(linear, knn):
+    """As README has them: kNN without its deviation."""
+    return f"{linear.removesuffix(' %')}, {knn.partition(' ')[0]} %"

@@ -236,7 +236,7 @@ def test_a_wheel_has_all_that_a_run_needs(tmp_path):
         return subprocess.run(line, cwd=tmp_path / "empty", env=env, capture_output=True, text=True)
 
     assert "byol" in selfsup("list").stdout
-    run = ["--config=byol:demo", "--workdir=run", "--config.steps=2", "--config.eval.enabled=False"]
+    run = ["demo", "--workdir=run", "--config.steps=2", "--config.eval.enabled=False"]
     done = selfsup(*run, "--config.encoder.width=0.1", "--config.batch_size=8")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "empty" / "run" / "results.json").exists()

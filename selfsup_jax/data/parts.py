@@ -65,7 +65,7 @@ class Decode:
     shape: tuple[int, int] | None = None
 
     def __call__(self, made: workers.Arrays, step: int, index: np.ndarray, encoded: Any) -> Answer:
-        """Fills these rows of a batch\'s arrays."""
+        """Fills these rows of a batch's arrays."""
         labels = names = None
         if self.read is not None:
             encoded, labels, names = self.read(encoded)
