@@ -293,7 +293,7 @@ def console() -> None:
         _fail(e)
     except BrokenPipeError:  # as by `selfsup list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 128 + signal.SIGPIPE  # as of other programs: what was to be done may not be
     if status is not None:
         sys.exit(status)
     app.run(main, flags_parser=parse_flags)

@@ -36,8 +36,10 @@ for system in aarch64-apple-darwin aarch64-unknown-linux-gnu x86_64-unknown-linu
         # promise, which TFDS needs, has no wheels; it is pure Python.
         if uv pip compile "$folder/needs.in" --quiet --no-header --no-annotate --only-binary :all: --no-binary promise \
             --python-platform "$system" --python-version "$python" > "$folder/found" 2> "$folder/why"; then
+            wheels=$(by_pip "$system" "$python")
             echo "$system, Python $python: $(wc -l < "$folder/found") packages;" \
-                "$(grep -E '^(jax|tensorflow|tensorflow-cpu)==' "$folder/found" | tr '\n' ' ')" "$(by_pip "$system" "$python")"
+                "$(grep -E '^(jax|tensorflow|tensorflow-cpu)==' "$folder/found" | tr '\n' ' ')" "$wheels"
+            case $wheels in *ERROR*) status=1 ;; esac
         else
             echo "$system, Python $python: no: $(tail -3 "$folder/why" | tr '\n' ' ')"
             status=1

@@ -49,26 +49,32 @@ def test_links_lead_somewhere(page):
 
 
 def commands():
-    """(page, command line) of all blocks that are no program's output."""
+    """(page, command, comment) of all blocks that are no program's output.
+
+    A command begins with its program: what starts it, such as `srun`, is left out.
+    """
+    program = r"(?:^|[\s\"'])(python (?:run_experiment|-m ).*)|^((?:selfsup|make) .*)"
     for page in PAGES:
-        blocks = re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL)
-        for language, block in blocks:
-            if language in ("", "sh", "bash"):
-                for line in block.replace("\\\n", " ").splitlines():
-                    line = re.sub(r"\s+#\s.*$", "", line).strip()
-                    if re.match(r"(python (run_experiment|-m )|selfsup |make )", line):
-                        yield page, line
+        for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words, comment = re.fullmatch(r"\s*(.*?)(?:\s+#\s(.*))?", line).groups("")
+                if found := re.search(program, words):
+                    yield page, found[1] or found[2], comment
 
 
 @pytest.mark.parametrize(
     ("page", "line"),
-    [pytest.param(page, line, id=f"{page.stem}-{i}") for i, (page, line) in enumerate(commands())],
+    [
+        pytest.param(page, line, id=f"{page.stem}-{i}")
+        for i, (page, line, _) in enumerate(commands())
+    ],
 )
 def test_a_command_is_valid(page, line, monkeypatch):
     """Flags, fields and presets exist and fit together; nothing is run."""
-    line = re.split(" (?:&&|>|&) ", line.replace('"$@"', ""))[0]
-    if line.count("'") % 2:  # the end of a longer command
-        line = line.rstrip("'")
+    line = re.split(" (?:&&|>|&|\\.\\.\\.)", line.replace('"$@"', ""))[0]
+    for quote in "'\"":
+        if line.count(quote) % 2:  # the end of a longer command
+            line = line.rstrip(quote)
     words = shlex.split(line)
     if words[0] == "make":
         targets = re.findall(r"(?m)^([\w-]+):", (REPOSITORY / "Makefile").read_text())
@@ -83,7 +89,8 @@ def test_a_command_is_valid(page, line, monkeypatch):
     if words[0] == "selfsup" and console.run(argv := list(words)) == 0:
         return
     words = argv if words[0] == "selfsup" else words[1:]
-    command_lines.check(*(re.sub(r"\$\w+", "1", word) for word in words[1:]))
+    if words[1:]:  # else the rest is left to the reader: `...`
+        command_lines.check(*(re.sub(r"\$\w+", "1", word) for word in words[1:]))
 
 
 class Parsed(Exception):

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import test_docs
 from conftest import REPOSITORY, process_env
 from PIL import Image
 
@@ -46,24 +47,19 @@ def commands() -> list[tuple[str, str, str]]:
 
     Without comments also what is named in a sentence of the library's own commands.
     """
-    found = []
-    for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
-        text = page.read_text()
-        for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                command, _, comment = line.partition(" #")
-                if re.search(r"python (run_exp|-m )|^(selfsup|make) ", command.strip()):
-                    found.append((page.name, command.strip(), comment.strip()))
-        own = r"`((?:python -m selfsup_jax|selfsup (?!--)|make demo)[^`]*)`"
-        found += [(page.name, command, "") for command in re.findall(own, text)]
+    pages = {REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")}
+    found = [(page.name, *rest) for page, *rest in test_docs.commands() if page in pages]
+    own = r"`((?:python -m selfsup_jax|selfsup (?!--)|make demo)[^`]*)`"
+    for page in sorted(pages):
+        found += [(page.name, command, "") for command in re.findall(own, page.read_text())]
     return found
 
 
 def what_it_runs(command: str) -> str:
     """`make demo`, `selfsup list`, a module, or a config and its preset: `byol:folder`."""
-    words = command[re.search(r"(python|selfsup|make) ", command).start() :].split()
     if config := re.search(r"--config=(?:configs/)?(\w+)(?:\.py)?(?::(\w+))?", command):
         return ":".join(filter(None, config.groups()))
+    words = command.split()
     return words[2] if words[1] == "-m" else " ".join(words[:2])
 
 

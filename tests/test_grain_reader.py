@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import signal
@@ -72,8 +73,13 @@ def assert_same_batches(source, canvas, positions, records, processes):
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-def test_without_the_package_it_is_told_at_once(monkeypatch):
-    monkeypatch.setattr(grain_reader.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("folder", [False, True], ids=["nothing", "a folder of that name"])
+def test_without_the_package_it_is_told_at_once(folder, tmp_path, monkeypatch):
+    if folder:
+        (tmp_path / "grain").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "grain", raising=False)
+    importlib.invalidate_caches()
     with pytest.raises(UserError) as told:
         checks.fields({"data": {"reader": "grain"}}, config._RUN)
     assert str(told.value) == (

@@ -127,14 +127,14 @@ def test_commands_of_other_modules(tmp_path, monkeypatch, capsys):
     assert console.run(["selfsup"]) == 0 and "selfsup list" in capsys.readouterr().out
 
 
-def test_a_reader_that_has_enough_is_no_error():
+def test_a_reader_that_has_enough_gets_no_traceback():
     """As `head`, after `selfsup list |`."""
     program = "import run_experiment, sys; sys.argv = ['selfsup', 'list']; run_experiment.console()"
     command = [sys.executable, "-c", program]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=REPOSITORY, env=process_env(), **pipes) as listing:
         listing.stdout.close()  # before anything is written
-        assert (listing.stderr.read(), listing.wait()) == (b"", 0)
+        assert (listing.stderr.read(), listing.wait()) == (b"", 141)
 
 
 @pytest.mark.parametrize("word", console._MODULES)

@@ -31,7 +31,8 @@ READERS = ("builtin", "grain")
 
 def rule(value: Any) -> str:
     """The config field's: see `selfsup_jax/checks.py`."""
-    if value == "grain" and importlib.util.find_spec("grain") is None:
+    # A folder `grain` is no package of that name.
+    if value == "grain" and not getattr(importlib.util.find_spec("grain"), "origin", None):
         return "needs the package grain, which is not installed: pip install grain"
     return one_of(READERS)(value)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from selfsup_jax.data import crops, parts, workers
+from selfsup_jax.data import crops, grain_reader, parts, workers
 from selfsup_jax.data.batches import HostBatch, Order, Undecodable, neighbours, spread
 from selfsup_jax.data.source import Source
 from selfsup_jax.errors import UserError
@@ -79,10 +79,8 @@ def train_batches(
     steps = itertools.count(first_step)
     raw = (_rows(source, order.rows(step), positions, step) for step in steps)
     if reader == "grain":
-        from selfsup_jax.data import grain_reader  # which imports Grain
-
-        made_parts = grain_reader.Parts(work, layout, order, source.images, first_step)
-        filled = grain_reader.filled(raw, made_parts, processes)
+        all_parts = grain_reader.Parts(work, layout, order, source.images, first_step)
+        filled = grain_reader.filled(raw, all_parts, processes)
     else:
         filled = _filled(raw, layout, work, processes)
     for encoded, made, answers in filled:
